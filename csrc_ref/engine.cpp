@@ -1,0 +1,66 @@
+// The C entry points: argument checks, the choice of arithmetic type, and no exception past this file.
+#include "engine.h"
+
+#include "backward.h"
+#include "forward.h"
+
+namespace {
+
+bool is_valid(const tob_problem &p) {
+  const bool sizes = p.batch >= 0 && p.heads_q >= 0 && p.heads_kv >= 0 && p.len_q >= 0 && p.len_k >= 0 && p.dim >= 1 &&
+                     p.dim <= tob::kMaxDim && p.dim_v >= 1 && p.dim_v <= tob::kMaxDim && p.num_threads >= 1;
+  const int64_t longest = int64_t(1) << 30;
+  const bool lengths = p.len_q < longest && p.len_k < longest;
+  const bool heads = p.heads_kv > 0 ? p.heads_q % p.heads_kv == 0 : p.heads_q == 0;
+  const bool bias = !p.bias || ((p.bias_batch == 1 || p.bias_batch == p.batch) && (p.bias_heads == 1 || p.bias_heads == p.heads_q));
+  return sizes && lengths && heads && bias && p.dtype >= TOB_FLOAT32 && p.dtype <= TOB_FLOAT16;
+}
+
+template <class Run> int guarded(const tob_problem &problem, Run run) {
+  if (!is_valid(problem)) return TOB_ERROR_ARGUMENT;
+  try {
+    const tob::FlushDenormals flush;
+    if (problem.dtype == TOB_FLOAT64) run(double());
+    else run(float());
+    return 0;
+  } catch (const std::bad_alloc &) {
+    return TOB_ERROR_MEMORY;
+  }
+}
+
+}  // namespace
+
+extern "C" {
+
+int tob_forward(const tob_problem *problem, const tob_tensor *out, void *lse, const tob_row_stats *stats) {
+  return guarded(*problem, [&](auto real) { tob::Forward<decltype(real)>(*problem, *out, lse, *stats).run(); });
+}
+
+int tob_backward(const tob_problem *problem, const tob_tensor *out, const tob_row_stats *stats, const tob_tensor *dout,
+                 const void *dlse, const tob_tensor *dquery, const tob_tensor *dkey, const tob_tensor *dvalue, void *dbias) {
+  return guarded(*problem, [&](auto real) {
+    tob::Backward<decltype(real)>(*problem, *out, *stats, *dout, dlse, *dquery, *dkey, *dvalue, dbias).run();
+  });
+}
+
+const char *tob_best_build(void) {
+#if defined(__x86_64__)
+  if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
+      __builtin_cpu_supports("avx512vl"))
+    return "avx512";
+  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c")) return "avx2";
+#endif
+  return "portable";
+}
+
+const char *tob_build_description(void) {
+#if defined(__AVX512F__)
+  return "512-bit vectors, AVX-512, 12 x 32 float tiles";
+#elif defined(__AVX2__)
+  return "256-bit vectors, AVX2 and FMA, 6 x 16 float tiles";
+#else
+  return "128-bit vectors, baseline instructions, 6 x 8 float tiles";
+#endif
+}
+
+}  // extern "C"

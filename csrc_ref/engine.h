@@ -1,0 +1,74 @@
+/* The CPU engine of triton_offset_bias: exact attention with a bias per offset, forward and backward.
+ *
+ *   S[b,h,i,j] = scale * <query[b,h,i], key[b,hk,j]> + bias[b,h,offset]      offset = query_start + i - j
+ *   out = softmax(S) value          lse = log sum exp S          hk = h / (heads_q / heads_kv)
+ *
+ * A pair is attended to when min_offset <= offset <= max_offset and the key's mask byte is not 0. A row that attends to
+ * nothing has out 0, lse -inf, and gives zero gradients. Nothing of size len_q x len_k is ever stored.
+ *
+ * Arithmetic is in the "real" type: double where dtype is TOB_FLOAT64, float otherwise. All strides count elements.
+ * The caller owns every buffer; the engine allocates scratch of O(len_q + len_k) a head and frees it before returning.
+ * Calls are re-entrant. Results are bitwise equal for any num_threads. The floating-point environment is restored.
+ * Every function returns 0, or a TOB_ERROR; then the outputs are undefined.
+ */
+#ifndef TOB_ENGINE_H
+#define TOB_ENGINE_H
+
+#include <stdint.h>
+
+#define TOB_API __attribute__((visibility("default")))
+
+#ifdef __cplusplus
+extern "C" {
+#endif
+
+enum { TOB_FLOAT32 = 0, TOB_FLOAT64 = 1, TOB_BFLOAT16 = 2, TOB_FLOAT16 = 3 };
+enum { TOB_ERROR_MEMORY = 1, TOB_ERROR_ARGUMENT = 2 };
+
+/* A (batch, heads, length, dim) tensor of the problem's dtype. */
+typedef struct {
+  void *data;
+  int64_t stride_b, stride_h, stride_l, stride_d;
+} tob_tensor;
+
+typedef struct {
+  int64_t dtype;       /* of query, key, value, out and their gradients */
+  int64_t num_threads; /* >= 1 */
+  int64_t batch, heads_q, heads_kv, len_q, len_k;
+  int64_t dim;   /* of query and key, 1..256 */
+  int64_t dim_v; /* of value and out, 1..256 */
+  int64_t query_start, min_offset, max_offset;
+  double scale;
+  tob_tensor query, key, value;
+  /* NULL, or (bias_batch, bias_heads, len_q + len_k - 1) contiguous reals in nats; the last axis starts at the smallest
+     offset, query_start - (len_k - 1). bias_batch is 1 or batch, bias_heads is 1 or heads_q. */
+  const void *bias;
+  int64_t bias_batch, bias_heads;
+  /* NULL, or (batch, len_k) contiguous bytes: 0 = do not attend. */
+  const uint8_t *key_mask;
+} tob_problem;
+
+/* Per row of scores, (batch, heads_q, len_q) contiguous reals. The softmax is kept as its two parts, in bits (log base 2),
+   because their sum would round: P = exp2(S log2(e) - row_max - row_log_sum). Both are 0 for a row that attends to nothing. */
+typedef struct {
+  void *row_max, *row_log_sum;
+} tob_row_stats;
+
+TOB_API int tob_forward(const tob_problem *problem, const tob_tensor *out, void *lse /* as row_max, in nats */,
+                const tob_row_stats *stats);
+
+/* Gradients. dlse may be NULL (zero). Of dquery, dkey, dvalue (their `data`) and dbias, those that are NULL are not computed.
+   dbias: as bias, summed over batch and heads where bias_batch and bias_heads are 1. */
+TOB_API int tob_backward(const tob_problem *problem, const tob_tensor *out, const tob_row_stats *stats, const tob_tensor *dout,
+                 const void *dlse, const tob_tensor *dquery, const tob_tensor *dkey, const tob_tensor *dvalue, void *dbias);
+
+/* The fastest build of this engine that the processor can run: "avx512", "avx2" or "portable". */
+TOB_API const char *tob_best_build(void);
+
+/* What this build computes with, for people. */
+TOB_API const char *tob_build_description(void);
+
+#ifdef __cplusplus
+}
+#endif
+#endif

@@ -1,0 +1,155 @@
+// The forward pass: for each block of queries, one sweep over the keys with a running softmax (FlashAttention-2, algorithm 1).
+#pragma once
+
+#include "scores.h"
+
+namespace tob {
+
+template <class Real> class Forward {
+  using S = Simd<Real>;
+  using Vec = typename S::Vec;
+  static constexpr int P = kPanel<Real>, W = S::kLanes;
+  static constexpr int kKeys = 192;                  // keys a step
+  static constexpr int kRows = 12;                   // rows a step: their scores stay in the L1 cache
+  static constexpr int kMaxQueries = 96;             // queries a task
+  static constexpr int64_t kScoreStride = kKeys + W;
+  static constexpr Real kNoScore = Real(-1e30);      // a running maximum before any score; finite, so that -inf - it is -inf
+
+ public:
+  Forward(const tob_problem &problem, const tob_tensor &out, void *lse, const tob_row_stats &stats)
+      : p(problem), out(out), lse(static_cast<Real *>(lse)), row_max(static_cast<Real *>(stats.row_max)),
+        row_log_sum(static_cast<Real *>(stats.row_log_sum)), band(p), strips(p), mask(p), chunks(round_up(int(p.dim), P) / P),
+        chunks_v(round_up(int(p.dim_v), P) / P), keys_padded(round_up(int(p.len_k), P)),
+        key_panels(p.batch * p.heads_kv * keys_padded * chunks * P),
+        value_panels(p.batch * p.heads_kv * keys_padded * chunks_v * P) {}
+
+  void run() {
+    pack();
+    const int queries = queries_per_task();
+    const int64_t blocks = (p.len_q + queries - 1) / queries, tasks = blocks * p.batch * p.heads_q;
+    const Scratch<Block> scratch(std::min(p.num_threads, tasks));
+    parallel_for(tasks, p.num_threads, [&](int64_t task, int thread) {
+      const int64_t head = task / blocks;
+      const int first = int(blocks - 1 - task % blocks) * queries;  // under causality the long ones first
+      attend(head / p.heads_q, head % p.heads_q, first, std::min(queries, int(p.len_q) - first), scratch.get()[thread]);
+    });
+  }
+
+ private:
+  // A task's working set.
+  struct Block {
+    Real query[kMaxQueries * (kMaxDim + P)];  // panels of rows, in bits
+    Real acc[kMaxQueries * (kMaxDim + P)];    // sum of P V, row-major
+    Real scores[kRows * kScoreStride];
+    Real max[kMaxQueries + W];
+    Real sum[kMaxQueries * W];  // a vector of partial sums a row
+    Real rescale[kRows + W];
+  };
+
+  // Small problems get small tasks, so that every core has work. Not a matter of the thread count: results are the same.
+  int queries_per_task() const {
+    int queries = kMaxQueries;
+    while (queries > kRows && p.batch * p.heads_q * ((p.len_q + queries - 1) / queries) < 32) queries /= 2;
+    return round_up(queries, kRows);
+  }
+
+  // Pass 1: keys as transposed panels, values as panels of rows.
+  void pack() {
+    const int64_t panels = keys_padded / P;
+    parallel_for(p.batch * p.heads_kv * panels, p.num_threads, [&](int64_t task, int) {
+      const int64_t head = task / panels, b = head / p.heads_kv, h = head % p.heads_kv;
+      const int first = int(task % panels) * P, count = std::min(P, int(p.len_k) - first);
+      pack_transposed(matrix_of(p.key, p.dtype, int(p.dim), b, h), first, count, Real(1), keys_of(head) + int64_t(first) * chunks * P);
+      pack_rows(matrix_of(p.value, p.dtype, int(p.dim_v), b, h), first, count, P, Real(1),
+                values_of(head) + int64_t(first) * P, int64_t(keys_padded) * P);
+    });
+  }
+
+  // Pass 2: one block of queries against all of its keys.
+  void attend(int64_t b, int64_t h, int first, int count, Block &t) {
+    const int rows = round_up(count, kTileRows);
+    const int64_t head_kv = b * p.heads_kv + h / (p.heads_q / p.heads_kv);
+    pack_rows(matrix_of(p.query, p.dtype, int(p.dim), b, h), first, count, rows, Real(p.scale * kLog2E), t.query, int64_t(rows) * P);
+    std::fill(t.acc, t.acc + rows * chunks_v * P, Real(0));
+    std::fill(t.max, t.max + rows + W, kNoScore);
+    std::fill(t.sum, t.sum + rows * W, Real(0));
+
+    const Range used = mask.used(b), keys = band.keys_of(first, first + count).clip(used.begin, used.end);
+    for (int key = round_down(keys.begin, P); key < keys.end; key += kKeys) {
+      for (int row = 0; row < rows; row += kRows) {
+        const int step = std::min(kRows, rows - row);
+        const Range step_keys = band.keys_of(first + row, first + row + step).clip(std::max(key, keys.begin), std::min(key + kKeys, keys.end));
+        if (step_keys.empty()) continue;
+        const Range columns{round_down(step_keys.begin - key, P), round_up(step_keys.end - key, P)};
+        const bool inside = band.covers(first + row, first + row + step, key + columns.begin, key + columns.end);
+        const ScoreAddends<Real> add{p.bias || !inside ? strips.at(b, h) + key - (first + row) : nullptr,
+                                     mask.present() ? mask.at(b) + key : nullptr, nullptr, nullptr};
+        score_block<false>(t.query + row * P, int64_t(rows) * P, keys_of(head_kv) + int64_t(key) * chunks * P, chunks, t.scores,
+                           kScoreStride, add, step, columns, int(p.len_k) - key);
+        softmax_step(t, row, step, columns);
+        accumulate_product<true>(t.scores, kScoreStride, 1, values_of(head_kv) + int64_t(key) * P, int64_t(keys_padded) * P,
+                                 t.acc + row * chunks_v * P, chunks_v * P, step, chunks_v, t.rescale, [&](int r) {
+                                   return band.keys_of(first + row + r, first + row + r + kTileRows).clip(key + columns.begin, key + columns.end).shift(-key);
+                                 });
+      }
+    }
+    finish(b, h, first, count, t);
+  }
+
+  // Scores become exps under the new running maximum; t.rescale is what older sums have to be multiplied with.
+  TOB_INLINE void softmax_step(Block &t, int row, int rows, Range columns) const {
+    Real old_max[kRows + W];
+    for (int r = 0; r < rows; ++r) {
+      const Real *s = t.scores + r * kScoreStride;
+      old_max[r] = t.max[row + r];
+      Vec m0 = S::broadcast(old_max[r]), m1 = m0;
+      for (int j = columns.begin; j < columns.end; j += P) {
+        m0 = S::max(m0, S::load(s + j));
+        m1 = S::max(m1, S::load(s + j + W));
+      }
+      t.max[row + r] = S::max_lane(S::max(m0, m1));
+    }
+    for (int r = 0; r < rows; r += W) S::store(t.rescale + r, S::exp2(S::load(old_max + r) - S::load(t.max + row + r)));
+    for (int r = 0; r < rows; ++r) {
+      Real *s = t.scores + r * kScoreStride, *sum = t.sum + (row + r) * W;
+      const Vec max = S::broadcast(t.max[row + r]);
+      Vec sum0 = S::broadcast(t.rescale[r]) * S::load(sum), sum1{};
+      for (int j = columns.begin; j < columns.end; j += P) {
+        const Vec e0 = S::exp2(S::load(s + j) - max), e1 = S::exp2(S::load(s + j + W) - max);
+        S::store(s + j, e0);
+        S::store(s + j + W, e1);
+        sum0 += e0;
+        sum1 += e1;
+      }
+      S::store(sum, sum0 + sum1);
+    }
+  }
+
+  // Divides by the sums and writes the rows. A row whose sum is 0 attended to nothing.
+  void finish(int64_t b, int64_t h, int first, int count, Block &t) const {
+    const Matrix o = matrix_of(out, p.dtype, int(p.dim_v), b, h);
+    for (int r = 0; r < count; ++r) {
+      const Real sum = S::sum(S::load(t.sum + r * W)), log_sum = std::log2(sum);
+      const bool empty = sum == 0;
+      const int64_t index = (b * p.heads_q + h) * p.len_q + first + r;
+      write_row(o, first + r, empty ? Real(0) : 1 / sum, t.acc + r * chunks_v * P);
+      row_max[index] = empty ? 0 : t.max[r];
+      row_log_sum[index] = empty ? 0 : log_sum;
+      lse[index] = Real(kLn2) * (t.max[r] + log_sum);
+    }
+  }
+
+  Real *keys_of(int64_t head) const { return key_panels.get() + head * keys_padded * chunks * P; }
+  Real *values_of(int64_t head) const { return value_panels.get() + head * keys_padded * chunks_v * P; }
+
+  const tob_problem &p;
+  const tob_tensor &out;
+  Real *lse, *row_max, *row_log_sum;
+  Band band;
+  BiasStrips<Real> strips;
+  KeyMask<Real> mask;
+  int chunks, chunks_v, keys_padded;  // dim and dim_v in panels; len_k padded to whole panels
+  Scratch<Real> key_panels, value_panels;
+};
+
+}  // namespace tob

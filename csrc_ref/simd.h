@@ -1,0 +1,87 @@
+// One vector type for every instruction set, on the compiler's vector extensions. The build chooses its width in bytes.
+#pragma once
+
+#include <cmath>
+#include <cstddef>
+#include <cstdint>
+#include <cstring>
+#include <limits>
+
+#ifndef TOB_VECTOR_BYTES
+#define TOB_VECTOR_BYTES 16
+#endif
+
+#define TOB_INLINE inline __attribute__((always_inline))
+
+namespace tob {
+
+template <class Real> struct SimdTraits;
+
+template <> struct SimdTraits<float> {
+  using Int = int32_t;
+  static constexpr float kRoundMagic = 12582912.f;  // 1.5 * 2^23: adding it rounds to an integer, kept in the low bits
+  static constexpr int kMantissaBits = 23;
+  static constexpr float kMinExponent = -127.f;
+  // 2^f on [-1/2, 1/2] with relative error 1.1e-7; the minimax polynomial among those with constant term 1.
+  static constexpr int kDegree = 5;
+  static constexpr float kExp2[kDegree] = {0.6931470036506653f, 0.24022242426872253f, 0.05550733953714371f,
+                                           0.009671512991189957f, 0.0013264714507386088f};
+};
+
+template <> struct SimdTraits<double> {
+  using Int = int64_t;
+  static constexpr double kRoundMagic = 6755399441055744.0;  // 1.5 * 2^52
+  static constexpr int kMantissaBits = 52;
+  static constexpr double kMinExponent = -1023.0;
+  // The Taylor series of 2^f: its remainder on [-1/2, 1/2] is below 1e-17.
+  static constexpr int kDegree = 13;
+  static constexpr double kExp2[kDegree] = {
+      0.6931471805599453,    0.24022650695910072,   0.05550410866482158,    0.009618129107628477,
+      0.0013333558146428443, 0.0001540353039338161, 1.5252733804059841e-05, 1.321548679014431e-06,
+      1.01780860092397e-07,  7.054911620801123e-09, 4.4455382718708116e-10, 2.5678435993488206e-11,
+      1.3691488853904128e-12};
+};
+
+template <class Real> struct Simd {
+  using Traits = SimdTraits<Real>;
+  static constexpr int kLanes = TOB_VECTOR_BYTES / sizeof(Real);
+  typedef Real Vec __attribute__((vector_size(TOB_VECTOR_BYTES)));
+  typedef Real Unaligned __attribute__((vector_size(TOB_VECTOR_BYTES), aligned(alignof(Real)), may_alias));
+  typedef typename Traits::Int IntVec __attribute__((vector_size(TOB_VECTOR_BYTES)));
+
+  static TOB_INLINE Vec load(const Real *p) { return *reinterpret_cast<const Unaligned *>(p); }
+  static TOB_INLINE void store(Real *p, Vec v) { *reinterpret_cast<Unaligned *>(p) = v; }
+  static TOB_INLINE Vec broadcast(Real x) { return x - Vec{}; }
+
+  // Where a is NaN the result is b.
+  static TOB_INLINE Vec max(Vec a, Vec b) { return a > b ? a : b; }
+
+  // 2^x for x <= 1. At or below the smallest exponent exactly 0; NaN stays NaN.
+  static TOB_INLINE Vec exp2(Vec x) {
+    x = max(broadcast(Traits::kMinExponent), x);
+    const Vec shifted = x + Traits::kRoundMagic;
+    const Vec f = x - (shifted - Traits::kRoundMagic);
+    Vec p = broadcast(Traits::kExp2[Traits::kDegree - 1]);
+    for (int i = Traits::kDegree - 2; i >= 0; --i) p = p * f + Traits::kExp2[i];
+    p = p * f + Real(1);
+    return (Vec)((IntVec)p + ((IntVec)shifted << Traits::kMantissaBits));
+  }
+
+  static TOB_INLINE Real sum(Vec v) {
+    Real lanes[kLanes];
+    store(lanes, v);
+    for (int width = kLanes / 2; width > 0; width /= 2)
+      for (int i = 0; i < width; ++i) lanes[i] += lanes[i + width];
+    return lanes[0];
+  }
+
+  static TOB_INLINE Real max_lane(Vec v) {
+    Real lanes[kLanes];
+    store(lanes, v);
+    for (int width = kLanes / 2; width > 0; width /= 2)
+      for (int i = 0; i < width; ++i) lanes[i] = lanes[i] > lanes[i + width] ? lanes[i] : lanes[i + width];
+    return lanes[0];
+  }
+};
+
+}  // namespace tob

@@ -1,0 +1,132 @@
+// Reading and writing rows of tensors of any dtype and stride, and packing them into panels.
+#pragma once
+
+#include "engine.h"
+#include "microkernel.h"
+
+namespace tob {
+
+inline float as_float(uint32_t bits) {
+  float x;
+  std::memcpy(&x, &bits, sizeof x);
+  return x;
+}
+
+inline uint32_t as_bits(float x) {
+  uint32_t bits;
+  std::memcpy(&bits, &x, sizeof bits);
+  return bits;
+}
+
+struct BFloat16 {
+  uint16_t bits;
+  operator float() const { return as_float(uint32_t(bits) << 16); }
+  static BFloat16 from(float x) {
+    const uint32_t b = as_bits(x);
+    const uint32_t rounded = (b + 0x7fff + ((b >> 16) & 1)) >> 16;  // to nearest even
+    return {uint16_t((b & 0x7fffffff) > 0x7f800000 ? 0x7fc0 : rounded)};
+  }
+};
+
+struct Float16 {
+  uint16_t bits;
+  operator float() const {
+    const uint32_t sign = uint32_t(bits & 0x8000) << 16, exponent = bits & 0x7c00, magnitude = uint32_t(bits & 0x7fff) << 13;
+    const float subnormal = float(bits & 0x3ff) * 0x1p-24f;
+    const uint32_t rebias = exponent == 0x7c00 ? 0x70000000 : 0x38000000;
+    return as_float(sign | (exponent == 0 ? as_bits(subnormal) : magnitude + rebias));
+  }
+  static Float16 from(float x) {
+    const uint32_t sign = (as_bits(x) >> 16) & 0x8000, b = as_bits(x) & 0x7fffffff;
+    // Adding 1/2 shifts a subnormal half's mantissa to the low bits, rounded to nearest even by the addition itself.
+    const uint32_t subnormal = as_bits(as_float(b) + 0.5f) - 0x3f000000;
+    const uint32_t normal = (b + 0xc8000fff + ((b >> 13) & 1)) >> 13;
+    const uint32_t overflow = b > 0x7f800000 ? 0x7e00 : 0x7c00;
+    return {uint16_t(sign | (b >= 0x477ff000 ? overflow : b < 0x38800000 ? subnormal : normal))};
+  }
+};
+
+template <class Real, class Stored> Stored stored_as(Real x) {
+  if constexpr (std::is_same_v<Stored, Real>) return x;
+  else return Stored::from(float(x));
+}
+
+// One (batch, head) matrix of a tensor: `length` rows of `dim` elements.
+struct Matrix {
+  void *data;
+  int64_t dtype, stride_l, stride_d;
+  int dim;
+};
+
+inline Matrix matrix_of(const tob_tensor &t, int64_t dtype, int dim, int64_t b, int64_t h) {
+  const int64_t element = dtype == TOB_FLOAT64 ? 8 : dtype == TOB_FLOAT32 ? 4 : 2;
+  char *data = static_cast<char *>(t.data) + (b * t.stride_b + h * t.stride_h) * element;
+  return {data, dtype, t.stride_l, t.stride_d, dim};
+}
+
+// Calls visit(pointer to the stored type); Real is float or double, and double goes with TOB_FLOAT64 alone.
+template <class Real, class Visit> TOB_INLINE void visit_stored(const Matrix &m, Visit visit) {
+  if constexpr (std::is_same_v<Real, double>) {
+    visit(static_cast<double *>(m.data));
+  } else {
+    if (m.dtype == TOB_BFLOAT16) visit(static_cast<BFloat16 *>(m.data));
+    else if (m.dtype == TOB_FLOAT16) visit(static_cast<Float16 *>(m.data));
+    else visit(static_cast<float *>(m.data));
+  }
+}
+
+// row[0 .. padded_dim) = m[index] * factor, zero beyond m.dim.
+template <class Real> void read_row(const Matrix &m, int64_t index, Real factor, Real *row, int padded_dim) {
+  visit_stored<Real>(m, [&](const auto *data) {
+    data += index * m.stride_l;
+    if (m.stride_d == 1)
+      for (int d = 0; d < m.dim; ++d) row[d] = factor * Real(data[d]);
+    else
+      for (int d = 0; d < m.dim; ++d) row[d] = factor * Real(data[d * m.stride_d]);
+  });
+  for (int d = m.dim; d < padded_dim; ++d) row[d] = 0;
+}
+
+// m[index] = factor * row.
+template <class Real> void write_row(const Matrix &m, int64_t index, Real factor, const Real *row) {
+  visit_stored<Real>(m, [&](auto *data) {
+    using Stored = std::remove_pointer_t<decltype(data)>;
+    data += index * m.stride_l;
+    if (m.stride_d == 1)
+      for (int d = 0; d < m.dim; ++d) data[d] = stored_as<Real, Stored>(factor * row[d]);
+    else
+      for (int d = 0; d < m.dim; ++d) data[d * m.stride_d] = stored_as<Real, Stored>(factor * row[d]);
+  });
+}
+
+inline constexpr int kMaxDim = 256;
+
+// Panels of rows: out[d / kPanel][index][d % kPanel] for `count` rows from `first`; rows past `count` up to `padded` are 0.
+// out + panel_stride is the next panel.
+template <class Real>
+void pack_rows(const Matrix &m, int64_t first, int count, int padded, Real factor, Real *out, int64_t panel_stride) {
+  constexpr int P = kPanel<Real>;
+  alignas(64) Real row[kMaxDim + P];
+  const int padded_dim = round_up(m.dim, P);
+  for (int i = 0; i < padded; ++i) {
+    if (i < count) read_row(m, first + i, factor, row, padded_dim);
+    else std::memset(row, 0, sizeof(Real) * padded_dim);
+    for (int d = 0; d < padded_dim; d += P) std::memcpy(out + d / P * panel_stride + int64_t(i) * P, row + d, sizeof(Real) * P);
+  }
+}
+
+// One panel of columns: out[d][i] = factor * m[first + i][d] for kPanel rows, of which `count` exist and the others are 0.
+template <class Real> void pack_transposed(const Matrix &m, int64_t first, int count, Real factor, Real *out) {
+  constexpr int P = kPanel<Real>, W = Simd<Real>::kLanes;
+  alignas(64) Real rows[P][kMaxDim + P];
+  const int padded_dim = round_up(m.dim, P);
+  for (int i = 0; i < P; ++i) {
+    if (i < count) read_row(m, first + i, factor, rows[i], padded_dim);
+    else std::memset(rows[i], 0, sizeof(Real) * padded_dim);
+  }
+  for (int d = 0; d < padded_dim; d += W)
+    for (int i = 0; i < P; ++i)
+      for (int e = 0; e < W; ++e) out[int64_t(d + e) * P + i] = rows[i][d + e];
+}
+
+}  // namespace tob

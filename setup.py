@@ -1,0 +1,37 @@
+"""Builds the CPU engine: one shared library for each instruction set, loaded by ctypes; torch is not needed to build."""
+
+import platform
+import sys
+
+from setuptools import Extension, setup
+
+# -ffp-contract=fast makes a * b + c one fused multiply-add; nothing else departs from IEEE arithmetic.
+COMPILE_ARGS = ["-std=c++17", "-O3", "-ffp-contract=fast", "-fno-math-errno", "-fno-trapping-math", "-fvisibility=hidden"]
+# Compiled for OpenMP but not linked to a runtime: at load time the calls bind to the one that torch has loaded.
+OPENMP_ARGS = ["-Xpreprocessor", "-fopenmp"] if sys.platform == "darwin" else ["-fopenmp"]
+BUILDS = {"portable": ["-DTOB_VECTOR_BYTES=16"]}
+if platform.machine().lower() in ("x86_64", "amd64"):
+    BUILDS["avx2"] = ["-DTOB_VECTOR_BYTES=32", "-mavx2", "-mfma", "-mf16c"]
+    avx512 = [f"-mavx512{subset}" for subset in ("f", "bw", "dq", "vl")]
+    BUILDS["avx512"] = ["-DTOB_VECTOR_BYTES=64", "-mavx2", "-mfma", "-mf16c", *avx512, "-mprefer-vector-width=512"]
+HEADERS = [f"csrc_ref/{name}.h" for name in ("engine", "simd", "microkernel", "tensor_io", "runtime", "band", "scores")]
+HEADERS += ["csrc_ref/forward.h", "csrc_ref/backward.h"]
+
+# optional: without a compiler the package still installs, and `python -m triton_offset_bias.info` says what is missing.
+# MSVC has no vector extensions, so on Windows there is no engine.
+EXTENSIONS = [
+    Extension(
+        f"triton_offset_bias._engine_{name}",
+        sources=["csrc_ref/engine.cpp"],
+        depends=HEADERS,
+        extra_compile_args=[*COMPILE_ARGS, *OPENMP_ARGS, *flags],
+        py_limited_api=True,
+        optional=True,
+    )
+    for name, flags in BUILDS.items()
+]
+
+setup(
+    ext_modules=[] if sys.platform == "win32" else EXTENSIONS,
+    options={"bdist_wheel": {"py_limited_api": "cp310"}},
+)

@@ -1,0 +1,223 @@
+"""The compiled CPU engine (`csrc_ref/`), called through ctypes; the contract is in `csrc_ref/engine.h`.
+
+The package holds one build of the engine for each instruction set, and the fastest that the processor can run is loaded at
+import. `TRITON_OFFSET_BIAS_BUILD=portable` (or `avx2`, `avx512`) asks for one by name.
+"""
+
+import ctypes
+import importlib.machinery
+import os
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from triton_offset_bias import table
+from triton_offset_bias.checks import Problem
+
+SERVES = "CPU tensors; float16, bfloat16, float32, float64; head dims 1 to 256"
+BUILDS = ("avx512", "avx2", "portable")
+BUILD_VARIABLE = "TRITON_OFFSET_BIAS_BUILD"
+MAX_HEAD_DIM = 256
+MAX_LENGTH = 2**30
+
+_DTYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
+_ERRORS = {1: MemoryError("the CPU engine could not allocate its scratch memory")}
+
+
+class _Tensor(ctypes.Structure):
+    _fields_ = [
+        ("data", ctypes.c_void_p),
+        *((f"stride_{axis}", ctypes.c_int64) for axis in "bhld"),
+    ]
+
+
+class _Problem(ctypes.Structure):
+    _fields_ = [
+        *((name, ctypes.c_int64) for name in ("dtype", "num_threads")),
+        *((name, ctypes.c_int64) for name in ("batch", "heads_q", "heads_kv", "len_q", "len_k", "dim", "dim_v")),
+        *((name, ctypes.c_int64) for name in ("query_start", "min_offset", "max_offset")),
+        ("scale", ctypes.c_double),
+        *((name, _Tensor) for name in ("query", "key", "value")),
+        ("bias", ctypes.c_void_p),
+        ("bias_batch", ctypes.c_int64),
+        ("bias_heads", ctypes.c_int64),
+        ("key_mask", ctypes.c_void_p),
+    ]
+
+
+class _RowStats(ctypes.Structure):
+    _fields_ = [("row_max", ctypes.c_void_p), ("row_log_sum", ctypes.c_void_p)]
+
+
+def _library_path(build: str) -> Path | None:
+    stem = Path(__file__).parents[1] / f"_engine_{build}"
+    candidates = (stem.with_name(stem.name + suffix) for suffix in importlib.machinery.EXTENSION_SUFFIXES)
+    return next((path for path in candidates if path.exists()), None)
+
+
+def _load() -> tuple[ctypes.CDLL | None, str, str]:
+    """The engine, its build's name, and why there is no engine if there is none."""
+    wanted = os.environ.get(BUILD_VARIABLE, "")
+    if wanted and wanted not in BUILDS:
+        return None, "", f"{BUILD_VARIABLE} must be one of {', '.join(BUILDS)}, got {wanted!r}"
+    portable = _library_path("portable")
+    if portable is None:
+        return None, "", "the engine was not compiled: install a C++ compiler, then install the package again"
+    try:
+        # The engine's OpenMP calls bind to the runtime that torch has brought into the process: there is never a second.
+        engine = ctypes.CDLL(str(portable))
+        engine.tob_best_build.restype = ctypes.c_char_p
+        best = engine.tob_best_build().decode()
+        if wanted and BUILDS.index(wanted) < BUILDS.index(best):
+            return None, "", f"{BUILD_VARIABLE}={wanted}, but this processor runs {best} at most"
+        build = wanted or next(b for b in BUILDS[BUILDS.index(best) :] if _library_path(b))
+        path = _library_path(build)
+        if path is None:
+            return None, "", f"{BUILD_VARIABLE}={wanted}, but that build was not compiled"
+        engine = ctypes.CDLL(str(path))
+    except OSError as error:
+        return None, "", f"the engine could not be loaded: {error}"
+    engine.tob_build_description.restype = ctypes.c_char_p
+    for function in (engine.tob_forward, engine.tob_backward):
+        function.restype = ctypes.c_int
+    return engine, build, ""
+
+
+_ENGINE, BUILD, _WHY_NOT = _load()
+
+
+def build_description() -> str:
+    """What the loaded build computes with, for people."""
+    return "" if _ENGINE is None else f"{BUILD}: {_ENGINE.tob_build_description().decode()}"
+
+
+def unavailable_reasons() -> list[str]:
+    """Why this backend cannot serve any call here."""
+    return [_WHY_NOT] if _ENGINE is None else []
+
+
+def unsupported_reasons(problem: Problem) -> list[str]:
+    """Why this backend cannot serve `problem`."""
+    reasons = unavailable_reasons()
+    if problem.query.device.type != "cpu":
+        reasons.append(f"serves CPU tensors, got {problem.query.device.type}")
+    if problem.query.shape[3] > MAX_HEAD_DIM or problem.value.shape[3] > MAX_HEAD_DIM:
+        reasons.append(f"serves head dims up to {MAX_HEAD_DIM}")
+    if problem.query.shape[2] >= MAX_LENGTH or problem.key.shape[2] >= MAX_LENGTH:
+        reasons.append(f"serves lengths below {MAX_LENGTH}")
+    if problem.dropout_p > 0.0:
+        reasons.append("does not serve dropout yet")
+    if problem.query_positions is not None:
+        reasons.append("does not serve query_positions and key_positions yet")
+    return reasons
+
+
+def forward(problem: Problem, out: Tensor, lse: Tensor, row_max: Tensor, row_log_sum: Tensor) -> None:
+    """Writes the output and the rows' statistics; see `tob_forward`."""
+    call = _Call(problem)
+    stats = _RowStats(row_max.data_ptr(), row_log_sum.data_ptr())
+    status = _engine().tob_forward(
+        ctypes.byref(call.problem), ctypes.byref(_tensor(out)), ctypes.c_void_p(lse.data_ptr()), ctypes.byref(stats)
+    )
+    _check_status(status)
+
+
+def backward(
+    problem: Problem,
+    out: Tensor,
+    row_max: Tensor,
+    row_log_sum: Tensor,
+    dout: Tensor,
+    dlse: Tensor | None,
+    dquery: Tensor | None,
+    dkey: Tensor | None,
+    dvalue: Tensor | None,
+    needs_dbias: bool,
+) -> Tensor | None:
+    """Writes the gradients that are not None, and returns that of the table if it is needed; see `tob_backward`."""
+    call = _Call(problem)
+    stats = _RowStats(row_max.data_ptr(), row_log_sum.data_ptr())
+    dlse = None if dlse is None else dlse.to(row_max.dtype).contiguous()
+    dbias = torch.empty_like(call.bias) if needs_dbias and call.bias is not None else None
+    status = _engine().tob_backward(
+        ctypes.byref(call.problem),
+        ctypes.byref(_tensor(out)),
+        ctypes.byref(stats),
+        ctypes.byref(_tensor(dout)),
+        ctypes.c_void_p(_pointer(dlse)),
+        *(ctypes.byref(_tensor(gradient)) for gradient in (dquery, dkey, dvalue)),
+        ctypes.c_void_p(_pointer(dbias)),
+    )
+    _check_status(status)
+    return None if dbias is None else call.fold(dbias)
+
+
+class _Call:
+    """The C struct of a problem, and the tensors that its pointers need alive."""
+
+    def __init__(self, problem: Problem) -> None:
+        query, key, value = problem.query, problem.key, problem.value
+        batch, heads_q, len_q, dim = query.shape
+        heads_kv, len_k, dim_v = value.shape[1:]
+        self._source = problem
+        self._lo, self._hi = table.reachable_offsets(len_q, len_k, problem.query_start)
+        self.bias = self._per_offset_bias() if len_q + len_k > 0 else None
+        mask = problem.key_padding_mask
+        self._key_mask = None if mask is None else mask.contiguous()
+        self.problem = _Problem(
+            _DTYPES[query.dtype],
+            torch.get_num_threads(),
+            batch,
+            heads_q,
+            heads_kv,
+            len_q,
+            len_k,
+            dim,
+            dim_v,
+            problem.query_start,
+            max(problem.min_offset, self._lo),
+            min(problem.max_offset, self._hi),
+            problem.scale,
+            _tensor(query),
+            _tensor(key),
+            _tensor(value),
+            _pointer(self.bias),
+            1 if self.bias is None else self.bias.shape[0],
+            1 if self.bias is None else self.bias.shape[1],
+            _pointer(self._key_mask),
+        )
+
+    def _per_offset_bias(self) -> Tensor | None:
+        """The table expanded to every offset of the problem: (1 or B, 1 or H, offsets)."""
+        bias = self._source.bias
+        if bias is None:
+            return None
+        real = torch.float64 if self._source.query.dtype == torch.float64 else torch.float32
+        bias = bias.to(real).reshape((1,) * (3 - bias.dim()) + bias.shape)
+        return table.per_offset(bias, self._lo, self._hi, self._source.bias_origin, self._source.beyond).contiguous()
+
+    def fold(self, dbias: Tensor) -> Tensor:
+        """The gradient per offset as the table's gradient, in its shape and dtype."""
+        bias = self._source.bias
+        assert bias is not None
+        folded = table.fold(dbias, bias.shape[-1], self._lo, self._source.bias_origin, self._source.beyond)
+        return folded.reshape(bias.shape).to(bias.dtype)
+
+
+def _engine() -> ctypes.CDLL:
+    assert _ENGINE is not None
+    return _ENGINE
+
+
+def _tensor(tensor: Tensor | None) -> _Tensor:
+    return _Tensor() if tensor is None else _Tensor(tensor.data_ptr(), *tensor.stride())
+
+
+def _pointer(tensor: Tensor | None) -> int | None:
+    return None if tensor is None else tensor.data_ptr()
+
+
+def _check_status(status: int) -> None:
+    if status:
+        raise _ERRORS.get(status, RuntimeError(f"the CPU engine refused the call (status {status})"))

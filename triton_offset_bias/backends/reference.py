@@ -1,0 +1,82 @@
+"""The specification: dense attention in plain PyTorch, differentiated by torch's own autograd.
+
+    S = scale * Q K^T + b[offset]        O = softmax(S) V        lse = log sum exp S
+
+It stores every score, works in any float dtype up to float64 (half precision is computed in float32), on any device.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from triton_offset_bias import table
+from triton_offset_bias.checks import Problem
+
+SERVES = "any device; dense, O(Lq x Lk) memory; float16, bfloat16, float32, float64"
+
+
+def unavailable_reasons() -> list[str]:
+    """Why this backend cannot serve any call here: it always can."""
+    return []
+
+
+def unsupported_reasons(problem: Problem) -> list[str]:
+    """Why this backend cannot serve `problem`: it serves everything."""
+    return []
+
+
+def attention(problem: Problem) -> tuple[Tensor, Tensor]:
+    """Output (B, Hq, Lq, Dv) and log-sum-exp (B, Hq, Lq), both differentiable as often as torch can."""
+    with torch.autocast(problem.query.device.type, enabled=False):
+        out, lse = _attention(problem)
+    return out.to(problem.query.dtype), lse
+
+
+def _attention(problem: Problem) -> tuple[Tensor, Tensor]:
+    compute = torch.promote_types(problem.query.dtype, torch.float32)
+    groups = problem.query.shape[1] // max(problem.key.shape[1], 1)
+    query = problem.query.to(compute)  # (B, Hq, Lq, D)
+    key = problem.key.to(compute).repeat_interleave(groups, dim=1)  # (B, Hq, Lk, D)
+    value = problem.value.to(compute).repeat_interleave(groups, dim=1)  # (B, Hq, Lk, Dv)
+
+    offsets = _offsets(problem)  # (Lq, Lk) or (B, Lq, Lk)
+    attended = _attended(problem, offsets)  # broadcasts to (B, Hq, Lq, Lk)
+    scores = problem.scale * (query @ key.mT)  # (B, Hq, Lq, Lk)
+    if problem.bias is not None:
+        bias = problem.bias.to(compute)
+        while bias.dim() < 3:
+            bias = bias.unsqueeze(0)
+        scores = scores + table.dense_bias(bias, offsets, problem.bias_origin, problem.beyond)
+    scores = scores.masked_fill(~attended, float("-inf"))
+
+    # A row with nothing to attend to has maximum -inf and sum 0: its output is 0, its lse -inf, its gradients 0.
+    row_max = scores.detach().amax(-1, keepdim=True) if scores.shape[-1] else scores.new_zeros(*scores.shape[:-1], 1)
+    row_max = row_max.masked_fill(row_max == float("-inf"), 0.0)
+    exps = torch.exp(scores - row_max)
+    row_sum = exps.sum(-1, keepdim=True)
+    is_empty = row_sum == 0
+    row_sum = row_sum.masked_fill(is_empty, 1.0)
+    lse = (row_sum.log() + row_max).masked_fill(is_empty, float("-inf")).squeeze(-1)
+    probs = F.dropout(exps / row_sum, problem.dropout_p)
+    return probs @ value, lse
+
+
+def _offsets(problem: Problem) -> Tensor:
+    device = problem.query.device
+    if problem.query_positions is not None and problem.key_positions is not None:
+        return table.dense_offsets(problem.query_positions.long(), problem.key_positions.long())
+    query_positions = torch.arange(problem.query.shape[2], device=device) + problem.query_start
+    return table.dense_offsets(query_positions, torch.arange(problem.key.shape[2], device=device))
+
+
+def _attended(problem: Problem, offsets: Tensor) -> Tensor:
+    attended = (offsets >= problem.min_offset) & (offsets <= problem.max_offset)
+    attended = attended.reshape(-1, 1, *attended.shape[-2:])  # (1 or B, 1, Lq, Lk)
+    if problem.key_padding_mask is not None:
+        attended = attended & problem.key_padding_mask[:, None, None, :]
+    if problem.beyond == "error" and problem.bias is not None:
+        used = offsets.expand(attended.shape[0], *offsets.shape[-2:])[attended[:, 0]]
+        if used.numel():
+            lowest, highest = int(used.min()), int(used.max())
+            table.check_reach(problem.bias.shape[-1], problem.bias_origin, lowest, highest)
+    return attended

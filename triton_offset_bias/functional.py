@@ -1,0 +1,181 @@
+"""The two public functions."""
+
+import torch
+from torch import Tensor
+
+from triton_offset_bias import ops
+from triton_offset_bias.checks import check_attention, check_varlen, with_autocast
+from triton_offset_bias.dispatch import select_backend
+
+
+def offset_bias_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    bias: Tensor | None,
+    *,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+    bias_origin: int | None = None,
+    beyond: str = "clamp",
+    query_start: int | None = None,
+    window_size: tuple[int, int] = (-1, -1),
+    key_padding_mask: Tensor | None = None,
+    query_positions: Tensor | None = None,
+    key_positions: Tensor | None = None,
+    deterministic: bool | None = None,
+    return_lse: bool = False,
+    backend: str = "auto",
+) -> Tensor | tuple[Tensor, Tensor]:
+    r"""Exact attention with a learnable bias per query-key offset, in O(Lq + Lk) memory, forward and backward.
+
+    Query i and key j are ``offset = i - j`` apart, where i counts from ``query_start`` and j from 0:
+
+        S[b,h,i,j] = scale * <query[b,h,i], key[b,h,j]> + bias[h, offset]        out = softmax(S) @ value
+
+    A query with no key to attend to gives output 0, log-sum-exp -inf and zero gradients.
+
+    Args:
+        query: (B, Hq, Lq, D), float16, bfloat16, float32 or float64. Any strides.
+        key: (B, Hkv, Lk, D), dtype and device of `query`.
+        value: (B, Hkv, Lk, Dv), dtype and device of `query`.
+        bias: (N,), (H, N) or (B, H, N) with H in {1, Hq}: the table, one column per offset, of any float dtype. It is
+            used and its gradient accumulated in float32 (float64 when `query` is float64), in nats (natural log units).
+            May hold -inf: never attend at that offset. None: attention without a bias.
+        dropout_p: probability of dropping an attention weight, as in SDPA.
+        is_causal: attend only where offset >= 0. With the default `query_start` this is bottom-right aligned.
+        scale: factor on the dot products; default ``D ** -0.5``. May be 0 or negative.
+        enable_gqa: allow Hkv to be a divisor of Hq; head h of `query` then uses head ``h // (Hq // Hkv)`` of `key`.
+        bias_origin: column of `bias` that holds offset 0; default ``(N - 1) // 2``, a symmetric table. May lie outside
+            the table.
+        beyond: what offsets outside the table see: "clamp" its nearest end, "zero" no bias, "error" raises if any such
+            offset is attended to.
+        query_start: position of query 0 counted from key 0; default ``Lk - Lq``: the last query is on the last key.
+        window_size: (left, right): attend only where -right <= offset <= left; -1 is unlimited (as in flash-attn).
+        key_padding_mask: (B, Lk) bool, True = attend.
+        query_positions: (Lq,) or (B, Lq) integers; with `key_positions`, offset = query_positions[i] - key_positions[j].
+        key_positions: (Lk,) or (B, Lk) integers.
+        deterministic: bitwise equal gradients in repeated runs; None follows
+            ``torch.are_deterministic_algorithms_enabled()``. The CPU engine always is.
+        return_lse: also return the log-sum-exp of every row of scores.
+        backend: "auto", "triton", "cpp" or "reference". A named backend serves the call or raises; it never falls back.
+
+    Returns:
+        The output, (B, Hq, Lq, Dv), in `query`'s dtype (the autocast dtype under autocast). With `return_lse` a pair: the
+        output, and the log-sum-exp in nats, (B, Hq, Lq), float32 (float64 for float64 input), differentiable as well.
+
+    Raises:
+        TypeError: an argument has the wrong type or dtype.
+        ValueError: an argument has the wrong shape, device or value; or `beyond` is "error" and an offset is.
+        NotImplementedError: the backend cannot serve this call; the message lists why.
+
+    Source:
+        Shaw et al. 2018, "Self-Attention with Relative Position Representations" (arXiv:1803.02155); Raffel et al. 2020
+        (T5, arXiv:1910.10683), section 2.1, for a scalar per offset; Dao 2023, "FlashAttention-2" (arXiv:2307.08691),
+        algorithms 1 and 2, for the tiling.
+    """
+    query, key, value = with_autocast(query, key, value)
+    problem = check_attention(
+        query,
+        key,
+        value,
+        bias,
+        dropout_p=dropout_p,
+        is_causal=is_causal,
+        scale=scale,
+        enable_gqa=enable_gqa,
+        bias_origin=bias_origin,
+        beyond=beyond,
+        query_start=query_start,
+        window_size=window_size,
+        key_padding_mask=key_padding_mask,
+        query_positions=query_positions,
+        key_positions=key_positions,
+        deterministic=deterministic,
+        return_lse=return_lse,
+    )
+    out, lse = ops.attention(problem, select_backend(problem, backend))
+    return (out, lse) if return_lse else out
+
+
+def offset_bias_attention_varlen(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    bias: Tensor | None,
+    cu_seqlens_q: Tensor,
+    cu_seqlens_k: Tensor,
+    max_seqlen_q: int,
+    max_seqlen_k: int,
+    *,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+    bias_origin: int | None = None,
+    beyond: str = "clamp",
+    window_size: tuple[int, int] = (-1, -1),
+    deterministic: bool | None = None,
+    return_lse: bool = False,
+    backend: str = "auto",
+) -> Tensor | tuple[Tensor, Tensor]:
+    """`offset_bias_attention` over sequences of different lengths packed one after another (flash-attn's convention).
+
+    Sequence s has the queries ``cu_seqlens_q[s]`` to ``cu_seqlens_q[s + 1]`` and the keys ``cu_seqlens_k[s]`` to
+    ``cu_seqlens_k[s + 1]``. Queries attend to keys of their own sequence alone; each sequence counts its offsets from its
+    own first key, its last query on its last key.
+
+    Args:
+        query: (total_q, Hq, D).
+        key: (total_k, Hkv, D).
+        value: (total_k, Hkv, Dv).
+        bias: (N,), (H, N) or (B, H, N) with B the number of sequences; see `offset_bias_attention`.
+        cu_seqlens_q: (B + 1,) int32 or int64: 0, then the running sum of the sequences' query lengths.
+        cu_seqlens_k: (B + 1,) int32 or int64: the same for keys.
+        max_seqlen_q: the longest query length, or more.
+        max_seqlen_k: the longest key length, or more.
+        dropout_p, is_causal, scale, enable_gqa, bias_origin, beyond, window_size, deterministic, backend: as in
+            `offset_bias_attention`.
+        return_lse: also return the log-sum-exp, (Hq, total_q).
+
+    Returns:
+        The output, (total_q, Hq, Dv); with `return_lse` a pair, see `offset_bias_attention`.
+
+    Raises:
+        TypeError, ValueError, NotImplementedError: as in `offset_bias_attention`.
+    """
+    query, key, value = with_autocast(query, key, value)
+    packed = check_varlen(
+        query, key, value, bias, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, enable_gqa
+    )
+    outs, lses = [], []
+    sequences = zip(
+        packed.query.split(packed.lengths_q),
+        packed.key.split(packed.lengths_k),
+        packed.value.split(packed.lengths_k),
+        strict=True,
+    )
+    for index, (q, k, v) in enumerate(sequences):
+        problem = check_attention(
+            *(x.transpose(0, 1).unsqueeze(0) for x in (q, k, v)),
+            bias[index : index + 1] if bias is not None and bias.dim() == 3 else bias,
+            dropout_p=dropout_p,
+            is_causal=is_causal,
+            scale=scale,
+            enable_gqa=enable_gqa,
+            bias_origin=bias_origin,
+            beyond=beyond,
+            query_start=None,
+            window_size=window_size,
+            key_padding_mask=None,
+            query_positions=None,
+            key_positions=None,
+            deterministic=deterministic,
+            return_lse=return_lse,
+        )
+        out, lse = ops.attention(problem, select_backend(problem, backend))
+        outs.append(out[0].transpose(0, 1))
+        lses.append(lse[0])
+    return (torch.cat(outs), torch.cat(lses, dim=1)) if return_lse else torch.cat(outs)

@@ -1,0 +1,82 @@
+"""Self-attention with any position bias of this package."""
+
+from torch import Tensor, nn
+
+from triton_offset_bias.functional import offset_bias_attention
+
+
+class OffsetBiasAttention(nn.Module):
+    """Multi-head self-attention: projections, `offset_bias_attention` with a table from `bias`, output projection.
+
+    Args:
+        embed_dim: width of input and output; a multiple of `num_heads`.
+        num_heads: query heads.
+        bias: a module that gives a table, ``bias(min_offset, max_offset) -> (H, offsets)``, such as `OffsetBias`; the same
+            module may serve several layers. None: no position bias.
+        num_kv_heads: key and value heads, a divisor of `num_heads` (grouped-query attention); default `num_heads`.
+        is_causal: attend only to keys at or before the query.
+        dropout_p: probability of dropping an attention weight while training.
+
+    Raises:
+        ValueError: `embed_dim` is no multiple of `num_heads`, or `num_heads` none of `num_kv_heads`.
+
+    Source:
+        Vaswani et al. 2017 (arXiv:1706.03762), section 3.2.2; Ainslie et al. 2023 (GQA, arXiv:2305.13245).
+    """
+
+    def __init__(
+        self,
+        embed_dim: int,
+        num_heads: int,
+        bias: nn.Module | None,
+        *,
+        num_kv_heads: int | None = None,
+        is_causal: bool = False,
+        dropout_p: float = 0.0,
+    ) -> None:
+        super().__init__()
+        num_kv_heads = num_heads if num_kv_heads is None else num_kv_heads
+        if num_heads < 1 or embed_dim < 1 or embed_dim % num_heads:
+            raise ValueError(f"`embed_dim` must be a positive multiple of num_heads={num_heads}, got {embed_dim}")
+        if num_kv_heads < 1 or num_heads % num_kv_heads:
+            raise ValueError(f"`num_kv_heads` must divide num_heads={num_heads}, got {num_kv_heads}")
+        self.num_heads = num_heads
+        self.num_kv_heads = num_kv_heads
+        self.head_dim = embed_dim // num_heads
+        self.is_causal = is_causal
+        self.dropout_p = dropout_p
+        self.bias = bias
+        self.q_proj = nn.Linear(embed_dim, embed_dim)
+        self.k_proj = nn.Linear(embed_dim, num_kv_heads * self.head_dim)
+        self.v_proj = nn.Linear(embed_dim, num_kv_heads * self.head_dim)
+        self.out_proj = nn.Linear(embed_dim, embed_dim)
+
+    def forward(self, x: Tensor, key_padding_mask: Tensor | None = None) -> Tensor:
+        """Attends within every sequence of `x`.
+
+        Args:
+            x: (B, L, embed_dim).
+            key_padding_mask: (B, L) bool, True = attend.
+
+        Returns:
+            (B, L, embed_dim).
+        """
+        length = x.shape[1]
+        min_offset = 0 if self.is_causal else 1 - length
+        bias = None if self.bias is None or length == 0 else self.bias(min_offset, length - 1)
+        out = offset_bias_attention(
+            self._split_heads(self.q_proj(x), self.num_heads),
+            self._split_heads(self.k_proj(x), self.num_kv_heads),
+            self._split_heads(self.v_proj(x), self.num_kv_heads),
+            bias,
+            dropout_p=self.dropout_p if self.training else 0.0,
+            is_causal=self.is_causal,
+            enable_gqa=self.num_kv_heads != self.num_heads,
+            bias_origin=-min_offset,
+            key_padding_mask=key_padding_mask,
+        )
+        assert isinstance(out, Tensor)
+        return self.out_proj(out.transpose(1, 2).flatten(2))
+
+    def _split_heads(self, x: Tensor, num_heads: int) -> Tensor:
+        return x.unflatten(-1, (num_heads, self.head_dim)).transpose(1, 2)

@@ -1,0 +1,115 @@
+"""Where offsets become columns: the one place that knows how a bias table is laid out.
+
+A table is a tensor whose last axis has one column per offset; `origin` is the column of offset 0, so offset `o` lives in
+column `o + origin`. What lies outside the table is decided by `beyond`: its nearest end ("clamp"), nothing ("zero"), or
+an error that was raised before any of these functions is reached ("error").
+"""
+
+import torch
+from torch import Tensor
+
+BEYOND = ("clamp", "zero", "error")
+
+# Offsets are bounded by tensor lengths, so this is out of reach and still far from the ends of int64.
+UNLIMITED = 2**62
+
+
+def default_origin(num_columns: int) -> int:
+    """The column of offset 0 in a symmetric table."""
+    return (num_columns - 1) // 2
+
+
+def reachable_offsets(len_q: int, len_k: int, query_start: int) -> tuple[int, int]:
+    """The smallest and the largest offset between any query and any key of contiguous positions."""
+    return query_start - (len_k - 1), query_start + len_q - 1
+
+
+def attended_interval(is_causal: bool, window_size: tuple[int, int]) -> tuple[int, int]:
+    """The offsets that `is_causal` and `window_size` allow, as one closed interval."""
+    left, right = window_size
+    min_offset = -UNLIMITED if right < 0 else -right
+    max_offset = UNLIMITED if left < 0 else left
+    return (max(min_offset, 0) if is_causal else min_offset), max_offset
+
+
+def per_offset(bias: Tensor, lo: int, hi: int, origin: int, beyond: str) -> Tensor:
+    """The table's value at every offset from `lo` to `hi`, both included: (..., hi - lo + 1). Differentiable."""
+    below, inside, above = _split(bias.shape[-1], lo, hi, origin)
+    first = lo + origin + below
+    if below == 0 and above == 0:
+        return bias[..., first : first + inside]
+    left = _outside(bias[..., :1], below, beyond)
+    right = _outside(bias[..., -1:], above, beyond)
+    return torch.cat([left, bias[..., first : first + inside], right], dim=-1)
+
+
+def _outside(end: Tensor, count: int, beyond: str) -> Tensor:
+    """What `count` offsets past this end of the table see: (..., 1) gives (..., count)."""
+    outside = end.expand(*end.shape[:-1], count)
+    return torch.zeros_like(outside) if beyond == "zero" else outside
+
+
+def fold(grad: Tensor, num_columns: int, lo: int, origin: int, beyond: str) -> Tensor:
+    """The transpose of `per_offset`: sums a gradient per offset, from `lo` on, into the table's columns."""
+    below, inside, above = _split(num_columns, lo, lo + grad.shape[-1] - 1, origin)
+    first = lo + origin + below
+    out = grad.new_zeros(*grad.shape[:-1], num_columns)
+    out[..., first : first + inside] = grad[..., below : below + inside]
+    if beyond != "zero":
+        if below:
+            out[..., 0] += grad[..., :below].sum(-1)
+        if above:
+            out[..., -1] += grad[..., below + inside :].sum(-1)
+    return out
+
+
+def _split(num_columns: int, lo: int, hi: int, origin: int) -> tuple[int, int, int]:
+    """How many offsets of [lo, hi] lie below the table, inside it, above it."""
+    total = hi - lo + 1
+    below = min(max(-origin - lo, 0), total)
+    above = min(max(hi - (num_columns - 1 - origin), 0), total)
+    return below, total - below - above, above
+
+
+def dense_offsets(query_positions: Tensor, key_positions: Tensor) -> Tensor:
+    """Offset of every pair: (Lq,) and (Lk,) give (Lq, Lk); a batch axis on either is kept."""
+    return query_positions.unsqueeze(-1) - key_positions.unsqueeze(-2)
+
+
+def dense_bias(bias: Tensor, offsets: Tensor, origin: int, beyond: str) -> Tensor:
+    """The bias of every pair: a (B or 1, H, N) table at (Lq, Lk) or (B, Lq, Lk) offsets gives (B or 1, H, Lq, Lk)."""
+    columns = offsets + origin
+    inside = (columns >= 0) & (columns < bias.shape[-1])
+    columns = columns.clamp(0, bias.shape[-1] - 1)
+    if offsets.dim() == 2:
+        dense = bias[..., columns]
+    else:
+        batch, len_q, len_k = offsets.shape
+        rows = bias.expand(batch, *bias.shape[1:])
+        index = columns.reshape(batch, 1, len_q * len_k).expand(-1, bias.shape[1], -1)
+        dense = rows.gather(-1, index).unflatten(-1, (len_q, len_k))
+        inside = inside.unsqueeze(1)
+    return dense.where(inside, 0.0) if beyond == "zero" else dense
+
+
+def check_reach(num_columns: int, origin: int, lowest: int, highest: int) -> None:
+    """Raises if the attended offsets [lowest, highest] leave the table, as `beyond="error"` asks."""
+    first, last = -origin, num_columns - 1 - origin
+    if lowest < first or highest > last:
+        raise ValueError(
+            f"`bias` must cover every attended offset when beyond='error': it holds offsets {first} to {last}, "
+            f"but offsets {lowest} to {highest} are attended to"
+        )
+
+
+def attended_extremes(
+    key_padding_mask: Tensor, len_q: int, query_start: int, min_offset: int, max_offset: int
+) -> tuple[int, int] | None:
+    """The smallest and largest offset that some query attends to under a (B, Lk) mask; None if there is none."""
+    keys = torch.arange(key_padding_mask.shape[-1], device=key_padding_mask.device)
+    lowest = (query_start - keys).clamp(min=min_offset)
+    highest = (query_start + len_q - 1 - keys).clamp(max=max_offset)
+    used = key_padding_mask.any(0) & (lowest <= highest)
+    if not bool(used.any()):
+        return None
+    return int(lowest[used].min()), int(highest[used].max())
