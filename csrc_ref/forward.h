@@ -18,21 +18,20 @@ template <class Real> class Forward {
  public:
   Forward(const tob_problem &problem, const tob_tensor &out, void *lse, const tob_row_stats &stats)
       : p(problem), out(out), lse(static_cast<Real *>(lse)), row_max(static_cast<Real *>(stats.row_max)),
-        row_log_sum(static_cast<Real *>(stats.row_log_sum)), band(p), strips(p), mask(p), chunks(round_up(int(p.dim), P) / P),
-        chunks_v(round_up(int(p.dim_v), P) / P), keys_padded(round_up(int(p.len_k), P)),
-        key_panels(p.batch * p.heads_kv * keys_padded * chunks * P),
-        value_panels(p.batch * p.heads_kv * keys_padded * chunks_v * P) {}
+        row_log_sum(static_cast<Real *>(stats.row_log_sum)), band(p), strips(p), mask(p),
+        chunks(round_up(int(p.dim), P) / P), chunks_v(round_up(int(p.dim_v), P) / P), keys_padded(round_up(int(p.len_k), P)),
+        queries(queries_per_task()), group(p.heads_kv ? p.heads_q / p.heads_kv : 1),
+        blocks(group * ((p.len_q + queries - 1) / queries)), wave(heads_at_a_time(p.batch * p.heads_kv, blocks, p.num_threads)),
+        key_panels(wave * keys_padded * chunks * P), value_panels(wave * keys_padded * chunks_v * P) {}
 
   void run() {
-    pack();
-    const int queries = queries_per_task();
-    const int64_t blocks = (p.len_q + queries - 1) / queries, tasks = blocks * p.batch * p.heads_q;
-    const Scratch<Block> scratch(std::min(p.num_threads, tasks));
-    parallel_for(tasks, p.num_threads, [&](int64_t task, int thread) {
-      const int64_t head = task / blocks;
-      const int first = int(blocks - 1 - task % blocks) * queries;  // under causality the long ones first
-      attend(head / p.heads_q, head % p.heads_q, first, std::min(queries, int(p.len_q) - first), scratch.get()[thread]);
-    });
+    const Scratch<Block> scratch(std::min(p.num_threads, wave * blocks));
+    for (int64_t first = 0; first < p.batch * p.heads_kv; first += wave) {
+      const int64_t heads = std::min(wave, p.batch * p.heads_kv - first);
+      pack(first, heads);
+      parallel_for(heads * blocks, p.num_threads,
+                   [&](int64_t task, int thread) { attend(first, task / blocks, task % blocks, scratch.get()[thread]); });
+    }
   }
 
  private:
@@ -53,22 +52,24 @@ template <class Real> class Forward {
     return round_up(queries, kRows);
   }
 
-  // Pass 1: keys as transposed panels, values as panels of rows.
-  void pack() {
+  // Pass 1: keys as transposed panels, values as panels of rows, of `heads` heads from `first_head` (counting b * heads_kv + h).
+  void pack(int64_t first_head, int64_t heads) {
     const int64_t panels = keys_padded / P;
-    parallel_for(p.batch * p.heads_kv * panels, p.num_threads, [&](int64_t task, int) {
-      const int64_t head = task / panels, b = head / p.heads_kv, h = head % p.heads_kv;
+    parallel_for(heads * panels, p.num_threads, [&](int64_t task, int) {
+      const int64_t slot = task / panels, b = (first_head + slot) / p.heads_kv, h = (first_head + slot) % p.heads_kv;
       const int first = int(task % panels) * P, count = std::min(P, int(p.len_k) - first);
-      pack_transposed(matrix_of(p.key, p.dtype, int(p.dim), b, h), first, count, Real(1), keys_of(head) + int64_t(first) * chunks * P);
+      pack_transposed(matrix_of(p.key, p.dtype, int(p.dim), b, h), first, count, keys_of(slot) + int64_t(first) * chunks * P);
       pack_rows(matrix_of(p.value, p.dtype, int(p.dim_v), b, h), first, count, P, Real(1),
-                values_of(head) + int64_t(first) * P, int64_t(keys_padded) * P);
+                values_of(slot) + int64_t(first) * P, int64_t(keys_padded) * P);
     });
   }
 
   // Pass 2: one block of queries against all of its keys.
-  void attend(int64_t b, int64_t h, int first, int count, Block &t) {
+  void attend(int64_t first_head, int64_t slot, int64_t block, Block &t) {
+    const int64_t b = (first_head + slot) / p.heads_kv, h = (first_head + slot) % p.heads_kv * group + block % group;
+    const int first = int(blocks / group - 1 - block / group) * queries;  // under causality the long ones first
+    const int count = std::min(queries, int(p.len_q) - first);
     const int rows = round_up(count, kTileRows);
-    const int64_t head_kv = b * p.heads_kv + h / (p.heads_q / p.heads_kv);
     pack_rows(matrix_of(p.query, p.dtype, int(p.dim), b, h), first, count, rows, Real(p.scale * kLog2E), t.query, int64_t(rows) * P);
     std::fill(t.acc, t.acc + rows * chunks_v * P, Real(0));
     std::fill(t.max, t.max + rows + W, kNoScore);
@@ -84,10 +85,10 @@ template <class Real> class Forward {
         const bool inside = band.covers(first + row, first + row + step, key + columns.begin, key + columns.end);
         const ScoreAddends<Real> add{p.bias || !inside ? strips.at(b, h) + key - (first + row) : nullptr,
                                      mask.present() ? mask.at(b) + key : nullptr, nullptr, nullptr};
-        score_block<false>(t.query + row * P, int64_t(rows) * P, keys_of(head_kv) + int64_t(key) * chunks * P, chunks, t.scores,
+        score_block<false>(t.query + row * P, int64_t(rows) * P, keys_of(slot) + int64_t(key) * chunks * P, chunks, t.scores,
                            kScoreStride, add, step, columns, int(p.len_k) - key);
         softmax_step(t, row, step, columns);
-        accumulate_product<true>(t.scores, kScoreStride, 1, values_of(head_kv) + int64_t(key) * P, int64_t(keys_padded) * P,
+        accumulate_product<true>(t.scores, kScoreStride, 1, values_of(slot) + int64_t(key) * P, int64_t(keys_padded) * P,
                                  t.acc + row * chunks_v * P, chunks_v * P, step, chunks_v, t.rescale, [&](int r) {
                                    return band.keys_of(first + row + r, first + row + r + kTileRows).clip(key + columns.begin, key + columns.end).shift(-key);
                                  });
@@ -139,8 +140,8 @@ template <class Real> class Forward {
     }
   }
 
-  Real *keys_of(int64_t head) const { return key_panels.get() + head * keys_padded * chunks * P; }
-  Real *values_of(int64_t head) const { return value_panels.get() + head * keys_padded * chunks_v * P; }
+  Real *keys_of(int64_t slot) const { return key_panels.get() + slot * keys_padded * chunks * P; }
+  Real *values_of(int64_t slot) const { return value_panels.get() + slot * keys_padded * chunks_v * P; }
 
   const tob_problem &p;
   const tob_tensor &out;
@@ -148,7 +149,8 @@ template <class Real> class Forward {
   Band band;
   BiasStrips<Real> strips;
   KeyMask<Real> mask;
-  int chunks, chunks_v, keys_padded;  // dim and dim_v in panels; len_k padded to whole panels
+  int chunks, chunks_v, keys_padded, queries;  // dim and dim_v in panels; len_k in whole panels; queries a task
+  int64_t group, blocks, wave;                 // query heads a key head; tasks a key head; key heads packed at a time
   Scratch<Real> key_panels, value_panels;
 };
 

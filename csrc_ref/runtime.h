@@ -61,6 +61,15 @@ template <class Task> void parallel_for(int64_t count, int64_t num_threads, Task
   }
 }
 
+// How many heads to work on at a time, so that packed copies take memory for those alone: enough tasks to keep every thread
+// busy until the last few. Results do not depend on it.
+inline int64_t heads_at_a_time(int64_t heads, int64_t tasks_per_head, int64_t num_threads) {
+  constexpr int64_t kTasksPerThread = 24;
+  if (num_threads == 1 || tasks_per_head == 0) return heads < 1 ? heads : 1;
+  const int64_t wanted = (kTasksPerThread * num_threads + tasks_per_head - 1) / tasks_per_head;
+  return wanted < heads ? wanted : heads;
+}
+
 // Keeps sums in a fixed order across tasks that parallel_for started in order. Every task passes the same steps, 0, 1, ...;
 // task t may do step s once task t - 1 is past it. The first unfinished task never waits, so there is no deadlock.
 class OrderedSteps {

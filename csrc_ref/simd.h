@@ -6,6 +6,11 @@
 #include <cstdint>
 #include <cstring>
 #include <limits>
+#include <type_traits>
+#include <utility>
+#if defined(__SSE2__)
+#include <immintrin.h>
+#endif
 
 #ifndef TOB_VECTOR_BYTES
 #define TOB_VECTOR_BYTES 16
@@ -53,8 +58,20 @@ template <class Real> struct Simd {
   static TOB_INLINE void store(Real *p, Vec v) { *reinterpret_cast<Unaligned *>(p) = v; }
   static TOB_INLINE Vec broadcast(Real x) { return x - Vec{}; }
 
-  // Where a is NaN the result is b.
-  static TOB_INLINE Vec max(Vec a, Vec b) { return a > b ? a : b; }
+  // Where either is NaN the result is b. Spelled out on x86, where compilers miss the instruction when one is constant.
+  static TOB_INLINE Vec max(Vec a, Vec b) {
+    constexpr bool is_float = std::is_same_v<Real, float>;
+#if defined(__AVX512F__) && TOB_VECTOR_BYTES == 64
+    if constexpr (is_float) return (Vec)_mm512_max_ps((__m512)a, (__m512)b);
+    else return (Vec)_mm512_max_pd((__m512d)a, (__m512d)b);
+#elif defined(__AVX__) && TOB_VECTOR_BYTES == 32
+    if constexpr (is_float) return (Vec)_mm256_max_ps((__m256)a, (__m256)b);
+    else return (Vec)_mm256_max_pd((__m256d)a, (__m256d)b);
+#else
+    (void)is_float;
+    return a > b ? a : b;
+#endif
+  }
 
   // 2^x for x <= 1. At or below the smallest exponent exactly 0; NaN stays NaN.
   static TOB_INLINE Vec exp2(Vec x) {
@@ -66,6 +83,9 @@ template <class Real> struct Simd {
     p = p * f + Real(1);
     return (Vec)((IntVec)p + ((IntVec)shifted << Traits::kMantissaBits));
   }
+
+  // Transposes a square of kLanes rows: blocks of 1, 2, 4, ... off the diagonal change places.
+  static TOB_INLINE void transpose(Vec (&rows)[kLanes]) { transpose_from<1>(rows); }
 
   static TOB_INLINE Real sum(Vec v) {
     Real lanes[kLanes];
@@ -81,6 +101,26 @@ template <class Real> struct Simd {
     for (int width = kLanes / 2; width > 0; width /= 2)
       for (int i = 0; i < width; ++i) lanes[i] = lanes[i] > lanes[i + width] ? lanes[i] : lanes[i + width];
     return lanes[0];
+  }
+
+ private:
+  template <int kBlock> static TOB_INLINE void transpose_from(Vec (&rows)[kLanes]) {
+    if constexpr (kBlock < kLanes) {
+      for (int i = 0; i < kLanes; ++i) {
+        if (i & kBlock) continue;
+        const Vec upper = rows[i], lower = rows[i + kBlock];
+        rows[i] = exchange<kBlock, false>(upper, lower, std::make_integer_sequence<int, kLanes>());
+        rows[i + kBlock] = exchange<kBlock, true>(upper, lower, std::make_integer_sequence<int, kLanes>());
+      }
+      transpose_from<2 * kBlock>(rows);
+    }
+  }
+
+  template <int kBlock, bool kRight, int... kLane>
+  static TOB_INLINE Vec exchange(Vec upper, Vec lower, std::integer_sequence<int, kLane...>) {
+    return __builtin_shufflevector(upper, lower,
+                                   (kRight ? (kLane & kBlock ? kLanes + kLane : kLane + kBlock)
+                                           : (kLane & kBlock ? kLanes + kLane - kBlock : kLane))...);
   }
 };
 

@@ -115,18 +115,22 @@ void pack_rows(const Matrix &m, int64_t first, int count, int padded, Real facto
   }
 }
 
-// One panel of columns: out[d][i] = factor * m[first + i][d] for kPanel rows, of which `count` exist and the others are 0.
-template <class Real> void pack_transposed(const Matrix &m, int64_t first, int count, Real factor, Real *out) {
+// One panel of columns: out[d][i] = m[first + i][d] for kPanel rows, of which `count` exist and the others are 0.
+template <class Real> void pack_transposed(const Matrix &m, int64_t first, int count, Real *out) {
   constexpr int P = kPanel<Real>, W = Simd<Real>::kLanes;
   alignas(64) Real rows[P][kMaxDim + P];
   const int padded_dim = round_up(m.dim, P);
   for (int i = 0; i < P; ++i) {
-    if (i < count) read_row(m, first + i, factor, rows[i], padded_dim);
+    if (i < count) read_row(m, first + i, Real(1), rows[i], padded_dim);
     else std::memset(rows[i], 0, sizeof(Real) * padded_dim);
   }
   for (int d = 0; d < padded_dim; d += W)
-    for (int i = 0; i < P; ++i)
-      for (int e = 0; e < W; ++e) out[int64_t(d + e) * P + i] = rows[i][d + e];
+    for (int i = 0; i < P; i += W) {
+      typename Simd<Real>::Vec square[W];
+      for (int e = 0; e < W; ++e) square[e] = Simd<Real>::load(rows[i + e] + d);
+      Simd<Real>::transpose(square);
+      for (int e = 0; e < W; ++e) Simd<Real>::store(out + int64_t(d + e) * P + i, square[e]);
+    }
 }
 
 }  // namespace tob
