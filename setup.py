@@ -1,4 +1,4 @@
-"""Builds the CPU engine: one shared library for each instruction set, loaded by ctypes; torch is not needed to build."""
+"""Builds the CPU engine: a shared library for each instruction set, loaded by ctypes. Building needs no torch."""
 
 import platform
 import sys
@@ -6,7 +6,14 @@ import sys
 from setuptools import Extension, setup
 
 # -ffp-contract=fast makes a * b + c one fused multiply-add; nothing else departs from IEEE arithmetic.
-COMPILE_ARGS = ["-std=c++17", "-O3", "-ffp-contract=fast", "-fno-math-errno", "-fno-trapping-math", "-fvisibility=hidden"]
+COMPILE_ARGS = [
+    "-std=c++17",
+    "-O3",
+    "-ffp-contract=fast",
+    "-fno-math-errno",
+    "-fno-trapping-math",
+    "-fvisibility=hidden",
+]
 # Compiled for OpenMP but not linked to a runtime: at load time the calls bind to the one that torch has loaded.
 OPENMP_ARGS = ["-Xpreprocessor", "-fopenmp"] if sys.platform == "darwin" else ["-fopenmp"]
 BUILDS = {"portable": ["-DTOB_VECTOR_BYTES=16"]}

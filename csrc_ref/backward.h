@@ -3,8 +3,8 @@
 //   P = exp2(S - row_max - row_log_sum)      dP = dO V^T      delta = <dO, O> - dlse      dS = P * (dP - delta)
 //   dV = P^T dO      dK = scale dS^T Q      dQ = scale dS K      dbias[offset] = sum of dS along the offset's diagonal
 //
-// A task owns its block's dK and dV. dQ and dbias are shared by the tasks of a head: they add to them in the order of their
-// blocks, held by OrderedSteps, so every sum has one order whatever the number of threads.
+// A task owns its block's dK and dV. dQ and dbias are shared by the tasks of a head: they add to them in the order of
+// their blocks, held by OrderedSteps, so every sum has one order whatever the number of threads.
 #pragma once
 
 #include "scores.h"
@@ -22,21 +22,19 @@ template <class Real> class Backward {
  public:
   Backward(const tob_problem &problem, const tob_tensor &out, const tob_row_stats &stats, const tob_tensor &dout,
            const void *dlse, const tob_tensor &dquery, const tob_tensor &dkey, const tob_tensor &dvalue, void *dbias)
-      : p(problem), out(out), dout(dout), dquery(dquery), dkey(dkey), dvalue(dvalue),
-        row_max(static_cast<const Real *>(stats.row_max)), row_log_sum(static_cast<const Real *>(stats.row_log_sum)),
-        dlse(static_cast<const Real *>(dlse)), dbias(static_cast<Real *>(dbias)), band(p), strips(p), mask(p),
-        chunks(round_up(int(p.dim), P) / P), chunks_v(round_up(int(p.dim_v), P) / P), keys(keys_per_task()),
-        rows_padded(round_up(int(p.len_q), kQueries)), group(p.heads_kv ? p.heads_q / p.heads_kv : 1),
-        columns((p.len_k + keys - 1) / keys), wave(heads_at_a_time(p.batch * p.heads_kv, columns, p.num_threads)),
-        strip_length(p.len_q + p.len_k + 2 * BiasStrips<Real>::kPad),
-        query_panels(wave * group * rows_padded * chunks * P), dout_panels(wave * group * rows_padded * chunks_v * P),
-        dquery_acc(dquery.data ? wave * group * rows_padded * chunks * P : 0), max(wave * group * rows_padded),
-        log_sum(wave * group * rows_padded), delta(wave * group * rows_padded),
-        dbias_strips(dbias ? wave * group * strip_length : 0),
-        dbias_sums(dbias ? p.bias_batch * p.bias_heads * bias_columns() : 0) {}
+      : p(problem),
+        out(out),
+        dout(dout),
+        dquery(dquery),
+        dkey(dkey),
+        dvalue(dvalue),
+        row_max(static_cast<const Real *>(stats.row_max)),
+        row_log_sum(static_cast<const Real *>(stats.row_log_sum)),
+        dlse(static_cast<const Real *>(dlse)),
+        dbias(static_cast<Real *>(dbias)) {}
 
   void run() {
-    if (dbias) std::fill_n(dbias_sums.get(), p.bias_batch * p.bias_heads * bias_columns(), 0.0);
+    if (dbias) std::fill_n(dbias_sums.get(), bias_rows * bias_columns, 0.0);
     const int64_t threads = std::min(p.num_threads, wave * columns);
     const Scratch<Block> blocks(threads);
     const Scratch<Real> local_strips(dbias ? threads * strip_length : 0);
@@ -56,7 +54,7 @@ template <class Real> class Backward {
                      [&](int64_t task, int) { write_dquery(task / row_blocks, int(task % row_blocks) * kQueries); });
       if (dbias) sum_dbias(heads);
     }
-    if (dbias) std::copy_n(dbias_sums.get(), p.bias_batch * p.bias_heads * bias_columns(), dbias);
+    if (dbias) std::copy_n(dbias_sums.get(), bias_rows * bias_columns, dbias);
   }
 
  private:
@@ -88,7 +86,8 @@ template <class Real> class Backward {
     int first, count;
   };
 
-  // Small problems get small tasks, so that every core has work. Not a matter of the thread count: results are the same.
+  // Small problems get small tasks, so that every core has work. Not a matter of the thread count: results are the
+  // same.
   int keys_per_task() const {
     int keys = kMaxKeys;
     while (keys > 24 && p.batch * p.heads_kv * ((p.len_k + keys - 1) / keys) < 24) keys /= 2;
@@ -153,7 +152,9 @@ template <class Real> class Backward {
       const int rows = round_up(std::min(kQueries, int(p.len_q) - first), kTileRows);
       const int64_t step = g * (tiles + 1) + first / kQueries;
       fill_tiles(c, head, first, rows, used);
-      if (dbias) add_diagonals(c, first, rows);
+      if (dbias)
+        add_diagonals(c.block.dscores + W, kTileStride, rows, round_up(c.count, P),
+                      c.strip + BiasStrips<Real>::kPad + p.len_q + c.first - first);
       if (!is_first) c.order.wait(c.task - 1, step);
       accumulate(c, head.slot, first, rows);
       c.order.finish(c.task, step);
@@ -174,71 +175,28 @@ template <class Real> class Backward {
     for (int row = 0; row < rows; row += kRows) {
       const int step = std::min(kRows, rows - row);
       const Range attended = band.keys_of(first + row, first + row + step).clip(used.begin, used.end);
-      const Range columns = attended.empty() ? Range{0, 0} : Range{round_down(attended.begin - c.first, P), round_up(attended.end - c.first, P)};
+      const Range columns = attended.empty()
+                                ? Range{0, 0}
+                                : Range{round_down(attended.begin - c.first, P), round_up(attended.end - c.first, P)};
       Real *probs = t.probs + row * kTileStride, *dscores = t.dscores + W + row * kTileStride;
-      clear_outside(probs, dscores, step, columns, width);
+      clear_outside(probs, dscores, kTileStride, step, columns, width);
       if (columns.empty()) continue;
       const int64_t base = head.slot * rows_padded + first + row;
       const bool inside = band.covers(first + row, first + row + step, c.first + columns.begin, c.first + columns.end);
       const ScoreAddends<Real> add{p.bias || !inside ? strips.at(head.b, head.h) + c.first - (first + row) : nullptr,
-                                   mask.present() ? mask.at(head.b) + c.first : nullptr, max.get() + base, log_sum.get() + base};
-      score_block<true>(queries_of(head.slot) + int64_t(first + row) * P, int64_t(rows_padded) * P, t.key_columns, chunks, probs, kTileStride, add, step,
-                        columns, c.count);
+                                   mask.present() ? mask.at(head.b) + c.first : nullptr, max.get() + base,
+                                   log_sum.get() + base};
+      score_block<true>(queries_of(head.slot) + int64_t(first + row) * P, int64_t(rows_padded) * P, t.key_columns,
+                        chunks, probs, kTileStride, add, step, columns, c.count);
       for (int r = 0; r < step; ++r)
         for (int j = columns.begin; j < columns.end; j += P) {
           Real *x = probs + r * kTileStride + j;
           S::store(x, S::exp2(S::load(x)));
           S::store(x + W, S::exp2(S::load(x + W)));
         }
-      if (needs_dscores()) dscore_block(c, head.slot, first + row, step, columns, probs, dscores);
-    }
-  }
-
-  // Columns that were not computed are zero, and so is a vector's width on both sides of dS.
-  void clear_outside(Real *probs, Real *dscores, int rows, Range columns, int width) const {
-    for (int r = 0; r < rows; ++r) {
-      Real *pr = probs + r * kTileStride, *ds = dscores + r * kTileStride;
-      std::fill(pr, pr + columns.begin, Real(0));
-      std::fill(pr + columns.end, pr + width, Real(0));
-      std::fill(ds - W, ds + columns.begin, Real(0));
-      std::fill(ds + columns.end, ds + width + W, Real(0));
-    }
-  }
-
-  // dS = P * (dO V^T - delta)
-  void dscore_block(Column &c, int64_t slot, int row, int rows, Range columns, const Real *probs, Real *dscores) const {
-    const Real *g = douts_of(slot) + int64_t(row) * P, *row_delta = delta.get() + slot * rows_padded + row;
-    for (int column = columns.begin; column < columns.end; column += P) {
-      const Real *panel = c.block.value_columns + column * chunks_v * P;
-      for (int r0 = 0; r0 < rows; r0 += kTileRows) {
-        Tile<Real> tile{};
-        for (int chunk = 0; chunk < chunks_v; ++chunk)
-          multiply_add(tile, g + r0 * P + int64_t(chunk) * rows_padded * P, P, 1, panel + chunk * P * P, P);
-#pragma GCC unroll 12
-        for (int r = 0; r < kTileRows; ++r) {
-          const int64_t at = (r0 + r) * kTileStride + column;
-          const Vec d = S::broadcast(row_delta[r0 + r]);
-          S::store(dscores + at, S::load(probs + at) * (tile.left[r] - d));
-          S::store(dscores + at + W, S::load(probs + at + W) * (tile.right[r] - d));
-        }
-      }
-    }
-  }
-
-  // Sums dS along its diagonals, a vector of neighbouring offsets at a time, into the task's strip.
-  void add_diagonals(Column &c, int first, int rows) const {
-    const int width = round_up(c.count, P);
-    const Real *tile = c.block.dscores + W;
-    Real *strip = c.strip + BiasStrips<Real>::kPad + p.len_q + c.first - first;  // at x = 0 of this tile
-    for (int x = -round_up(rows, W); x < width; x += W) {
-      const int begin = std::max(0, -(W - 1) - x), end = std::min(rows, width - x);
-      Vec sums[4] = {};
-      const Real *at = tile + begin * (kTileStride + 1) + x;
-      int r = begin;
-      for (; r + 4 <= end; r += 4, at += 4 * (kTileStride + 1))
-        for (int i = 0; i < 4; ++i) sums[i] += S::load(at + i * (kTileStride + 1));
-      for (; r < end; ++r, at += kTileStride + 1) sums[0] += S::load(at);
-      if (begin < end) S::store(strip + x, S::load(strip + x) + ((sums[0] + sums[1]) + (sums[2] + sums[3])));
+      if (needs_dscores())
+        dscore_block(douts_of(head.slot) + int64_t(first + row) * P, int64_t(rows_padded) * P, t.value_columns,
+                     chunks_v, delta.get() + base, probs, dscores, kTileStride, step, columns);
     }
   }
 
@@ -263,8 +221,8 @@ template <class Real> class Backward {
                                 chunks * P, key_rows, chunks, none, queries);
     if (dquery.data)
       accumulate_product<false>(dscores, kTileStride, 1, t.key_rows, int64_t(keys) * P,
-                                dquery_acc.get() + (slot * rows_padded + first) * chunks * P, chunks * P, rows, chunks, none,
-                                key_range);
+                                dquery_acc.get() + (slot * rows_padded + first) * chunks * P, chunks * P, rows, chunks,
+                                none, key_range);
   }
 
   // Pass 3.
@@ -278,19 +236,19 @@ template <class Real> class Backward {
   // Pass 4: adds the heads at work, in order, to the rows of dbias that they share.
   void sum_dbias(int64_t heads) {
     constexpr int64_t kPiece = 512;
-    const int64_t pieces = (bias_columns() + kPiece - 1) / kPiece;
+    const int64_t pieces = (bias_columns + kPiece - 1) / kPiece;
     parallel_for(pieces, p.num_threads, [&](int64_t piece, int) {
-      const int64_t first = piece * kPiece, last = std::min(first + kPiece, bias_columns());
+      const int64_t first = piece * kPiece, last = std::min(first + kPiece, bias_columns);
       for (int64_t slot = 0; slot < heads; ++slot) {
         const Head head = head_of(slot);
         const int64_t row = (p.bias_batch == 1 ? 0 : head.b) * p.bias_heads + (p.bias_heads == 1 ? 0 : head.h);
         const Real *strip = dbias_strips.get() + slot * strip_length + BiasStrips<Real>::kPad + p.len_q;
-        for (int64_t i = first; i < last; ++i) dbias_sums.get()[row * bias_columns() + i] += double(strip[p.len_k - 1 - i]);
+        for (int64_t i = first; i < last; ++i)
+          dbias_sums.get()[row * bias_columns + i] += double(strip[p.len_k - 1 - i]);
       }
     });
   }
 
-  int64_t bias_columns() const { return p.len_q + p.len_k - 1; }
   bool needs_dscores() const { return dquery.data || dkey.data || dbias; }
   Real *queries_of(int64_t slot) const { return query_panels.get() + slot * rows_padded * chunks * P; }
   Real *douts_of(int64_t slot) const { return dout_panels.get() + slot * rows_padded * chunks_v * P; }
@@ -299,14 +257,24 @@ template <class Real> class Backward {
   const tob_tensor &out, &dout, &dquery, &dkey, &dvalue;
   const Real *row_max, *row_log_sum, *dlse;
   Real *dbias;
-  Band band;
-  BiasStrips<Real> strips;
-  KeyMask<Real> mask;
-  int chunks, chunks_v, keys, rows_padded;     // dim and dim_v in panels; keys a task; len_q in whole tiles
-  int64_t group, columns, wave, strip_length;  // query heads a key head; tasks a key head; key heads at work at a time
-  int64_t first_head = 0;                      // the first key head at work, counting b * heads_kv + h
-  Scratch<Real> query_panels, dout_panels, dquery_acc, max, log_sum, delta, dbias_strips;
-  Scratch<double> dbias_sums;
+  const Band band{p};
+  const BiasStrips<Real> strips{p};
+  const KeyMask<Real> mask{p};
+  const int chunks = round_up(int(p.dim), P) / P, chunks_v = round_up(int(p.dim_v), P) / P;  // dims in panels
+  const int keys = keys_per_task();                                                          // keys a task
+  const int64_t columns = (p.len_k + keys - 1) / keys;                                       // tasks a key head
+  const int rows_padded = round_up(int(p.len_q), kQueries);
+  const int64_t group = p.heads_kv ? p.heads_q / p.heads_kv : 1;                       // query heads a key head
+  const int64_t wave = heads_at_a_time(p.batch * p.heads_kv, columns, p.num_threads);  // key heads at work
+  int64_t first_head = 0;              // the first key head at work, counting b * heads_kv + h
+  const int64_t slots = wave * group;  // query heads at work; what follows has room for each
+  const Scratch<Real> query_panels{slots * rows_padded * chunks * P}, dout_panels{slots * rows_padded * chunks_v * P};
+  const Scratch<Real> dquery_acc{dquery.data ? slots * rows_padded * chunks * P : 0};
+  const Scratch<Real> max{slots * rows_padded}, log_sum{slots * rows_padded}, delta{slots * rows_padded};
+  const int64_t strip_length = p.len_q + p.len_k + 2 * BiasStrips<Real>::kPad;
+  const int64_t bias_columns = p.len_q + p.len_k - 1, bias_rows = p.bias_batch * p.bias_heads;
+  const Scratch<Real> dbias_strips{dbias ? slots * strip_length : 0};
+  const Scratch<double> dbias_sums{dbias ? bias_rows * bias_columns : 0};
 };
 
 }  // namespace tob

@@ -19,13 +19,17 @@ struct Range {
   Range clip(int lo, int hi) const { return {std::max(begin, lo), std::min(end, hi)}; }
 };
 
-// The pairs with min_offset <= query_start + i - j <= max_offset form a diagonal band; rows and columns cut it in ranges.
+// The pairs with min_offset <= query_start + i - j <= max_offset form a diagonal band; rows and columns cut it in
+// ranges.
 struct Band {
   int64_t query_start, min_offset, max_offset;
   int len_q, len_k;
 
   explicit Band(const tob_problem &p)
-      : query_start(p.query_start), min_offset(p.min_offset), max_offset(p.max_offset), len_q(int(p.len_q)),
+      : query_start(p.query_start),
+        min_offset(p.min_offset),
+        max_offset(p.max_offset),
+        len_q(int(p.len_q)),
         len_k(int(p.len_k)) {}
 
   // Keys that some query of [first, last) attends to.
@@ -45,16 +49,19 @@ struct Band {
   static int clamp(int64_t index, int length) { return int(std::clamp<int64_t>(index, 0, length)); }
 };
 
-// One head's bias over x = j - i, in bits, -inf outside the band: 8 neighbouring keys of a query read 8 neighbouring values,
-// and the next query's start one before. Padded so that tiles may overhang the matrix on every side.
+// One head's bias over x = j - i, in bits, -inf outside the band: 8 neighbouring keys of a query read 8 neighbouring
+// values, and the next query's start one before. Padded so that tiles may overhang the matrix on every side.
 template <class Real> class BiasStrips {
  public:
   static constexpr int kPad = 256;
 
   // At least one strip; without a bias it is 0 inside the band.
   explicit BiasStrips(const tob_problem &p)
-      : batch_(p.bias ? p.bias_batch : 1), heads_(p.bias ? p.bias_heads : 1), len_q_(int(p.len_q)),
-        length_(p.len_q + p.len_k + 2 * kPad), values_(batch_ * heads_ * length_) {
+      : batch_(p.bias ? p.bias_batch : 1),
+        heads_(p.bias ? p.bias_heads : 1),
+        len_q_(int(p.len_q)),
+        length_(p.len_q + p.len_k + 2 * kPad),
+        values_(batch_ * heads_ * length_) {
     parallel_for(batch_ * heads_, p.num_threads, [&](int64_t row, int) { fill(p, row); });
   }
 

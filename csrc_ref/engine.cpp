@@ -12,7 +12,8 @@ bool is_valid(const tob_problem &p) {
   const int64_t longest = int64_t(1) << 30;
   const bool lengths = p.len_q < longest && p.len_k < longest;
   const bool heads = p.heads_kv > 0 ? p.heads_q % p.heads_kv == 0 : p.heads_q == 0;
-  const bool bias = !p.bias || ((p.bias_batch == 1 || p.bias_batch == p.batch) && (p.bias_heads == 1 || p.bias_heads == p.heads_q));
+  const bool bias =
+      !p.bias || ((p.bias_batch == 1 || p.bias_batch == p.batch) && (p.bias_heads == 1 || p.bias_heads == p.heads_q));
   return sizes && lengths && heads && bias && p.dtype >= TOB_FLOAT32 && p.dtype <= TOB_FLOAT16;
 }
 
@@ -37,7 +38,8 @@ int tob_forward(const tob_problem *problem, const tob_tensor *out, void *lse, co
 }
 
 int tob_backward(const tob_problem *problem, const tob_tensor *out, const tob_row_stats *stats, const tob_tensor *dout,
-                 const void *dlse, const tob_tensor *dquery, const tob_tensor *dkey, const tob_tensor *dvalue, void *dbias) {
+                 const void *dlse, const tob_tensor *dquery, const tob_tensor *dkey, const tob_tensor *dvalue,
+                 void *dbias) {
   return guarded(*problem, [&](auto real) {
     tob::Backward<decltype(real)>(*problem, *out, *stats, *dout, dlse, *dquery, *dkey, *dvalue, dbias).run();
   });

@@ -48,19 +48,21 @@ typedef struct {
   const uint8_t *key_mask;
 } tob_problem;
 
-/* Per row of scores, (batch, heads_q, len_q) contiguous reals. The softmax is kept as its two parts, in bits (log base 2),
-   because their sum would round: P = exp2(S log2(e) - row_max - row_log_sum). Both are 0 for a row that attends to nothing. */
+/* Per row of scores, (batch, heads_q, len_q) contiguous reals. The softmax is kept as its two parts, in bits (log base
+   2), because their sum would round: P = exp2(S log2(e) - row_max - row_log_sum). Both are 0 for a row that attends to
+   nothing. */
 typedef struct {
   void *row_max, *row_log_sum;
 } tob_row_stats;
 
 TOB_API int tob_forward(const tob_problem *problem, const tob_tensor *out, void *lse /* as row_max, in nats */,
-                const tob_row_stats *stats);
+                        const tob_row_stats *stats);
 
-/* Gradients. dlse may be NULL (zero). Of dquery, dkey, dvalue (their `data`) and dbias, those that are NULL are not computed.
-   dbias: as bias, summed over batch and heads where bias_batch and bias_heads are 1. */
-TOB_API int tob_backward(const tob_problem *problem, const tob_tensor *out, const tob_row_stats *stats, const tob_tensor *dout,
-                 const void *dlse, const tob_tensor *dquery, const tob_tensor *dkey, const tob_tensor *dvalue, void *dbias);
+/* Gradients. dlse may be NULL (zero). Of dquery, dkey, dvalue (their `data`) and dbias, those that are NULL are not
+   computed. dbias: as bias, summed over batch and heads where bias_batch and bias_heads are 1. */
+TOB_API int tob_backward(const tob_problem *problem, const tob_tensor *out, const tob_row_stats *stats,
+                         const tob_tensor *dout, const void *dlse, const tob_tensor *dquery, const tob_tensor *dkey,
+                         const tob_tensor *dvalue, void *dbias);
 
 /* The fastest build of this engine that the processor can run: "avx512", "avx2" or "portable". */
 TOB_API const char *tob_best_build(void);

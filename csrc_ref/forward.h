@@ -1,4 +1,5 @@
-// The forward pass: for each block of queries, one sweep over the keys with a running softmax (FlashAttention-2, algorithm 1).
+// The forward pass: for each block of queries, one sweep over the keys with a running softmax (FlashAttention-2,
+// algorithm 1).
 #pragma once
 
 #include "scores.h"
@@ -9,28 +10,29 @@ template <class Real> class Forward {
   using S = Simd<Real>;
   using Vec = typename S::Vec;
   static constexpr int P = kPanel<Real>, W = S::kLanes;
-  static constexpr int kKeys = 192;                  // keys a step
-  static constexpr int kRows = 12;                   // rows a step: their scores stay in the L1 cache
-  static constexpr int kMaxQueries = 96;             // queries a task
+  static constexpr int kKeys = 192;       // keys a step
+  static constexpr int kRows = 12;        // rows a step: their scores stay in the L1 cache
+  static constexpr int kMaxQueries = 96;  // queries a task
   static constexpr int64_t kScoreStride = kKeys + W;
-  static constexpr Real kNoScore = Real(-1e30);      // a running maximum before any score; finite, so that -inf - it is -inf
+  static constexpr Real kNoScore =
+      Real(-1e30);  // a running maximum before any score; finite, so that -inf - it is -inf
 
  public:
   Forward(const tob_problem &problem, const tob_tensor &out, void *lse, const tob_row_stats &stats)
-      : p(problem), out(out), lse(static_cast<Real *>(lse)), row_max(static_cast<Real *>(stats.row_max)),
-        row_log_sum(static_cast<Real *>(stats.row_log_sum)), band(p), strips(p), mask(p),
-        chunks(round_up(int(p.dim), P) / P), chunks_v(round_up(int(p.dim_v), P) / P), keys_padded(round_up(int(p.len_k), P)),
-        queries(queries_per_task()), group(p.heads_kv ? p.heads_q / p.heads_kv : 1),
-        blocks(group * ((p.len_q + queries - 1) / queries)), wave(heads_at_a_time(p.batch * p.heads_kv, blocks, p.num_threads)),
-        key_panels(wave * keys_padded * chunks * P), value_panels(wave * keys_padded * chunks_v * P) {}
+      : p(problem),
+        out(out),
+        lse(static_cast<Real *>(lse)),
+        row_max(static_cast<Real *>(stats.row_max)),
+        row_log_sum(static_cast<Real *>(stats.row_log_sum)) {}
 
   void run() {
     const Scratch<Block> scratch(std::min(p.num_threads, wave * blocks));
     for (int64_t first = 0; first < p.batch * p.heads_kv; first += wave) {
       const int64_t heads = std::min(wave, p.batch * p.heads_kv - first);
       pack(first, heads);
-      parallel_for(heads * blocks, p.num_threads,
-                   [&](int64_t task, int thread) { attend(first, task / blocks, task % blocks, scratch.get()[thread]); });
+      parallel_for(heads * blocks, p.num_threads, [&](int64_t task, int thread) {
+        attend(first, task / blocks, task % blocks, scratch.get()[thread]);
+      });
     }
   }
 
@@ -45,20 +47,23 @@ template <class Real> class Forward {
     Real rescale[kRows + W];
   };
 
-  // Small problems get small tasks, so that every core has work. Not a matter of the thread count: results are the same.
+  // Small problems get small tasks, so that every core has work. Not a matter of the thread count: results are the
+  // same.
   int queries_per_task() const {
     int queries = kMaxQueries;
     while (queries > kRows && p.batch * p.heads_q * ((p.len_q + queries - 1) / queries) < 32) queries /= 2;
     return round_up(queries, kRows);
   }
 
-  // Pass 1: keys as transposed panels, values as panels of rows, of `heads` heads from `first_head` (counting b * heads_kv + h).
+  // Pass 1: keys as transposed panels, values as panels of rows, of `heads` heads from `first_head` (counting b *
+  // heads_kv + h).
   void pack(int64_t first_head, int64_t heads) {
     const int64_t panels = keys_padded / P;
     parallel_for(heads * panels, p.num_threads, [&](int64_t task, int) {
       const int64_t slot = task / panels, b = (first_head + slot) / p.heads_kv, h = (first_head + slot) % p.heads_kv;
       const int first = int(task % panels) * P, count = std::min(P, int(p.len_k) - first);
-      pack_transposed(matrix_of(p.key, p.dtype, int(p.dim), b, h), first, count, keys_of(slot) + int64_t(first) * chunks * P);
+      pack_transposed(matrix_of(p.key, p.dtype, int(p.dim), b, h), first, count,
+                      keys_of(slot) + int64_t(first) * chunks * P);
       pack_rows(matrix_of(p.value, p.dtype, int(p.dim_v), b, h), first, count, P, Real(1),
                 values_of(slot) + int64_t(first) * P, int64_t(keys_padded) * P);
     });
@@ -70,7 +75,8 @@ template <class Real> class Forward {
     const int first = int(blocks / group - 1 - block / group) * queries;  // under causality the long ones first
     const int count = std::min(queries, int(p.len_q) - first);
     const int rows = round_up(count, kTileRows);
-    pack_rows(matrix_of(p.query, p.dtype, int(p.dim), b, h), first, count, rows, Real(p.scale * kLog2E), t.query, int64_t(rows) * P);
+    pack_rows(matrix_of(p.query, p.dtype, int(p.dim), b, h), first, count, rows, Real(p.scale * kLog2E), t.query,
+              int64_t(rows) * P);
     std::fill(t.acc, t.acc + rows * chunks_v * P, Real(0));
     std::fill(t.max, t.max + rows + W, kNoScore);
     std::fill(t.sum, t.sum + rows * W, Real(0));
@@ -79,18 +85,22 @@ template <class Real> class Forward {
     for (int key = round_down(keys.begin, P); key < keys.end; key += kKeys) {
       for (int row = 0; row < rows; row += kRows) {
         const int step = std::min(kRows, rows - row);
-        const Range step_keys = band.keys_of(first + row, first + row + step).clip(std::max(key, keys.begin), std::min(key + kKeys, keys.end));
+        const Range step_keys = band.keys_of(first + row, first + row + step)
+                                    .clip(std::max(key, keys.begin), std::min(key + kKeys, keys.end));
         if (step_keys.empty()) continue;
         const Range columns{round_down(step_keys.begin - key, P), round_up(step_keys.end - key, P)};
         const bool inside = band.covers(first + row, first + row + step, key + columns.begin, key + columns.end);
         const ScoreAddends<Real> add{p.bias || !inside ? strips.at(b, h) + key - (first + row) : nullptr,
                                      mask.present() ? mask.at(b) + key : nullptr, nullptr, nullptr};
-        score_block<false>(t.query + row * P, int64_t(rows) * P, keys_of(slot) + int64_t(key) * chunks * P, chunks, t.scores,
-                           kScoreStride, add, step, columns, int(p.len_k) - key);
+        score_block<false>(t.query + row * P, int64_t(rows) * P, keys_of(slot) + int64_t(key) * chunks * P, chunks,
+                           t.scores, kScoreStride, add, step, columns, int(p.len_k) - key);
         softmax_step(t, row, step, columns);
-        accumulate_product<true>(t.scores, kScoreStride, 1, values_of(slot) + int64_t(key) * P, int64_t(keys_padded) * P,
-                                 t.acc + row * chunks_v * P, chunks_v * P, step, chunks_v, t.rescale, [&](int r) {
-                                   return band.keys_of(first + row + r, first + row + r + kTileRows).clip(key + columns.begin, key + columns.end).shift(-key);
+        accumulate_product<true>(t.scores, kScoreStride, 1, values_of(slot) + int64_t(key) * P,
+                                 int64_t(keys_padded) * P, t.acc + row * chunks_v * P, chunks_v * P, step, chunks_v,
+                                 t.rescale, [&](int r) {
+                                   return band.keys_of(first + row + r, first + row + r + kTileRows)
+                                       .clip(key + columns.begin, key + columns.end)
+                                       .shift(-key);
                                  });
       }
     }
@@ -146,12 +156,16 @@ template <class Real> class Forward {
   const tob_problem &p;
   const tob_tensor &out;
   Real *lse, *row_max, *row_log_sum;
-  Band band;
-  BiasStrips<Real> strips;
-  KeyMask<Real> mask;
-  int chunks, chunks_v, keys_padded, queries;  // dim and dim_v in panels; len_k in whole panels; queries a task
-  int64_t group, blocks, wave;                 // query heads a key head; tasks a key head; key heads packed at a time
-  Scratch<Real> key_panels, value_panels;
+  const Band band{p};
+  const BiasStrips<Real> strips{p};
+  const KeyMask<Real> mask{p};
+  const int chunks = round_up(int(p.dim), P) / P, chunks_v = round_up(int(p.dim_v), P) / P;  // dims in panels
+  const int keys_padded = round_up(int(p.len_k), P);
+  const int queries = queries_per_task();
+  const int64_t group = p.heads_kv ? p.heads_q / p.heads_kv : 1;                      // query heads a key head
+  const int64_t blocks = group * ((p.len_q + queries - 1) / queries);                 // tasks a key head
+  const int64_t wave = heads_at_a_time(p.batch * p.heads_kv, blocks, p.num_threads);  // key heads packed at a time
+  const Scratch<Real> key_panels{wave * keys_padded * chunks * P}, value_panels{wave * keys_padded * chunks_v * P};
 };
 
 }  // namespace tob

@@ -5,7 +5,8 @@
 
 namespace tob {
 
-// Rows of a register tile. Its accumulators, two panel vectors and a broadcast fill the registers: 15 of 16, or 27 of 32.
+// Rows of a register tile. Its accumulators, two panel vectors and a broadcast fill the registers: 15 of 16, or 27
+// of 32.
 inline constexpr int kTileRows = TOB_VECTOR_BYTES >= 64 ? 12 : 6;
 
 // Columns of a panel. A matrix B is stored as panels: B[k][0 .. kPanel) contiguous in k.
@@ -20,8 +21,8 @@ template <class Real> struct Tile {
 
 // tile += A B: A[r][k] is a[r * row_stride + k * depth_stride], B one panel of `depth` rows.
 template <class Real>
-TOB_INLINE void multiply_add(Tile<Real> &tile, const Real *a, int64_t row_stride, int64_t depth_stride, const Real *panel,
-                             int depth) {
+TOB_INLINE void multiply_add(Tile<Real> &tile, const Real *a, int64_t row_stride, int64_t depth_stride,
+                             const Real *panel, int depth) {
   using S = Simd<Real>;
 #pragma GCC unroll 4
   for (int k = 0; k < depth; ++k) {

@@ -61,8 +61,8 @@ template <class Task> void parallel_for(int64_t count, int64_t num_threads, Task
   }
 }
 
-// How many heads to work on at a time, so that packed copies take memory for those alone: enough tasks to keep every thread
-// busy until the last few. Results do not depend on it.
+// How many heads to work on at a time, so that packed copies take memory for those alone: enough tasks to keep every
+// thread busy until the last few. Results do not depend on it.
 inline int64_t heads_at_a_time(int64_t heads, int64_t tasks_per_head, int64_t num_threads) {
   constexpr int64_t kTasksPerThread = 24;
   if (num_threads == 1 || tasks_per_head == 0) return heads < 1 ? heads : 1;
@@ -70,8 +70,8 @@ inline int64_t heads_at_a_time(int64_t heads, int64_t tasks_per_head, int64_t nu
   return wanted < heads ? wanted : heads;
 }
 
-// Keeps sums in a fixed order across tasks that parallel_for started in order. Every task passes the same steps, 0, 1, ...;
-// task t may do step s once task t - 1 is past it. The first unfinished task never waits, so there is no deadlock.
+// Keeps sums in a fixed order across tasks that parallel_for started in order. Every task passes the same steps, 0, 1,
+// ...; task t may do step s once task t - 1 is past it. The first unfinished task never waits, so there is no deadlock.
 class OrderedSteps {
  public:
   explicit OrderedSteps(int64_t tasks) : done_(new std::atomic<int64_t>[tasks]) {

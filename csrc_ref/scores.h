@@ -1,4 +1,5 @@
-// Tiles of scores, in bits: S = Q K^T + bias, with -inf at every pair that is not attended to.
+// Tiles of scores and of their gradient: S = Q K^T + bias in bits, -inf at every pair that is not attended to, and
+// dS = P * (dO V^T - delta), with its diagonal sums.
 #pragma once
 
 #include "band.h"
@@ -15,8 +16,8 @@ template <class Real> struct ScoreAddends {
 
 // One register tile of scores, (kTileRows, kPanel), from rows in panels: a[d / kPanel * chunk_stride + row * kPanel].
 template <bool kStrip, bool kMask, bool kNormalised, class Real>
-TOB_INLINE void score_tile(const Real *a, int64_t chunk_stride, const Real *panel, int chunks, Real *out, int64_t stride,
-                           const ScoreAddends<Real> &add, int row, int column) {
+TOB_INLINE void score_tile(const Real *a, int64_t chunk_stride, const Real *panel, int chunks, Real *out,
+                           int64_t stride, const ScoreAddends<Real> &add, int row, int column) {
   using S = Simd<Real>;
   using Vec = typename S::Vec;
   constexpr int P = kPanel<Real>, W = S::kLanes;
@@ -64,6 +65,60 @@ void score_block(const Real *a, int64_t chunk_stride, const Real *panels, int ch
   for (int row = 0; valid_columns < columns.end && row < rows; ++row)
     for (int column = valid_columns; column < columns.end; ++column)
       out[row * stride + column] = -std::numeric_limits<Real>::infinity();
+}
+
+// dS = P * (dO V^T - delta) for the same rows and columns; `a` and `panels` hold dO and V as score_block's hold Q and
+// K.
+template <class Real>
+void dscore_block(const Real *a, int64_t chunk_stride, const Real *panels, int chunks, const Real *delta,
+                  const Real *probs, Real *dscores, int64_t stride, int rows, Range columns) {
+  using S = Simd<Real>;
+  using Vec = typename S::Vec;
+  constexpr int P = kPanel<Real>, W = S::kLanes;
+  for (int column = columns.begin; column < columns.end; column += P)
+    for (int row = 0; row < rows; row += kTileRows) {
+      Tile<Real> tile{};
+      const Real *panel = panels + int64_t(column) * chunks * P;
+      for (int c = 0; c < chunks; ++c) multiply_add(tile, a + row * P + c * chunk_stride, P, 1, panel + c * P * P, P);
+#pragma GCC unroll 12
+      for (int r = 0; r < kTileRows; ++r) {
+        const int64_t at = (row + r) * stride + column;
+        const Vec d = S::broadcast(delta[row + r]);
+        S::store(dscores + at, S::load(probs + at) * (tile.left[r] - d));
+        S::store(dscores + at + W, S::load(probs + at + W) * (tile.right[r] - d));
+      }
+    }
+}
+
+// Zeroes what the two functions above left out of a tile `width` wide, and a vector on both sides of dS.
+template <class Real>
+void clear_outside(Real *probs, Real *dscores, int64_t stride, int rows, Range columns, int width) {
+  constexpr int W = Simd<Real>::kLanes;
+  for (int r = 0; r < rows; ++r, probs += stride, dscores += stride) {
+    std::fill(probs, probs + columns.begin, Real(0));
+    std::fill(probs + columns.end, probs + width, Real(0));
+    std::fill(dscores - W, dscores + columns.begin, Real(0));
+    std::fill(dscores + columns.end, dscores + width + W, Real(0));
+  }
+}
+
+// strip[column - row] += dS, a vector of neighbouring diagonals at a time: the next row's start one column further
+// right.
+template <class Real> void add_diagonals(const Real *dscores, int64_t stride, int rows, int width, Real *strip) {
+  using S = Simd<Real>;
+  constexpr int W = S::kLanes;
+  const int64_t next = stride + 1;
+  for (int x = -round_up(rows, W); x < width; x += W) {
+    const int begin = std::max(0, -(W - 1) - x), end = std::min(rows, width - x);
+    if (begin >= end) continue;
+    typename S::Vec sums[4] = {};
+    const Real *at = dscores + begin * next + x;
+    int r = begin;
+    for (; r + 4 <= end; r += 4, at += 4 * next)
+      for (int i = 0; i < 4; ++i) sums[i] += S::load(at + i * next);
+    for (; r < end; ++r, at += next) sums[0] += S::load(at);
+    S::store(strip + x, S::load(strip + x) + ((sums[0] + sums[1]) + (sums[2] + sums[3])));
+  }
 }
 
 }  // namespace tob

@@ -31,7 +31,8 @@ struct BFloat16 {
 struct Float16 {
   uint16_t bits;
   operator float() const {
-    const uint32_t sign = uint32_t(bits & 0x8000) << 16, exponent = bits & 0x7c00, magnitude = uint32_t(bits & 0x7fff) << 13;
+    const uint32_t sign = uint32_t(bits & 0x8000) << 16, exponent = bits & 0x7c00,
+                   magnitude = uint32_t(bits & 0x7fff) << 13;
     const float subnormal = float(bits & 0x3ff) * 0x1p-24f;
     const uint32_t rebias = exponent == 0x7c00 ? 0x70000000 : 0x38000000;
     return as_float(sign | (exponent == 0 ? as_bits(subnormal) : magnitude + rebias));
@@ -101,8 +102,8 @@ template <class Real> void write_row(const Matrix &m, int64_t index, Real factor
 
 inline constexpr int kMaxDim = 256;
 
-// Panels of rows: out[d / kPanel][index][d % kPanel] for `count` rows from `first`; rows past `count` up to `padded` are 0.
-// out + panel_stride is the next panel.
+// Panels of rows: out[d / kPanel][index][d % kPanel] for `count` rows from `first`; rows past `count` up to `padded`
+// are 0. out + panel_stride is the next panel.
 template <class Real>
 void pack_rows(const Matrix &m, int64_t first, int count, int padded, Real factor, Real *out, int64_t panel_stride) {
   constexpr int P = kPanel<Real>;
@@ -111,7 +112,8 @@ void pack_rows(const Matrix &m, int64_t first, int count, int padded, Real facto
   for (int i = 0; i < padded; ++i) {
     if (i < count) read_row(m, first + i, factor, row, padded_dim);
     else std::memset(row, 0, sizeof(Real) * padded_dim);
-    for (int d = 0; d < padded_dim; d += P) std::memcpy(out + d / P * panel_stride + int64_t(i) * P, row + d, sizeof(Real) * P);
+    for (int d = 0; d < padded_dim; d += P)
+      std::memcpy(out + d / P * panel_stride + int64_t(i) * P, row + d, sizeof(Real) * P);
   }
 }
 

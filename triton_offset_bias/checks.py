@@ -1,51 +1,26 @@
 """Argument checking: turns the public call into a `Problem`, or raises an error that names what was wrong."""
 
-import math
-from dataclasses import dataclass
+import itertools
 
 import torch
 from torch import Tensor
 
 from triton_offset_bias import table
+from triton_offset_bias.problem import Problem
+from triton_offset_bias.validators import (
+    check_flag,
+    check_tensor,
+    checked_beyond,
+    checked_deterministic,
+    checked_dropout,
+    checked_int,
+    checked_scale,
+    checked_window,
+    shape,
+)
 
 FLOAT_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 INTEGER_DTYPES = (torch.int8, torch.int16, torch.int32, torch.int64, torch.uint8)
-
-
-@dataclass(frozen=True)
-class Problem:
-    """One checked attention call with every default filled in; what the backends are handed.
-
-    Shapes as in `offset_bias_attention`. A key is attended to when `min_offset <= offset <= max_offset` and the padding
-    mask allows it. `bias_origin` and `beyond` are meaningless when `bias` is None.
-    """
-
-    query: Tensor
-    key: Tensor
-    value: Tensor
-    bias: Tensor | None
-    key_padding_mask: Tensor | None
-    query_positions: Tensor | None
-    key_positions: Tensor | None
-    scale: float
-    dropout_p: float
-    query_start: int
-    min_offset: int
-    max_offset: int
-    bias_origin: int
-    beyond: str
-    deterministic: bool
-
-
-@dataclass(frozen=True)
-class PackedProblem:
-    """A checked varlen call: packed tensors (total, H, D), and the lengths of the sequences in them."""
-
-    query: Tensor
-    key: Tensor
-    value: Tensor
-    lengths_q: tuple[int, ...]
-    lengths_k: tuple[int, ...]
 
 
 def check_attention(
@@ -75,8 +50,8 @@ def check_attention(
         ValueError: an argument has the wrong shape, device or value.
     """
     _check_layout(query, key, value, enable_gqa)
-    _check_flag("is_causal", is_causal)
-    _check_flag("return_lse", return_lse)
+    check_flag("is_causal", is_causal)
+    check_flag("return_lse", return_lse)
     batch, num_heads, len_q, head_dim = query.shape
     len_k = key.shape[2]
     if bias is not None:
@@ -87,7 +62,7 @@ def check_attention(
     has_positions = _check_positions(query, query_positions, key_positions, batch, len_q, len_k)
     if has_positions and query_start is not None:
         raise ValueError("`query_start` must be None when positions are given: the positions already place the queries")
-    min_offset, max_offset = table.attended_interval(is_causal, _checked_window(window_size))
+    min_offset, max_offset = table.attended_interval(is_causal, checked_window(window_size))
     problem = Problem(
         query=query,
         key=key,
@@ -96,16 +71,16 @@ def check_attention(
         key_padding_mask=key_padding_mask,
         query_positions=query_positions,
         key_positions=key_positions,
-        scale=_checked_scale(scale, head_dim),
-        dropout_p=_checked_dropout(dropout_p),
-        query_start=len_k - len_q if query_start is None else _checked_int("query_start", query_start),
+        scale=checked_scale(scale, head_dim),
+        dropout_p=checked_dropout(dropout_p),
+        query_start=len_k - len_q if query_start is None else checked_int("query_start", query_start),
         min_offset=min_offset,
         max_offset=max_offset,
         bias_origin=table.default_origin(num_columns)
         if bias_origin is None
-        else _checked_int("bias_origin", bias_origin),
-        beyond=_checked_beyond(beyond),
-        deterministic=_checked_deterministic(deterministic),
+        else checked_int("bias_origin", bias_origin),
+        beyond=checked_beyond(beyond),
+        deterministic=checked_deterministic(deterministic),
     )
     _check_reach_of_lengths(problem)
     return problem
@@ -121,18 +96,19 @@ def check_varlen(
     max_seqlen_q: int,
     max_seqlen_k: int,
     enable_gqa: bool,
-) -> PackedProblem:
-    """Checks what only `offset_bias_attention_varlen` has; each sequence then goes through `check_attention`.
+) -> tuple[list[int], list[int]]:
+    """Checks what only `offset_bias_attention_varlen` has; returns every sequence's number of queries and of keys.
 
     Raises:
         TypeError: an argument has the wrong type or dtype.
         ValueError: an argument has the wrong shape, device or value.
     """
     for name, tensor in (("query", query), ("key", key), ("value", value)):
-        _check_tensor(name, tensor)
+        check_tensor(name, tensor)
         if tensor.dim() != 3:
-            raise ValueError(f"`{name}` must have shape (total, heads, head_dim), got shape {_shape(tensor)}")
-    _check_layout(*(packed.transpose(0, 1).unsqueeze(0) for packed in (query, key, value)), enable_gqa)
+            raise ValueError(f"`{name}` must have shape (total, heads, head_dim), got shape {shape(tensor)}")
+    batched = [packed.transpose(0, 1).unsqueeze(0) for packed in (query, key, value)]
+    _check_layout(batched[0], batched[1], batched[2], enable_gqa)
     lengths_q = _sequence_lengths("cu_seqlens_q", cu_seqlens_q, "query", query, "max_seqlen_q", max_seqlen_q)
     lengths_k = _sequence_lengths("cu_seqlens_k", cu_seqlens_k, "key", key, "max_seqlen_k", max_seqlen_k)
     if len(lengths_q) != len(lengths_k):
@@ -141,7 +117,7 @@ def check_varlen(
         )
     if bias is not None:
         _check_bias(bias, query, len(lengths_q), query.shape[1])
-    return PackedProblem(query, key, value, lengths_q, lengths_k)
+    return lengths_q, lengths_k
 
 
 def with_autocast(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -157,31 +133,11 @@ def _is_castable(tensor: Tensor) -> bool:
     return isinstance(tensor, Tensor) and tensor.is_floating_point() and tensor.dtype != torch.float64
 
 
-def _shape(tensor: Tensor) -> tuple[int, ...]:
-    return tuple(tensor.shape)
-
-
-def _check_tensor(name: str, value: object) -> None:
-    if not isinstance(value, Tensor):
-        raise TypeError(f"`{name}` must be a torch.Tensor, got {type(value).__name__}")
-
-
-def _check_flag(name: str, value: object) -> None:
-    if not isinstance(value, bool):
-        raise TypeError(f"`{name}` must be a bool, got {value!r}")
-
-
-def _checked_int(name: str, value: int) -> int:
-    if isinstance(value, bool) or not isinstance(value, int | torch.SymInt):
-        raise TypeError(f"`{name}` must be an int, got {value!r}")
-    return value
-
-
 def _check_layout(query: Tensor, key: Tensor, value: Tensor, enable_gqa: bool) -> None:
     for name, tensor in (("query", query), ("key", key), ("value", value)):
-        _check_tensor(name, tensor)
+        check_tensor(name, tensor)
         if tensor.dim() != 4:
-            raise ValueError(f"`{name}` must have shape (batch, heads, length, head_dim), got shape {_shape(tensor)}")
+            raise ValueError(f"`{name}` must have shape (batch, heads, length, head_dim), got shape {shape(tensor)}")
     if query.dtype not in FLOAT_DTYPES:
         raise TypeError(f"`query` must be float16, bfloat16, float32 or float64, got {query.dtype}")
     for name, tensor in (("key", key), ("value", value)):
@@ -189,30 +145,30 @@ def _check_layout(query: Tensor, key: Tensor, value: Tensor, enable_gqa: bool) -
             raise TypeError(f"`{name}` must have `query`'s dtype {query.dtype}, got {tensor.dtype}")
         _check_device(name, tensor, query)
         if tensor.shape[0] != query.shape[0]:
-            raise ValueError(f"`{name}` must have `query`'s batch size {query.shape[0]}, got shape {_shape(tensor)}")
+            raise ValueError(f"`{name}` must have `query`'s batch size {query.shape[0]}, got shape {shape(tensor)}")
     if key.shape[3] != query.shape[3]:
-        raise ValueError(f"`key` must have `query`'s head_dim {query.shape[3]}, got shape {_shape(key)}")
+        raise ValueError(f"`key` must have `query`'s head_dim {query.shape[3]}, got shape {shape(key)}")
     if value.shape[2] != key.shape[2]:
-        raise ValueError(f"`value` must have `key`'s length {key.shape[2]}, got shape {_shape(value)}")
+        raise ValueError(f"`value` must have `key`'s length {key.shape[2]}, got shape {shape(value)}")
     if value.shape[1] != key.shape[1]:
-        raise ValueError(f"`value` must have `key`'s {key.shape[1]} heads, got shape {_shape(value)}")
+        raise ValueError(f"`value` must have `key`'s {key.shape[1]} heads, got shape {shape(value)}")
     if query.shape[3] < 1 or value.shape[3] < 1:
         name, tensor = ("query", query) if query.shape[3] < 1 else ("value", value)
-        raise ValueError(f"`{name}` must have a head_dim of at least 1, got shape {_shape(tensor)}")
+        raise ValueError(f"`{name}` must have a head_dim of at least 1, got shape {shape(tensor)}")
     _check_heads(query, key, enable_gqa)
 
 
 def _check_heads(query: Tensor, key: Tensor, enable_gqa: bool) -> None:
-    _check_flag("enable_gqa", enable_gqa)
+    check_flag("enable_gqa", enable_gqa)
     heads_q, heads_kv = query.shape[1], key.shape[1]
     if not enable_gqa and heads_q != heads_kv:
         raise ValueError(
-            f"`key` must have `query`'s {heads_q} heads, got shape {_shape(key)}; enable_gqa=True shares key heads"
+            f"`key` must have `query`'s {heads_q} heads, got shape {shape(key)}; enable_gqa=True shares key heads"
         )
     if enable_gqa and (heads_kv == 0 or heads_q % heads_kv != 0) and heads_q != heads_kv:
         raise ValueError(
             f"`key` must have a number of heads that divides `query`'s {heads_q} (enable_gqa=True), "
-            f"got shape {_shape(key)}"
+            f"got shape {shape(key)}"
         )
 
 
@@ -222,27 +178,27 @@ def _check_device(name: str, tensor: Tensor, query: Tensor) -> None:
 
 
 def _check_bias(bias: Tensor, query: Tensor, batch: int, num_heads: int) -> None:
-    _check_tensor("bias", bias)
+    check_tensor("bias", bias)
     if not bias.is_floating_point():
         raise TypeError(f"`bias` must have a floating-point dtype, got {bias.dtype}")
     _check_device("bias", bias, query)
     if bias.dim() not in (1, 2, 3):
-        raise ValueError(f"`bias` must have shape (N,), (H, N) or (B, H, N), got shape {_shape(bias)}")
+        raise ValueError(f"`bias` must have shape (N,), (H, N) or (B, H, N), got shape {shape(bias)}")
     if bias.shape[-1] == 0:
-        raise ValueError(f"`bias` must have at least one column, got shape {_shape(bias)}")
+        raise ValueError(f"`bias` must have at least one column, got shape {shape(bias)}")
     if bias.dim() >= 2 and bias.shape[-2] != 1 and bias.shape[-2] != num_heads:
-        raise ValueError(f"`bias` must have {num_heads} heads or 1, got shape {_shape(bias)}")
+        raise ValueError(f"`bias` must have {num_heads} heads or 1, got shape {shape(bias)}")
     if bias.dim() == 3 and bias.shape[0] != batch:
-        raise ValueError(f"`bias` must have batch size {batch}, got shape {_shape(bias)}")
+        raise ValueError(f"`bias` must have batch size {batch}, got shape {shape(bias)}")
 
 
 def _check_key_padding_mask(mask: Tensor, query: Tensor, batch: int, len_k: int) -> None:
-    _check_tensor("key_padding_mask", mask)
+    check_tensor("key_padding_mask", mask)
     if mask.dtype != torch.bool:
         raise TypeError(f"`key_padding_mask` must be bool (True = attend), got {mask.dtype}")
     _check_device("key_padding_mask", mask, query)
     if mask.dim() != 2 or mask.shape[0] != batch or mask.shape[1] != len_k:
-        raise ValueError(f"`key_padding_mask` must have shape ({batch}, {len_k}), got shape {_shape(mask)}")
+        raise ValueError(f"`key_padding_mask` must have shape ({batch}, {len_k}), got shape {shape(mask)}")
 
 
 def _check_positions(
@@ -256,61 +212,21 @@ def _check_positions(
     ):
         if positions is None:
             raise ValueError(f"`{name}` must be given too: positions come for queries and keys together, got None")
-        _check_tensor(name, positions)
+        check_tensor(name, positions)
         if positions.dtype not in INTEGER_DTYPES:
             raise TypeError(f"`{name}` must have an integer dtype, got {positions.dtype}")
         _check_device(name, positions, query)
         if positions.dim() not in (1, 2) or positions.shape[-1] != length:
             raise ValueError(
-                f"`{name}` must have shape ({length},) or ({batch}, {length}), got shape {_shape(positions)}"
+                f"`{name}` must have shape ({length},) or ({batch}, {length}), got shape {shape(positions)}"
             )
         if positions.dim() == 2 and positions.shape[0] != batch:
-            raise ValueError(f"`{name}` must have batch size {batch}, got shape {_shape(positions)}")
+            raise ValueError(f"`{name}` must have batch size {batch}, got shape {shape(positions)}")
     return True
 
 
-def _checked_window(window_size: tuple[int, int]) -> tuple[int, int]:
-    if not isinstance(window_size, tuple | list) or len(window_size) != 2:
-        raise TypeError(f"`window_size` must be a pair (left, right) of ints, got {window_size!r}")
-    left, right = (_checked_int("window_size", side) for side in window_size)
-    if left < -1 or right < -1:
-        raise ValueError(f"`window_size` must hold sizes >= 0, or -1 for unlimited, got {tuple(window_size)}")
-    return left, right
-
-
-def _checked_scale(scale: float | None, head_dim: int) -> float:
-    if scale is None:
-        return float(head_dim) ** -0.5
-    if isinstance(scale, bool) or not isinstance(scale, int | float | torch.SymFloat):
-        raise TypeError(f"`scale` must be a float or None, got {scale!r}")
-    if not math.isfinite(scale):
-        raise ValueError(f"`scale` must be finite, got {scale}")
-    return float(scale)
-
-
-def _checked_dropout(dropout_p: float) -> float:
-    if isinstance(dropout_p, bool) or not isinstance(dropout_p, int | float):
-        raise TypeError(f"`dropout_p` must be a float, got {dropout_p!r}")
-    if not 0.0 <= dropout_p <= 1.0:
-        raise ValueError(f"`dropout_p` must be between 0 and 1, got {dropout_p}")
-    return float(dropout_p)
-
-
-def _checked_beyond(beyond: str) -> str:
-    if beyond not in table.BEYOND:
-        raise ValueError(f"`beyond` must be one of {', '.join(map(repr, table.BEYOND))}, got {beyond!r}")
-    return beyond
-
-
-def _checked_deterministic(deterministic: bool | None) -> bool:
-    if deterministic is None:
-        return torch.are_deterministic_algorithms_enabled()
-    _check_flag("deterministic", deterministic)
-    return deterministic
-
-
 def _check_reach_of_lengths(problem: Problem) -> None:
-    """`beyond="error"` where the lengths alone tell which offsets are attended to; masks and positions wait for data."""
+    """`beyond="error"` where lengths alone tell which offsets are attended to; masks and positions wait for data."""
     if problem.beyond != "error" or problem.bias is None:
         return
     if problem.query_positions is not None or problem.key_padding_mask is not None:
@@ -326,12 +242,12 @@ def _check_reach_of_lengths(problem: Problem) -> None:
 
 def _sequence_lengths(
     name: str, cu_seqlens: Tensor, packed_name: str, packed: Tensor, max_name: str, max_seqlen: int
-) -> tuple[int, ...]:
-    _check_tensor(name, cu_seqlens)
+) -> list[int]:
+    check_tensor(name, cu_seqlens)
     if cu_seqlens.dtype not in (torch.int32, torch.int64):
         raise TypeError(f"`{name}` must be int32 or int64, got {cu_seqlens.dtype}")
     if cu_seqlens.dim() != 1 or cu_seqlens.shape[0] < 1:
-        raise ValueError(f"`{name}` must have shape (batch + 1,), got shape {_shape(cu_seqlens)}")
+        raise ValueError(f"`{name}` must have shape (batch + 1,), got shape {shape(cu_seqlens)}")
     _check_device(name, cu_seqlens, packed)
     bounds = cu_seqlens.tolist()
     if bounds[0] != 0 or bounds[-1] != packed.shape[0]:
@@ -339,10 +255,10 @@ def _sequence_lengths(
             f"`{name}` must run from 0 to `{packed_name}`'s total length {packed.shape[0]}, "
             f"got {bounds[0]} to {bounds[-1]}"
         )
-    lengths = tuple(end - start for start, end in zip(bounds, bounds[1:], strict=False))
+    lengths = [end - start for start, end in itertools.pairwise(bounds)]
     if any(length < 0 for length in lengths):
         raise ValueError(f"`{name}` must never decrease, got {bounds}")
     longest = max(lengths, default=0)
-    if _checked_int(max_name, max_seqlen) < longest:
+    if checked_int(max_name, max_seqlen) < longest:
         raise ValueError(f"`{max_name}` must be at least the longest sequence's {longest}, got {max_seqlen}")
     return lengths

@@ -3,7 +3,7 @@
 from types import ModuleType
 
 from triton_offset_bias.backends import cpp, reference, triton
-from triton_offset_bias.checks import Problem
+from triton_offset_bias.problem import Problem
 
 # In the order in which "auto" asks them.
 BACKENDS: dict[str, ModuleType] = {"triton": triton, "cpp": cpp, "reference": reference}

@@ -55,7 +55,7 @@ def offset_bias_attention(
         query_start: position of query 0 counted from key 0; default ``Lk - Lq``: the last query is on the last key.
         window_size: (left, right): attend only where -right <= offset <= left; -1 is unlimited (as in flash-attn).
         key_padding_mask: (B, Lk) bool, True = attend.
-        query_positions: (Lq,) or (B, Lq) integers; with `key_positions`, offset = query_positions[i] - key_positions[j].
+        query_positions: (Lq,) or (B, Lq) integers; offset is then ``query_positions[i] - key_positions[j]``.
         key_positions: (Lk,) or (B, Lk) integers.
         deterministic: bitwise equal gradients in repeated runs; None follows
             ``torch.are_deterministic_algorithms_enabled()``. The CPU engine always is.
@@ -63,8 +63,8 @@ def offset_bias_attention(
         backend: "auto", "triton", "cpp" or "reference". A named backend serves the call or raises; it never falls back.
 
     Returns:
-        The output, (B, Hq, Lq, Dv), in `query`'s dtype (the autocast dtype under autocast). With `return_lse` a pair: the
-        output, and the log-sum-exp in nats, (B, Hq, Lq), float32 (float64 for float64 input), differentiable as well.
+        The output, (B, Hq, Lq, Dv), in `query`'s dtype (the autocast dtype under autocast). With `return_lse` a pair:
+        the output, and the log-sum-exp in nats, (B, Hq, Lq), float32 (float64 for float64 input), differentiable too.
 
     Raises:
         TypeError: an argument has the wrong type or dtype.
@@ -124,8 +124,8 @@ def offset_bias_attention_varlen(
     """`offset_bias_attention` over sequences of different lengths packed one after another (flash-attn's convention).
 
     Sequence s has the queries ``cu_seqlens_q[s]`` to ``cu_seqlens_q[s + 1]`` and the keys ``cu_seqlens_k[s]`` to
-    ``cu_seqlens_k[s + 1]``. Queries attend to keys of their own sequence alone; each sequence counts its offsets from its
-    own first key, its last query on its last key.
+    ``cu_seqlens_k[s + 1]``. Queries attend to keys of their own sequence alone. Each sequence counts its offsets
+    from its own first key, its last query on its last key.
 
     Args:
         query: (total_q, Hq, D).
@@ -146,20 +146,16 @@ def offset_bias_attention_varlen(
     Raises:
         TypeError, ValueError, NotImplementedError: as in `offset_bias_attention`.
     """
-    query, key, value = with_autocast(query, key, value)
-    packed = check_varlen(
+    lengths_q, lengths_k = check_varlen(
         query, key, value, bias, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, enable_gqa
     )
     outs, lses = [], []
-    sequences = zip(
-        packed.query.split(packed.lengths_q),
-        packed.key.split(packed.lengths_k),
-        packed.value.split(packed.lengths_k),
-        strict=True,
-    )
+    sequences = zip(query.split(lengths_q), key.split(lengths_k), value.split(lengths_k), strict=True)
     for index, (q, k, v) in enumerate(sequences):
-        problem = check_attention(
-            *(x.transpose(0, 1).unsqueeze(0) for x in (q, k, v)),
+        out, lse = offset_bias_attention(
+            q.transpose(0, 1).unsqueeze(0),
+            k.transpose(0, 1).unsqueeze(0),
+            v.transpose(0, 1).unsqueeze(0),
             bias[index : index + 1] if bias is not None and bias.dim() == 3 else bias,
             dropout_p=dropout_p,
             is_causal=is_causal,
@@ -167,15 +163,14 @@ def offset_bias_attention_varlen(
             enable_gqa=enable_gqa,
             bias_origin=bias_origin,
             beyond=beyond,
-            query_start=None,
             window_size=window_size,
-            key_padding_mask=None,
-            query_positions=None,
-            key_positions=None,
             deterministic=deterministic,
-            return_lse=return_lse,
+            return_lse=True,
+            backend=backend,
         )
-        out, lse = ops.attention(problem, select_backend(problem, backend))
-        outs.append(out[0].transpose(0, 1))
-        lses.append(lse[0])
-    return (torch.cat(outs), torch.cat(lses, dim=1)) if return_lse else torch.cat(outs)
+        outs.append(out.squeeze(0).transpose(0, 1))
+        lses.append(lse.squeeze(0))
+    packed_out = torch.cat(outs) if outs else query.new_zeros(0, query.shape[1], value.shape[2])
+    if not return_lse:
+        return packed_out
+    return packed_out, torch.cat(lses, dim=1) if lses else query.new_zeros(query.shape[1], 0, dtype=torch.float32)

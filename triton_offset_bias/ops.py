@@ -5,12 +5,17 @@ from torch import Tensor
 
 from triton_offset_bias import table
 from triton_offset_bias.backends import cpp, reference
-from triton_offset_bias.checks import Problem
+from triton_offset_bias.problem import Problem
 
+_FUSED = {"cpp": cpp}
+
+# The fields of `Problem`, then the backend.
 _PROBLEM = (
-    "Tensor query, Tensor key, Tensor value, Tensor? bias, Tensor? key_padding_mask, float scale, SymInt query_start, "
-    "SymInt min_offset, SymInt max_offset, SymInt bias_origin, str beyond, bool deterministic, str backend"
+    "Tensor query, Tensor key, Tensor value, Tensor? bias, Tensor? key_padding_mask, Tensor? query_positions, "
+    "Tensor? key_positions, float scale, float dropout_p, SymInt query_start, SymInt min_offset, SymInt max_offset, "
+    "SymInt bias_origin, str beyond, bool deterministic, str backend"
 )
+_NUM_TENSORS = 7
 _library = torch.library.Library("triton_offset_bias", "DEF")
 _library.define(f"attention({_PROBLEM}) -> (Tensor out, Tensor lse, Tensor row_max, Tensor row_log_sum)")
 _library.define(
@@ -18,59 +23,18 @@ _library.define(
     f"{_PROBLEM}) -> (Tensor dquery, Tensor dkey, Tensor dvalue, Tensor dbias)"
 )
 
-_FUSED = {"cpp": cpp}
-
 
 def attention(problem: Problem, backend: str) -> tuple[Tensor, Tensor]:
     """Output and log-sum-exp of `problem` by a backend that serves it, differentiable."""
     if backend == "reference":
         return reference.attention(problem)
-    out, lse, _, _ = torch.ops.triton_offset_bias.attention(*_arguments(problem), backend)
+    out, lse, _, _ = torch.ops.triton_offset_bias.attention(*problem, backend)
     return out, lse
 
 
-def _arguments(problem: Problem) -> tuple:
-    return (
-        problem.query,
-        problem.key,
-        problem.value,
-        problem.bias,
-        problem.key_padding_mask,
-        problem.scale,
-        problem.query_start,
-        problem.min_offset,
-        problem.max_offset,
-        problem.bias_origin,
-        problem.beyond,
-        problem.deterministic,
-    )
-
-
-def _problem(
-    query, key, value, bias, key_padding_mask, scale, query_start, min_offset, max_offset, bias_origin, beyond, deterministic
-) -> Problem:
-    return Problem(
-        query=query,
-        key=key,
-        value=value,
-        bias=bias,
-        key_padding_mask=key_padding_mask,
-        query_positions=None,
-        key_positions=None,
-        scale=scale,
-        dropout_p=0.0,
-        query_start=query_start,
-        min_offset=min_offset,
-        max_offset=max_offset,
-        bias_origin=bias_origin,
-        beyond=beyond,
-        deterministic=deterministic,
-    )
-
-
 def _forward(*args):
-    *problem_args, backend = args
-    problem = _problem(*problem_args)
+    *fields, backend = args
+    problem = Problem(*fields)
     _check_reach_of_data(problem)
     outputs = _new_outputs(problem.query, problem.value)
     _FUSED[backend].forward(problem, *outputs)
@@ -83,28 +47,31 @@ def _forward_fake(*args):
 
 
 def _backward(dout, dlse, out, row_max, row_log_sum, needs, *args):
-    *problem_args, backend = args
-    problem = _problem(*problem_args)
+    *fields, backend = args
+    problem = Problem(*fields)
+    dout = torch.zeros_like(out) if dout is None else dout
     gradients = [
         _empty_like(x, x.shape[-1]) if need else None
-        for x, need in zip((problem.query, problem.key, problem.value), needs, strict=False)
+        for x, need in zip((problem.query, problem.key, problem.value), needs[:3], strict=True)
     ]
-    dout = torch.zeros_like(out) if dout is None else dout
     dbias = _FUSED[backend].backward(problem, out, row_max, row_log_sum, dout, dlse, *gradients, needs[3])
     return tuple(out.new_empty(0) if gradient is None else gradient for gradient in (*gradients, dbias))
 
 
 def _backward_fake(dout, dlse, out, row_max, row_log_sum, needs, query, key, value, bias, *_):
-    gradients = [_empty_like(x, x.shape[-1]) if need else out.new_empty(0) for x, need in zip((query, key, value), needs)]
+    gradients = [
+        _empty_like(x, x.shape[-1]) if need else out.new_empty(0)
+        for x, need in zip((query, key, value), needs[:3], strict=True)
+    ]
     dbias = bias.new_empty(bias.shape) if bias is not None and needs[3] else out.new_empty(0)
     return (*gradients, dbias)
 
 
 def _new_outputs(query: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Uninitialised out, lse, row_max, row_log_sum. The statistics are what a backend wants to see again in backward."""
+    """Uninitialised out, lse, row_max, row_log_sum: the last two are what a backend wants to see again in backward."""
     real = torch.promote_types(query.dtype, torch.float32)
-    rows = [query.new_empty(query.shape[:3], dtype=real) for _ in range(3)]
-    return _empty_like(query, value.shape[-1]), *rows
+    lse, row_max, row_log_sum = (query.new_empty(query.shape[:3], dtype=real) for _ in range(3))
+    return _empty_like(query, value.shape[-1]), lse, row_max, row_log_sum
 
 
 def _empty_like(x: Tensor, dim: int) -> Tensor:
@@ -116,7 +83,7 @@ def _empty_like(x: Tensor, dim: int) -> Tensor:
 
 
 def _check_reach_of_data(problem: Problem) -> None:
-    """`beyond="error"` under a mask: which offsets are attended to depends on data, so it is asked here, not in checks."""
+    """`beyond="error"` under a mask: which offsets are attended to depends on data, so it is not asked in checks."""
     if problem.beyond != "error" or problem.bias is None or problem.key_padding_mask is None:
         return
     extremes = table.attended_extremes(
@@ -129,23 +96,23 @@ def _check_reach_of_data(problem: Problem) -> None:
 class _Attention(torch.autograd.Function):
     @staticmethod
     def forward(ctx, *args):
-        with torch._C._AutoDispatchBelowAutograd():
-            out, lse, row_max, row_log_sum = torch.ops.triton_offset_bias.attention(*args)
-        query, key, value, bias, key_padding_mask, *ctx.options = args
-        ctx.save_for_backward(query, key, value, bias, key_padding_mask, out, row_max, row_log_sum)
+        outputs = _below_autograd(torch.ops.triton_offset_bias.attention, args)
+        out, _, row_max, row_log_sum = outputs
+        ctx.save_for_backward(*args[:_NUM_TENSORS], out, row_max, row_log_sum)
+        ctx.options = args[_NUM_TENSORS:]
         ctx.mark_non_differentiable(row_max, row_log_sum)
         ctx.set_materialize_grads(False)
-        return out, lse, row_max, row_log_sum
+        return outputs
 
     @staticmethod
     def backward(ctx, dout, dlse, *_):
-        query, key, value, bias, key_padding_mask, out, row_max, row_log_sum = ctx.saved_tensors
+        *tensors, out, row_max, row_log_sum = ctx.saved_tensors
         needs = list(ctx.needs_input_grad[:4])
         gradients = torch.ops.triton_offset_bias.attention_backward(
-            dout, dlse, out, row_max, row_log_sum, needs, query, key, value, bias, key_padding_mask, *ctx.options
+            dout, dlse, out, row_max, row_log_sum, needs, *tensors, *ctx.options
         )
-        masked = [gradient if need else None for gradient, need in zip(gradients, needs, strict=True)]
-        return *masked, *(None for _ in range(1 + len(ctx.options)))
+        needed = [gradient if need else None for gradient, need in zip(gradients, needs, strict=True)]
+        return *needed, *[None] * (_NUM_TENSORS - 4 + len(ctx.options))
 
 
 class _AttentionBackward(torch.autograd.Function):
@@ -153,20 +120,36 @@ class _AttentionBackward(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, *args):
-        with torch._C._AutoDispatchBelowAutograd():
-            return torch.ops.triton_offset_bias.attention_backward(*args)
+        return _below_autograd(torch.ops.triton_offset_bias.attention_backward, args)
 
     @staticmethod
     def backward(ctx, *_):
         raise NotImplementedError(
-            "offset_bias_attention has no second derivative on the fused backends; backend='reference' has every derivative"
+            "offset_bias_attention has no second derivative on the fused backends; "
+            "backend='reference' has derivatives of every order"
         )
 
 
-_library.impl("attention", lambda *args: _Attention.apply(*args), "Autograd")
-_library.impl("attention_backward", lambda *args: _AttentionBackward.apply(*args), "Autograd")
-for _device in ("CPU", "CUDA"):
-    _library.impl("attention", _forward, _device)
-    _library.impl("attention_backward", _backward, _device)
-torch.library.register_fake("triton_offset_bias::attention", _forward_fake, lib=_library)
-torch.library.register_fake("triton_offset_bias::attention_backward", _backward_fake, lib=_library)
+def _below_autograd(op, args):
+    with torch._C._AutoDispatchBelowAutograd():
+        return op(*args)
+
+
+def _autograd_rule(op, function):
+    """What the dispatcher calls at the autograd key: `function` where a gradient can be asked for, else just `op`."""
+
+    def rule(*args):
+        is_recorded = torch.is_grad_enabled() and any(isinstance(x, Tensor) and x.requires_grad for x in args)
+        return function.apply(*args) if is_recorded else _below_autograd(op, args)
+
+    return rule
+
+
+for _name, _implementation, _fake, _function in (
+    ("attention", _forward, _forward_fake, _Attention),
+    ("attention_backward", _backward, _backward_fake, _AttentionBackward),
+):
+    _library.impl(_name, _autograd_rule(getattr(torch.ops.triton_offset_bias, _name), _function), "Autograd")
+    _library.impl(_name, _implementation, "CPU")
+    _library.impl(_name, _implementation, "CUDA")
+    torch.library.register_fake(f"triton_offset_bias::{_name}", _fake, lib=_library)

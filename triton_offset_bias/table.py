@@ -1,8 +1,8 @@
 """Where offsets become columns: the one place that knows how a bias table is laid out.
 
-A table is a tensor whose last axis has one column per offset; `origin` is the column of offset 0, so offset `o` lives in
-column `o + origin`. What lies outside the table is decided by `beyond`: its nearest end ("clamp"), nothing ("zero"), or
-an error that was raised before any of these functions is reached ("error").
+A table is a tensor whose last axis has one column per offset; `origin` is the column of offset 0, so offset `o` lives
+in column `o + origin`. `beyond` decides what offsets outside of the table see: its nearest end ("clamp"), nothing
+("zero"), or "error", which `check_reach` raises.
 """
 
 import torch

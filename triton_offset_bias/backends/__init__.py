@@ -1,1 +1,1 @@
-"""The backends: each gives `unsupported_reasons(problem)`, `forward` and, where it brings its own gradient, `backward`."""
+"""The backends: each says what it cannot serve, `unsupported_reasons(problem)`; none imports another."""

@@ -1,6 +1,6 @@
 """The compiled CPU engine (`csrc_ref/`), called through ctypes; the contract is in `csrc_ref/engine.h`.
 
-The package holds one build of the engine for each instruction set, and the fastest that the processor can run is loaded at
+The package holds one build of the engine for each instruction set; the fastest that the processor can run is loaded at
 import. `TRITON_OFFSET_BIAS_BUILD=portable` (or `avx2`, `avx512`) asks for one by name.
 """
 
@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from triton_offset_bias import table
-from triton_offset_bias.checks import Problem
+from triton_offset_bias.problem import Problem
 
 SERVES = "CPU tensors; float16, bfloat16, float32, float64; head dims 1 to 256"
 BUILDS = ("avx512", "avx2", "portable")
@@ -65,7 +65,7 @@ def _load() -> tuple[ctypes.CDLL | None, str, str]:
     if portable is None:
         return None, "", "the engine was not compiled: install a C++ compiler, then install the package again"
     try:
-        # The engine's OpenMP calls bind to the runtime that torch has brought into the process: there is never a second.
+        # The engine's OpenMP calls bind to the runtime that torch has brought into the process: there is no second.
         engine = ctypes.CDLL(str(portable))
         engine.tob_best_build.restype = ctypes.c_char_p
         best = engine.tob_best_build().decode()
@@ -88,8 +88,11 @@ _ENGINE, BUILD, _WHY_NOT = _load()
 
 
 def build_description() -> str:
-    """What the loaded build computes with, for people."""
-    return "" if _ENGINE is None else f"{BUILD}: {_ENGINE.tob_build_description().decode()}"
+    """What this backend is built for here, for people."""
+    if _ENGINE is None:
+        return "not built"
+    found = ", ".join(build for build in BUILDS if _library_path(build))
+    return f"{BUILD} ({_ENGINE.tob_build_description().decode()}); installed builds: {found}"
 
 
 def unavailable_reasons() -> list[str]:

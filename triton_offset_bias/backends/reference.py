@@ -10,9 +10,14 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from triton_offset_bias import table
-from triton_offset_bias.checks import Problem
+from triton_offset_bias.problem import Problem
 
 SERVES = "any device; dense, O(Lq x Lk) memory; float16, bfloat16, float32, float64"
+
+
+def build_description() -> str:
+    """What this backend is built for here, for people."""
+    return "plain PyTorch, wherever torch runs"
 
 
 def unavailable_reasons() -> list[str]:

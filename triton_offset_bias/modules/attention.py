@@ -11,8 +11,8 @@ class OffsetBiasAttention(nn.Module):
     Args:
         embed_dim: width of input and output; a multiple of `num_heads`.
         num_heads: query heads.
-        bias: a module that gives a table, ``bias(min_offset, max_offset) -> (H, offsets)``, such as `OffsetBias`; the same
-            module may serve several layers. None: no position bias.
+        bias: a module that gives a table, ``bias(min_offset, max_offset) -> (H, offsets)``, such as `OffsetBias`; the
+            same module may serve several layers. None: no position bias.
         num_kv_heads: key and value heads, a divisor of `num_heads` (grouped-query attention); default `num_heads`.
         is_causal: attend only to keys at or before the query.
         dropout_p: probability of dropping an attention weight while training.

@@ -11,8 +11,8 @@ class OffsetBias(nn.Module):
 
         bias[h, offset] = weight[h, offset + origin]
 
-    The origin is ``max_length - 1`` (``2 * max_length - 1`` parameters a head), or 0 when not bidirectional (``max_length``
-    parameters a head, for offsets from 0 on: causal attention). Offsets outside of the table see its nearest end.
+    The origin is ``max_length - 1`` (``2 * max_length - 1`` parameters a head); when not bidirectional it is 0
+    (``max_length`` parameters a head, for the offsets of causal attention). Offsets outside see the nearest end.
 
     Args:
         num_heads: heads, each with numbers of its own.
@@ -58,4 +58,5 @@ class OffsetBias(nn.Module):
         return table.per_offset(self.weight.float(), min_offset, max_offset, self.origin, "clamp")
 
     def extra_repr(self) -> str:
+        """The arguments, for `repr`."""
         return f"num_heads={self.num_heads}, max_length={self.max_length}, bidirectional={self.bidirectional}"

@@ -1,8 +1,13 @@
 """The GPU backend. This version has no GPU kernels yet: it says so, and "auto" serves CUDA tensors by the reference."""
 
-from triton_offset_bias.checks import Problem
+from triton_offset_bias.problem import Problem
 
 SERVES = "nothing in this version"
+
+
+def build_description() -> str:
+    """What this backend is built for here, for people."""
+    return "not built"
 
 
 def unavailable_reasons() -> list[str]:

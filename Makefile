@@ -1,0 +1,47 @@
+# Every target sets up what it needs (a virtual environment, dependencies, the engine), and does it once.
+PYTHON ?= python3
+VENV ?= .venv
+RUN := $(VENV)/bin/python
+INSTALLED := $(VENV)/.installed
+OPTIONS ?=
+
+.DEFAULT_GOAL := help
+.PHONY: help setup demo test lint fmt bench plots ci clean
+
+help:  ## list the targets
+	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
+
+setup: $(INSTALLED)  ## virtual environment, dependencies and the compiled engine
+
+demo: $(INSTALLED)  ## train a small language model on real text, with a table and a picture (under 3 minutes on 2 cores)
+	$(RUN) examples/train_bytes.py $(OPTIONS)
+
+test: $(INSTALLED)  ## run the tests
+	$(RUN) -m pytest $(OPTIONS)
+
+lint: $(INSTALLED)  ## ruff and mypy
+	$(RUN) -m ruff format --check .
+	$(RUN) -m ruff check .
+	$(RUN) -m mypy
+
+fmt: $(INSTALLED)  ## format the Python code
+	$(RUN) -m ruff format .
+	$(RUN) -m ruff check --fix .
+
+bench: $(INSTALLED)  ## measure against other ways to do the same, on this machine
+	$(RUN) -m bench $(OPTIONS)
+
+plots: $(INSTALLED)  ## draw the plots from the benchmark's CSV
+	$(RUN) -m bench.plots $(OPTIONS)
+
+ci:  ## what every change has to pass
+	bash .ci/run
+
+clean:  ## remove everything that was built
+	rm -rf $(VENV) build dist *.egg-info triton_offset_bias/_engine_*
+
+$(INSTALLED): pyproject.toml constraints.txt setup.py $(wildcard csrc_ref/*)
+	test -x $(RUN) || $(PYTHON) -m venv $(VENV)
+	@echo "Installing dependencies and compiling the engine (a few minutes the first time) ..."
+	$(RUN) -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable ".[dev]"
+	touch $@

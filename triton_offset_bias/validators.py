@@ -1,0 +1,77 @@
+"""Checks of one argument at a time: each returns the value it was asked about, or raises an error that names it."""
+
+import math
+
+import torch
+from torch import Tensor
+
+from triton_offset_bias import table
+
+
+def shape(tensor: Tensor) -> tuple[int, ...]:
+    """The shape as a plain tuple, for messages."""
+    return tuple(tensor.shape)
+
+
+def check_tensor(name: str, value: object) -> None:
+    """Raises TypeError unless `value` is a tensor."""
+    if not isinstance(value, Tensor):
+        raise TypeError(f"`{name}` must be a torch.Tensor, got {type(value).__name__}")
+
+
+def check_flag(name: str, value: object) -> None:
+    """Raises TypeError unless `value` is a bool."""
+    if not isinstance(value, bool):
+        raise TypeError(f"`{name}` must be a bool, got {value!r}")
+
+
+def checked_int(name: str, value: int) -> int:
+    """`value`, an int."""
+    if isinstance(value, bool) or not isinstance(value, int | torch.SymInt):
+        raise TypeError(f"`{name}` must be an int, got {value!r}")
+    return value
+
+
+def checked_window(window_size: tuple[int, int]) -> tuple[int, int]:
+    """(left, right), each at least -1."""
+    if not isinstance(window_size, tuple | list) or len(window_size) != 2:
+        raise TypeError(f"`window_size` must be a pair (left, right) of ints, got {window_size!r}")
+    left, right = (checked_int("window_size", side) for side in window_size)
+    if left < -1 or right < -1:
+        raise ValueError(f"`window_size` must hold sizes >= 0, or -1 for unlimited, got {tuple(window_size)}")
+    return left, right
+
+
+def checked_scale(scale: float | None, head_dim: int) -> float:
+    """The factor on the dot products."""
+    if scale is None:
+        return float(head_dim) ** -0.5
+    if isinstance(scale, bool) or not isinstance(scale, int | float | torch.SymFloat):
+        raise TypeError(f"`scale` must be a float or None, got {scale!r}")
+    if not math.isfinite(scale):
+        raise ValueError(f"`scale` must be finite, got {scale}")
+    return float(scale)
+
+
+def checked_dropout(dropout_p: float) -> float:
+    """A probability."""
+    if isinstance(dropout_p, bool) or not isinstance(dropout_p, int | float):
+        raise TypeError(f"`dropout_p` must be a float, got {dropout_p!r}")
+    if not 0.0 <= dropout_p <= 1.0:
+        raise ValueError(f"`dropout_p` must be between 0 and 1, got {dropout_p}")
+    return float(dropout_p)
+
+
+def checked_beyond(beyond: str) -> str:
+    """One of `table.BEYOND`."""
+    if beyond not in table.BEYOND:
+        raise ValueError(f"`beyond` must be one of {', '.join(map(repr, table.BEYOND))}, got {beyond!r}")
+    return beyond
+
+
+def checked_deterministic(deterministic: bool | None) -> bool:
+    """The caller's wish, or else torch's setting."""
+    if deterministic is None:
+        return torch.are_deterministic_algorithms_enabled()
+    check_flag("deterministic", deterministic)
+    return deterministic
