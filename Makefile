@@ -19,14 +19,16 @@ demo: $(INSTALLED)  ## train a small language model on real text, with a table a
 test: $(INSTALLED)  ## run the tests
 	$(RUN) -m pytest $(OPTIONS)
 
-lint: $(INSTALLED)  ## ruff and mypy
+lint: $(INSTALLED)  ## ruff, mypy and clang-format
 	$(RUN) -m ruff format --check .
 	$(RUN) -m ruff check .
 	$(RUN) -m mypy
+	$(VENV)/bin/clang-format --dry-run --Werror csrc_ref/*
 
-fmt: $(INSTALLED)  ## format the Python code
+fmt: $(INSTALLED)  ## format the code
 	$(RUN) -m ruff format .
 	$(RUN) -m ruff check --fix .
+	$(VENV)/bin/clang-format -i csrc_ref/*
 
 bench: $(INSTALLED)  ## measure against other ways to do the same, on this machine
 	$(RUN) -m bench $(OPTIONS)
