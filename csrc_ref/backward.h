@@ -94,7 +94,9 @@ template <class Real> class Backward {
     return round_up(keys, P);
   }
 
-  // Pass 1: queries and dO as panels of rows; the rows' statistics and delta. Rows past the end get P = 0.
+  // Pass 1: queries and dO as panels of rows; the rows' statistics and delta. Rows past the end are as those that
+  // attend to nothing: P = 0, and delta = 0 whatever dlse is there (a loss may well have an infinite slope at lse =
+  // -inf).
   void prepare(int64_t slot, int first) {
     const Head head = head_of(slot);
     const int64_t base = slot * rows_padded + first, source = (head.b * p.heads_q + head.h) * p.len_q + first;
@@ -108,15 +110,16 @@ template <class Real> class Backward {
     if (dbias && first == 0) std::fill_n(dbias_strips.get() + slot * strip_length, strip_length, Real(0));
     alignas(64) Real o_row[kMaxDim + P], g_row[kMaxDim + P];
     for (int r = 0; r < kQueries; ++r) {
-      max.get()[base + r] = r < count ? row_max[source + r] : std::numeric_limits<Real>::infinity();
-      log_sum.get()[base + r] = r < count ? row_log_sum[source + r] : Real(0);
-      delta.get()[base + r] = 0;
-      if (r >= count) continue;
+      Real &m = max.get()[base + r], &l = log_sum.get()[base + r], &d = delta.get()[base + r];
+      m = r < count ? row_max[source + r] : std::numeric_limits<Real>::infinity();
+      l = r < count ? row_log_sum[source + r] : Real(0);
+      d = 0;
+      if (m == std::numeric_limits<Real>::infinity() && l == 0) continue;
       read_row(o, first + r, Real(1), o_row, chunks_v * P);
       read_row(g, first + r, Real(1), g_row, chunks_v * P);
       Vec dot{};
-      for (int d = 0; d < chunks_v * P; d += W) dot += S::load(o_row + d) * S::load(g_row + d);
-      delta.get()[base + r] = S::sum(dot) - (dlse ? dlse[source + r] : Real(0));
+      for (int e = 0; e < chunks_v * P; e += W) dot += S::load(o_row + e) * S::load(g_row + e);
+      d = S::sum(dot) - (dlse ? dlse[source + r] : Real(0));
     }
   }
 

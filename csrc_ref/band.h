@@ -71,6 +71,12 @@ template <class Real> class BiasStrips {
   }
 
  private:
+  // Finite numbers stay finite: only -inf forbids.
+  static Real in_bits(Real nats) {
+    constexpr Real kLargest = std::numeric_limits<Real>::max();
+    return std::isinf(nats) ? nats : std::clamp(nats * Real(kLog2E), -kLargest, kLargest);
+  }
+
   void fill(const tob_problem &p, int64_t row) {
     constexpr Real kForbidden = -std::numeric_limits<Real>::infinity();
     const int64_t columns = p.len_q + p.len_k - 1;
@@ -80,7 +86,7 @@ template <class Real> class BiasStrips {
     Real *zero = strip + kPad + len_q_;
     const int64_t first = std::max(-(p.len_q - 1), p.query_start - p.max_offset);
     const int64_t last = std::min(p.len_k - 1, p.query_start - p.min_offset);
-    for (int64_t x = first; x <= last; ++x) zero[x] = bias ? bias[p.len_k - 1 - x] * Real(kLog2E) : Real(0);
+    for (int64_t x = first; x <= last; ++x) zero[x] = bias ? in_bits(bias[p.len_k - 1 - x]) : Real(0);
   }
 
   int64_t batch_, heads_;

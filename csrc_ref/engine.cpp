@@ -20,7 +20,6 @@ bool is_valid(const tob_problem &p) {
 template <class Run> int guarded(const tob_problem &problem, Run run) {
   if (!is_valid(problem)) return TOB_ERROR_ARGUMENT;
   try {
-    const tob::FlushDenormals flush;
     if (problem.dtype == TOB_FLOAT64) run(double());
     else run(float());
     return 0;

@@ -49,8 +49,8 @@ typedef struct {
 } tob_problem;
 
 /* Per row of scores, (batch, heads_q, len_q) contiguous reals. The softmax is kept as its two parts, in bits (log base
-   2), because their sum would round: P = exp2(S log2(e) - row_max - row_log_sum). Both are 0 for a row that attends to
-   nothing. */
+   2), because their sum would round: P = exp2(S log2(e) - row_max - row_log_sum). A row that attends to nothing has
+   row_max +inf and row_log_sum 0. */
 typedef struct {
   void *row_max, *row_log_sum;
 } tob_row_stats;

@@ -14,8 +14,8 @@ template <class Real> class Forward {
   static constexpr int kRows = 12;        // rows a step: their scores stay in the L1 cache
   static constexpr int kMaxQueries = 96;  // queries a task
   static constexpr int64_t kScoreStride = kKeys + W;
-  static constexpr Real kNoScore =
-      Real(-1e30);  // a running maximum before any score; finite, so that -inf - it is -inf
+  // A running maximum before any score: finite, so that -inf - it is -inf, and no more than any finite score.
+  static constexpr Real kNoScore = std::numeric_limits<Real>::lowest();
 
  public:
   Forward(const tob_problem &problem, const tob_tensor &out, void *lse, const tob_row_stats &stats)
@@ -144,7 +144,7 @@ template <class Real> class Forward {
       const bool empty = sum == 0;
       const int64_t index = (b * p.heads_q + h) * p.len_q + first + r;
       write_row(o, first + r, empty ? Real(0) : 1 / sum, t.acc + r * chunks_v * P);
-      row_max[index] = empty ? 0 : t.max[r];
+      row_max[index] = empty ? std::numeric_limits<Real>::infinity() : t.max[r];
       row_log_sum[index] = empty ? 0 : log_sum;
       lse[index] = Real(kLn2) * (t.max[r] + log_sum);
     }

@@ -17,6 +17,7 @@
 namespace tob {
 
 // Denormals are flushed to zero while this lives: they cost a hundred cycles each and carry no weight in a softmax.
+// New threads inherit the flag, so it is set only where no thread is started: inside of a parallel region.
 class FlushDenormals {
  public:
 #if defined(__SSE2__)

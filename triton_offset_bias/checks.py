@@ -49,7 +49,11 @@ def check_attention(
         TypeError: an argument has the wrong type or dtype.
         ValueError: an argument has the wrong shape, device or value.
     """
-    _check_layout(query, key, value, enable_gqa)
+    _check_tensors(query, key, value, "(batch, heads, length, head_dim)", 4)
+    for name, tensor in (("key", key), ("value", value)):
+        if tensor.shape[0] != query.shape[0]:
+            raise ValueError(f"`{name}` must have `query`'s batch size {query.shape[0]}, got shape {shape(tensor)}")
+    _check_sizes(query, key, value, enable_gqa, heads=1, length=2)
     check_flag("is_causal", is_causal)
     check_flag("return_lse", return_lse)
     batch, num_heads, len_q, head_dim = query.shape
@@ -103,12 +107,8 @@ def check_varlen(
         TypeError: an argument has the wrong type or dtype.
         ValueError: an argument has the wrong shape, device or value.
     """
-    for name, tensor in (("query", query), ("key", key), ("value", value)):
-        check_tensor(name, tensor)
-        if tensor.dim() != 3:
-            raise ValueError(f"`{name}` must have shape (total, heads, head_dim), got shape {shape(tensor)}")
-    batched = [packed.transpose(0, 1).unsqueeze(0) for packed in (query, key, value)]
-    _check_layout(batched[0], batched[1], batched[2], enable_gqa)
+    _check_tensors(query, key, value, "(total, heads, head_dim)", 3)
+    _check_sizes(query, key, value, enable_gqa, heads=1, length=0)
     lengths_q = _sequence_lengths("cu_seqlens_q", cu_seqlens_q, "query", query, "max_seqlen_q", max_seqlen_q)
     lengths_k = _sequence_lengths("cu_seqlens_k", cu_seqlens_k, "key", key, "max_seqlen_k", max_seqlen_k)
     if len(lengths_q) != len(lengths_k):
@@ -133,39 +133,39 @@ def _is_castable(tensor: Tensor) -> bool:
     return isinstance(tensor, Tensor) and tensor.is_floating_point() and tensor.dtype != torch.float64
 
 
-def _check_layout(query: Tensor, key: Tensor, value: Tensor, enable_gqa: bool) -> None:
+def _check_tensors(query: Tensor, key: Tensor, value: Tensor, layout: str, axes: int) -> None:
     for name, tensor in (("query", query), ("key", key), ("value", value)):
         check_tensor(name, tensor)
-        if tensor.dim() != 4:
-            raise ValueError(f"`{name}` must have shape (batch, heads, length, head_dim), got shape {shape(tensor)}")
+        if tensor.dim() != axes:
+            raise ValueError(f"`{name}` must have shape {layout}, got shape {shape(tensor)}")
     if query.dtype not in FLOAT_DTYPES:
         raise TypeError(f"`query` must be float16, bfloat16, float32 or float64, got {query.dtype}")
     for name, tensor in (("key", key), ("value", value)):
         if tensor.dtype != query.dtype:
             raise TypeError(f"`{name}` must have `query`'s dtype {query.dtype}, got {tensor.dtype}")
         _check_device(name, tensor, query)
-        if tensor.shape[0] != query.shape[0]:
-            raise ValueError(f"`{name}` must have `query`'s batch size {query.shape[0]}, got shape {shape(tensor)}")
-    if key.shape[3] != query.shape[3]:
-        raise ValueError(f"`key` must have `query`'s head_dim {query.shape[3]}, got shape {shape(key)}")
-    if value.shape[2] != key.shape[2]:
-        raise ValueError(f"`value` must have `key`'s length {key.shape[2]}, got shape {shape(value)}")
-    if value.shape[1] != key.shape[1]:
-        raise ValueError(f"`value` must have `key`'s {key.shape[1]} heads, got shape {shape(value)}")
-    if query.shape[3] < 1 or value.shape[3] < 1:
-        name, tensor = ("query", query) if query.shape[3] < 1 else ("value", value)
-        raise ValueError(f"`{name}` must have a head_dim of at least 1, got shape {shape(tensor)}")
-    _check_heads(query, key, enable_gqa)
 
 
-def _check_heads(query: Tensor, key: Tensor, enable_gqa: bool) -> None:
+def _check_sizes(query: Tensor, key: Tensor, value: Tensor, enable_gqa: bool, heads: int, length: int) -> None:
+    """Head dims, lengths and heads; `heads` and `length` are the axes that hold them."""
+    if key.shape[-1] != query.shape[-1]:
+        raise ValueError(f"`key` must have `query`'s head_dim {query.shape[-1]}, got shape {shape(key)}")
+    if value.shape[length] != key.shape[length]:
+        raise ValueError(f"`value` must have `key`'s length {key.shape[length]}, got shape {shape(value)}")
+    if value.shape[heads] != key.shape[heads]:
+        raise ValueError(f"`value` must have `key`'s {key.shape[heads]} heads, got shape {shape(value)}")
+    for name, tensor in (("query", query), ("value", value)):
+        if tensor.shape[-1] < 1:
+            raise ValueError(f"`{name}` must have a head_dim of at least 1, got shape {shape(tensor)}")
     check_flag("enable_gqa", enable_gqa)
-    heads_q, heads_kv = query.shape[1], key.shape[1]
-    if not enable_gqa and heads_q != heads_kv:
+    heads_q, heads_kv = query.shape[heads], key.shape[heads]
+    if heads_q == heads_kv:
+        return
+    if not enable_gqa:
         raise ValueError(
             f"`key` must have `query`'s {heads_q} heads, got shape {shape(key)}; enable_gqa=True shares key heads"
         )
-    if enable_gqa and (heads_kv == 0 or heads_q % heads_kv != 0) and heads_q != heads_kv:
+    if heads_kv == 0 or heads_q % heads_kv != 0:
         raise ValueError(
             f"`key` must have a number of heads that divides `query`'s {heads_q} (enable_gqa=True), "
             f"got shape {shape(key)}"
@@ -231,9 +231,9 @@ def _check_reach_of_lengths(problem: Problem) -> None:
         return
     if problem.query_positions is not None or problem.key_padding_mask is not None:
         return
-    len_q, len_k = problem.query.shape[2], problem.key.shape[2]
-    if len_q == 0 or len_k == 0:
+    if problem.query.numel() == 0 or problem.key.numel() == 0:
         return
+    len_q, len_k = problem.query.shape[2], problem.key.shape[2]
     lo, hi = table.reachable_offsets(len_q, len_k, problem.query_start)
     lo, hi = max(lo, problem.min_offset), min(hi, problem.max_offset)
     if lo <= hi:

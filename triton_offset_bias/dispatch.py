@@ -16,7 +16,7 @@ def select_backend(problem: Problem, name: str) -> str:
         ValueError: `name` is no backend.
         NotImplementedError: the named backend, or every backend, has reasons not to serve the problem.
     """
-    if name != "auto" and name not in BACKENDS:
+    if not isinstance(name, str) or (name != "auto" and name not in BACKENDS):
         known = ", ".join(map(repr, ("auto", *BACKENDS)))
         raise ValueError(f"`backend` must be one of {known}, got {name!r}")
     candidates = list(BACKENDS) if name == "auto" else [name]

@@ -11,7 +11,7 @@ from torch import Tensor
 BEYOND = ("clamp", "zero", "error")
 
 # Offsets are bounded by tensor lengths, so this is out of reach and still far from the ends of int64.
-UNLIMITED = 2**62
+UNLIMITED = 2**61
 
 
 def default_origin(num_columns: int) -> int:

@@ -1,11 +1,13 @@
 """Checks of one argument at a time: each returns the value it was asked about, or raises an error that names it."""
 
-import math
+import sys
 
 import torch
 from torch import Tensor
 
 from triton_offset_bias import table
+
+LARGEST_SCALE = sys.float_info.max
 
 
 def shape(tensor: Tensor) -> tuple[int, ...]:
@@ -29,6 +31,8 @@ def checked_int(name: str, value: int) -> int:
     """`value`, an int."""
     if isinstance(value, bool) or not isinstance(value, int | torch.SymInt):
         raise TypeError(f"`{name}` must be an int, got {value!r}")
+    if not -table.UNLIMITED < value < table.UNLIMITED:
+        raise ValueError(f"`{name}` must be between -2**61 and 2**61, got {value}")
     return value
 
 
@@ -48,7 +52,7 @@ def checked_scale(scale: float | None, head_dim: int) -> float:
         return float(head_dim) ** -0.5
     if isinstance(scale, bool) or not isinstance(scale, int | float | torch.SymFloat):
         raise TypeError(f"`scale` must be a float or None, got {scale!r}")
-    if not math.isfinite(scale):
+    if not -LARGEST_SCALE <= scale <= LARGEST_SCALE:
         raise ValueError(f"`scale` must be finite, got {scale}")
     return float(scale)
 

@@ -139,6 +139,8 @@ def backward(
     needs_dbias: bool,
 ) -> Tensor | None:
     """Writes the gradients that are not None, and returns that of the table if it is needed; see `tob_backward`."""
+    if problem.query.shape[2] == 0 or problem.key.shape[2] == 0:
+        return _zero_gradients(problem, dquery, dkey, dvalue, needs_dbias)
     call = _Call(problem)
     stats = _RowStats(row_max.data_ptr(), row_log_sum.data_ptr())
     dlse = None if dlse is None else dlse.to(row_max.dtype).contiguous()
@@ -154,6 +156,15 @@ def backward(
     )
     _check_status(status)
     return None if dbias is None else call.fold(dbias)
+
+
+def _zero_gradients(
+    problem: Problem, dquery: Tensor | None, dkey: Tensor | None, dvalue: Tensor | None, needs_dbias: bool
+) -> Tensor | None:
+    for gradient in (dquery, dkey, dvalue):
+        if gradient is not None:
+            gradient.zero_()
+    return torch.zeros_like(problem.bias) if needs_dbias and problem.bias is not None else None
 
 
 class _Call:

@@ -76,10 +76,10 @@ def _offsets(problem: Problem) -> Tensor:
 
 def _attended(problem: Problem, offsets: Tensor) -> Tensor:
     attended = (offsets >= problem.min_offset) & (offsets <= problem.max_offset)
-    attended = attended.reshape(-1, 1, *attended.shape[-2:])  # (1 or B, 1, Lq, Lk)
+    attended = (attended if attended.dim() == 3 else attended.unsqueeze(0)).unsqueeze(1)  # (1 or B, 1, Lq, Lk)
     if problem.key_padding_mask is not None:
         attended = attended & problem.key_padding_mask[:, None, None, :]
-    if problem.beyond == "error" and problem.bias is not None:
+    if problem.beyond == "error" and problem.bias is not None and problem.query.numel() and problem.key.numel():
         used = offsets.expand(attended.shape[0], *offsets.shape[-2:])[attended[:, 0]]
         if used.numel():
             lowest, highest = int(used.min()), int(used.max())

@@ -1,0 +1,118 @@
+"""The command line of the benchmark."""
+
+import argparse
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+from bench.cases import CASES, MODES, QUICK_CASES, SUITES
+from bench.providers import PROVIDERS
+from bench.report import print_requirements, print_summary, read_results
+from bench.rows import ROOT, Row, RowMaker, write_rows
+from bench.suites import Plan, measure
+from bench.timing import Effort
+
+ROUNDS, LIMIT = 20, 15.0
+QUICK_ROUNDS, QUICK_LIMIT = 3, 3.0
+
+ABOUT = """
+Measures offset_bias_attention beside other ways to compute the same attention, and writes a CSV.
+
+Providers are checked against the dense reference (output and gradients) before they are timed. They are interleaved: in
+each round every provider runs once, in rotating order, and ratios are taken within a round. One thread is timed in CPU
+time, more in wall time. Forward is inference, without gradients; forward+backward takes the gradients of all inputs.
+"""
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Measures, writes the CSV, and prints a summary of it."""
+    options = _parser().parse_args(arguments)
+    maker = RowMaker(options.device)
+    rows: list[Row] = []
+    try:
+        for plan in tqdm(_plans(options), desc="benchmark", unit="case"):
+            rows += measure(plan, maker)
+            torch.set_num_threads(options.threads)
+    except KeyboardInterrupt:
+        tqdm.write("interrupted: what is measured so far is written")
+    if not rows:
+        raise SystemExit("nothing was measured: no case, mode and provider of a chosen suite go together")
+    write_rows(options.output, rows, options.append)
+    results = read_results(options.output)
+    print_summary(results)
+    if options.check:
+        print_requirements(results)
+    print(f"\nwrote {options.output}; `python -m bench.plots {options.output}` draws it")
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        "python -m bench", description=ABOUT, epilog=_choices(), formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    for name, choices, what in (
+        ("suite", SUITES, "kinds of measurement"),
+        ("case", CASES, "shapes, instead of the suites' own"),
+        ("mode", MODES, "modes, instead of the suites' own"),
+        ("provider", PROVIDERS, "providers, instead of the suites' own; ratios need ours"),
+    ):
+        parser.add_argument(f"--{name}", nargs="+", choices=choices, metavar="NAME", help=f"{what} (names below)")
+    parser.add_argument("--rounds", type=_count, help=f"rounds of each case and mode (default {ROUNDS})")
+    parser.add_argument("--limit", type=float, help=f"begin no round after so many seconds (default {LIMIT:g})")
+    parser.add_argument("--threads", type=_count, default=1, help="threads of every provider (default 1)")
+    parser.add_argument("--device", default="cpu", help="device of the tensors (default cpu)")
+    parser.add_argument("--quick", action="store_true", help="about a minute: few cases, few rounds, nothing compiled")
+    parser.add_argument("--check", action="store_true", help="also print the table of what must be reached")
+    parser.add_argument("--output", type=Path, default=ROOT / "bench" / "out" / "cpu.csv", help="the CSV to write")
+    parser.add_argument("--append", action="store_true", help="keep the rows of the CSV that are not measured again")
+    return parser
+
+
+def _choices() -> str:
+    lines = ["suites:"]
+    for name, suite in SUITES.items():
+        lines.append(f"  {name:18} {suite.about} ({', '.join(suite.modes)})")
+    lines.append("cases:")
+    for name, case in CASES.items():
+        used = ", ".join(suite for suite in SUITES if name in SUITES[suite].cases)
+        shape = f"B={case.batch} H={case.heads} L={case.length} D={case.head_dim} {case.dtype}"
+        lines.append(f"  {name:18} {shape}{' causal' * case.is_causal} ({used})")
+    lines += ["modes:", *(f"  {mode}" for mode in MODES), "providers:"]
+    lines += [f"  {name:18} {provider.prepare.__doc__}".partition("\n")[0] for name, provider in PROVIDERS.items()]
+    return "\n".join(lines)
+
+
+def _plans(options: argparse.Namespace) -> list[Plan]:
+    """One plan for every suite and case that the options leave."""
+    effort = Effort(
+        options.rounds or (QUICK_ROUNDS if options.quick else ROUNDS),
+        options.limit if options.limit is not None else (QUICK_LIMIT if options.quick else LIMIT),
+    )
+    plans = []
+    for name in options.suite or SUITES:
+        suite = SUITES[name]
+        cases = options.case or (QUICK_CASES[name] if options.quick else suite.cases)
+        # A choice by name narrows every suite when no suite is chosen; a chosen suite takes any case and provider.
+        cases = [case for case in cases if options.suite or case in suite.cases]
+        providers = [p for p in options.provider or suite.providers if options.suite or p in suite.providers]
+        modes = options.mode or suite.modes
+        modes = tuple(mode for mode in modes if options.suite or mode in suite.modes)
+        if options.quick and not options.provider:
+            providers = [provider for provider in providers if not PROVIDERS[provider].is_compiled]
+        if not (modes and providers):
+            continue
+        plans += [
+            Plan(name, CASES[case], modes, tuple(providers), options.device, options.threads, effort) for case in cases
+        ]
+    return plans
+
+
+def _count(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"must be at least 1, got {value}")
+    return value
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,165 @@
+"""Who is measured: every way to compute the same attention from the same inputs.
+
+A provider's `prepare` does what a model would do once (indices, masks, compilation) and is not timed. What it returns
+is timed: it goes from (q, k, v, table) to the output, so a bias that is materialised is materialised in every call, as
+a table that is being trained asks for. Causal peers get -inf in the table, not a mask of all pairs: that is faster.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+
+from bench.cases import FORWARD, MODES, Inputs
+from triton_offset_bias import offset_bias_attention
+
+Run = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]  # q, k, v, table -> out
+
+
+@dataclass(frozen=True)
+class Provider:
+    """A way to compute the attention of `Inputs`.
+
+    Attributes:
+        label: what plots call it.
+        prepare: gives the function to be timed.
+        uses_table: False for attention without a bias.
+        is_dense: stores B*H*M*N numbers.
+        is_compiled: compiled by torch.compile for one shape.
+        cpu_modes: the modes that it can run in on a CPU.
+        why_not: why it cannot run in the others.
+    """
+
+    label: str
+    prepare: Callable[[Inputs], Run]
+    uses_table: bool = True
+    is_dense: bool = False
+    is_compiled: bool = False
+    cpu_modes: tuple[str, ...] = MODES
+    why_not: str = ""
+
+
+def ours(inputs: Inputs) -> Run:
+    """This package."""
+    return lambda q, k, v, table: offset_bias_attention(q, k, v, table, is_causal=inputs.is_causal)
+
+
+def ours_no_bias(inputs: Inputs) -> Run:
+    """This package with the bias left out: what the bias costs is the difference."""
+    return lambda q, k, v, _: offset_bias_attention(q, k, v, None, is_causal=inputs.is_causal)
+
+
+def sdpa_no_bias(inputs: Inputs) -> Run:
+    """SDPA, torch's fused attention, which is at its best without a bias."""
+    return lambda q, k, v, _: F.scaled_dot_product_attention(q, k, v, is_causal=inputs.is_causal)
+
+
+def sdpa_index(inputs: Inputs) -> Run:
+    """SDPA with the bias looked up for every pair, as Swin and most models write it."""
+    index = _table_index(inputs)
+
+    def run(q: Tensor, k: Tensor, v: Tensor, table: Tensor) -> Tensor:
+        bias = _masked_table(table, inputs.is_causal)[:, index]  # (H, M, N)
+        return F.scaled_dot_product_attention(q, k, v, bias.to(q.dtype)[None])
+
+    return run
+
+
+def sdpa_strided(inputs: Inputs) -> Run:
+    """SDPA with the bias as an overlapping view of the table: no copy, unless SDPA makes one.
+
+    Strides cannot be negative, so the keys and values are reversed: query i and key N - 1 - j meet at column i + j.
+    """
+
+    def run(q: Tensor, k: Tensor, v: Tensor, table: Tensor) -> Tensor:
+        bias = _masked_table(table, inputs.is_causal).unfold(-1, k.shape[2], 1)  # (H, M, N), strides (2L - 1, 1, 1)
+        return F.scaled_dot_product_attention(q, k.flip(2), v.flip(2), bias.to(q.dtype)[None])
+
+    return run
+
+
+def sdpa_strided_copy(inputs: Inputs) -> Run:
+    """SDPA with the bias copied out of that view: no index, keys in their order."""
+
+    def run(q: Tensor, k: Tensor, v: Tensor, table: Tensor) -> Tensor:
+        bias = _masked_table(table, inputs.is_causal).unfold(-1, k.shape[2], 1).flip(-1)  # (H, M, N)
+        return F.scaled_dot_product_attention(q, k, v, bias.to(q.dtype)[None])
+
+    return run
+
+
+def t5_eager(inputs: Inputs) -> Run:
+    """Matmul, plus bias, softmax, matmul: how T5 is written."""
+    index = _table_index(inputs)
+    return lambda q, k, v, table: _t5(q, k, v, table, index, inputs.is_causal)
+
+
+def t5_compiled(inputs: Inputs) -> Run:
+    """The same, compiled."""
+    index = _table_index(inputs)
+    compiled = _compile(_t5)
+    return lambda q, k, v, table: compiled(q, k, v, table, index, inputs.is_causal)
+
+
+def flex_compiled(inputs: Inputs) -> Run:
+    """FlexAttention, compiled, that captures the table; on a CPU it has no backward."""
+    length, device = inputs.q.shape[2], inputs.q.device.type
+    mask = create_block_mask(lambda b, h, i, j: i >= j, None, None, length, length, device=device)
+    compiled = _compile(flex_attention)
+
+    def run(q: Tensor, k: Tensor, v: Tensor, table: Tensor) -> Tensor:
+        def add_bias(score: Tensor, b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
+            return score + table[h, i - j + length - 1]
+
+        return compiled(q, k, v, score_mod=add_bias, block_mask=mask if inputs.is_causal else None)
+
+    return run
+
+
+def _t5(q: Tensor, k: Tensor, v: Tensor, table: Tensor, index: Tensor, is_causal: bool) -> Tensor:
+    bias = _masked_table(table, is_causal)[:, index].to(q.dtype)  # (H, M, N)
+    scores = q @ k.mT * q.shape[-1] ** -0.5 + bias  # (B, H, M, N)
+    return scores.softmax(-1) @ v
+
+
+def _masked_table(table: Tensor, is_causal: bool) -> Tensor:
+    """The table with -inf where causality forbids the offset."""
+    if not is_causal:
+        return table
+    offsets = torch.arange(table.shape[1], device=table.device) - table.shape[1] // 2
+    return table.masked_fill(offsets < 0, float("-inf"))
+
+
+def _table_index(inputs: Inputs) -> Tensor:
+    """(M, N) column of the table for every pair."""
+    positions = torch.arange(inputs.q.shape[2], device=inputs.q.device)
+    return positions[:, None] - positions[None, :] + inputs.q.shape[2] - 1
+
+
+def _compile(function: Callable) -> Callable:
+    # Inductor bakes the thread count into its code, yet its cache looks only at options.
+    return torch.compile(function, dynamic=False, fullgraph=True, options={"cpp.threads": torch.get_num_threads()})
+
+
+PROVIDERS = {
+    "ours": Provider("ours", ours),
+    "ours_no_bias": Provider("ours, no bias", ours_no_bias, uses_table=False),
+    "sdpa_no_bias": Provider("SDPA, no bias", sdpa_no_bias, uses_table=False),
+    "sdpa_index": Provider("SDPA + bias[:, index]", sdpa_index, is_dense=True),
+    "sdpa_strided": Provider("SDPA + strided view", sdpa_strided, is_dense=True),
+    "sdpa_strided_copy": Provider("SDPA + copied view", sdpa_strided_copy, is_dense=True),
+    "t5_eager": Provider("T5-style, eager", t5_eager, is_dense=True),
+    "t5_compiled": Provider("T5-style, compiled", t5_compiled, is_dense=True, is_compiled=True),
+    "flex_compiled": Provider(
+        "FlexAttention, compiled",
+        flex_compiled,
+        is_compiled=True,
+        cpu_modes=(FORWARD,),
+        why_not="FlexAttention has no backward on a CPU",
+    ),
+}
+SDPA_WITH_BIAS = ("sdpa_index", "sdpa_strided", "sdpa_strided_copy")
+TRAINABLE_PEERS = (*SDPA_WITH_BIAS, "t5_eager", "t5_compiled")

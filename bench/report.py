@@ -1,0 +1,151 @@
+"""What a CSV says: a summary, and which of the figures that must be reached are. ``python -m bench.report FILE``."""
+
+import argparse
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import pandas as pd
+
+from bench.cases import BACKWARD, BOTH, FORWARD
+from bench.providers import SDPA_WITH_BIAS, TRAINABLE_PEERS
+
+Value = Callable[[pd.DataFrame], float]  # not a number where the CSV lacks a row
+
+
+@dataclass(frozen=True)
+class Requirement:
+    """A figure that must be reached.
+
+    Attributes:
+        what: the figure, in words.
+        case: of which case.
+        value: reads it from the results.
+        bound: the least that it must be, or with `is_upper` the most; None where it is only reported.
+    """
+
+    what: str
+    case: str
+    value: Value
+    bound: float | None
+    is_upper: bool = False
+
+
+def read_results(path: Path) -> pd.DataFrame:
+    """The CSV as a table."""
+    return pd.read_csv(path, keep_default_na=False)
+
+
+def requirements() -> list[Requirement]:
+    """What the CPU engine must reach: fp32, one thread except where the second is asked for."""
+    no_bias = ("sdpa_no_bias",)
+    table = [
+        # what, mode, peers, bound, bound when causal; the ratio is that of the medians, to the fastest of the peers
+        ("forward vs SDPA + bias[:, index]", FORWARD, ("sdpa_index",), 3.0, 8.0),
+        ("forward vs the fastest SDPA + bias", FORWARD, SDPA_WITH_BIAS, None, None),
+        ("forward vs SDPA, no bias", FORWARD, no_bias, 1.15, 1.4),
+        ("forward+backward vs the fastest trainable peer", BOTH, TRAINABLE_PEERS, 2.8, 5.5),
+        ("forward+backward vs SDPA, no bias", BOTH, no_bias, 1.2, 1.4),
+    ]
+    found = [
+        Requirement(what, case, _speedup(case, mode, peers), bound)
+        for what, mode, peers, *bounds in table
+        for case, bound in zip(("h8_l1024", "h8_l1024_causal"), bounds, strict=True)
+    ]
+    for case, bound in (("h8_l2048", 0.95), ("h8_l2048_causal", 0.9)):
+        for mode in (FORWARD, BACKWARD):
+            value = _one("gemm_fraction", case, "ours", mode)
+            found.append(Requirement(f"{mode}, fraction of sgemm's rate", case, value, bound))
+    found.append(Requirement("speed-up by the second thread, least", "all", _least_thread_speedup, 1.7))
+    for suffix in ("", "_causal"):
+        cases = f"h8_l2048..8192{suffix}"
+        found.append(Requirement("memory growth per doubling of L, most", cases, _growth(suffix), 2.15, is_upper=True))
+        value = _memory_ratio(suffix)
+        found.append(Requirement("memory of the leanest SDPA + bias / ours", f"h8_l4096{suffix}", value, 15.0))
+    return found
+
+
+def print_requirements(results: pd.DataFrame) -> None:
+    """Prints required | measured | met for every requirement."""
+    lines = []
+    for requirement in requirements():
+        value = requirement.value(results)
+        if requirement.bound is None:
+            required, met = "-", "-"
+        else:
+            required = f"{'<=' if requirement.is_upper else '>='} {requirement.bound:g}"
+            is_met = value <= requirement.bound if requirement.is_upper else value >= requirement.bound
+            met = "not measured" if pd.isna(value) else "yes" if is_met else "NO"
+        measured = "-" if pd.isna(value) else f"{value:.2f}"
+        lines.append((requirement.what, requirement.case, required, measured, met))
+    table = pd.DataFrame(lines, columns=["figure", "case", "required", "measured", "met"])
+    print("\nMust be reached (fp32, one thread; ratios of medians)")
+    print(table.to_string(index=False))
+
+
+def print_summary(results: pd.DataFrame) -> None:
+    """Prints every quantity of the CSV, the metrics of a provider side by side."""
+    quantities = results[["p50", "p20", "p80", "unit"]].itertuples(index=False)
+    results = results.assign(text=[_quantiles(*quantity) for quantity in quantities])
+    for device, rows in results.groupby("device", sort=False):
+        index = ["case", "mode", "provider"]
+        table = rows.pivot(index=index, columns="metric", values="text").fillna("")
+        order = rows[index].drop_duplicates()
+        table = table.loc[list(order.itertuples(index=False, name=None)), rows["metric"].unique()]
+        table.columns = [f"{metric} [{rows.loc[rows.metric == metric, 'unit'].iloc[0]}]" for metric in table.columns]
+        print(f"\n{device}: median (20 % .. 80 % of the rounds)")
+        print(table.to_string())
+
+
+def _quantiles(p50: float, p20: float, p80: float, unit: str) -> str:
+    digits = 1 if unit in ("ms", "MiB", "GFLOP/s") else 2
+    spread = f" ({p20:.{digits}f} .. {p80:.{digits}f})" if p20 != p80 else ""
+    return f"{p50:.{digits}f}{spread}"
+
+
+def _median(results: pd.DataFrame, metric: str, case: str, provider: str, mode: str) -> float:
+    rows = results[(results.metric == metric) & (results.case == case)]
+    rows = rows[(rows.provider == provider) & (rows["mode"] == mode) & rows.device.str.endswith(", 1 thread")]
+    return float(rows.p50.iloc[-1]) if len(rows) else float("nan")
+
+
+def _one(metric: str, case: str, provider: str, mode: str) -> Value:
+    return lambda results: _median(results, metric, case, provider, mode)
+
+
+def _speedup(case: str, mode: str, peers: tuple[str, ...]) -> Value:
+    def value(results: pd.DataFrame) -> float:
+        times = pd.Series([_median(results, "time", case, peer, mode) for peer in peers])
+        return times.min() / _median(results, "time", case, "ours", mode)
+
+    return value
+
+
+def _least_thread_speedup(results: pd.DataFrame) -> float:
+    return results[(results.metric == "thread_speedup") & results.device.str.endswith(", 2 threads")].p50.min()
+
+
+def _growth(suffix: str) -> Value:
+    def value(results: pd.DataFrame) -> float:
+        lengths = (2048, 4096, 8192)
+        peaks = pd.Series([_median(results, "memory", f"h8_l{length}{suffix}", "ours", BOTH) for length in lengths])
+        return (peaks / peaks.shift()).max()
+
+    return value
+
+
+def _memory_ratio(suffix: str) -> Value:
+    def value(results: pd.DataFrame) -> float:
+        case = f"h8_l4096{suffix}"
+        peers = pd.Series([_median(results, "memory", case, peer, BOTH) for peer in SDPA_WITH_BIAS])
+        return peers.min() / _median(results, "memory", case, "ours", BOTH)
+
+    return value
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser("python -m bench.report", description=__doc__)
+    parser.add_argument("csv", type=Path, help="a CSV of `python -m bench`")
+    shown = read_results(parser.parse_args().csv)
+    print_summary(shown)
+    print_requirements(shown)

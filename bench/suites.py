@@ -1,0 +1,131 @@
+"""The suites: each measures one case in one mode and gives rows."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+from bench.cases import FORWARD, Case, Inputs, make_inputs
+from bench.memory import measure_growth
+from bench.providers import PROVIDERS, Run
+from bench.rows import Row, RowMaker
+from bench.steps import Checker, Step, make_step
+from bench.timing import Effort, Task, clock_for, interleave
+
+GEMM_SIZE = 2048
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What to measure of a case, and how.
+
+    Attributes:
+        suite: one of `SUITES`.
+        modes: some of `MODES`.
+        providers: some of `PROVIDERS`.
+    """
+
+    suite: str
+    case: Case
+    modes: tuple[str, ...]
+    providers: tuple[str, ...]
+    device: str
+    threads: int
+    effort: Effort
+
+
+def measure(plan: Plan, maker: RowMaker) -> Iterator[Row]:
+    """Measures what the plan says; whatever cannot run is left out, with a line that says why."""
+    torch.set_num_threads(plan.threads)
+    if plan.suite == "memory":
+        yield from _memory(plan, maker)
+        return
+    torch._dynamo.reset()  # else the shapes of earlier cases count towards the limit of recompilations
+    inputs = make_inputs(plan.case, plan.device)
+    runs = _checked_runs(plan, inputs)
+    measure_mode = {"speed": _speed, "gemm": _gemm, "threads": _threads}[plan.suite]
+    for mode in plan.modes:
+        able = [name for name in runs if _can_run(plan, name, mode)]
+        steps = {name: make_step(PROVIDERS[name], runs[name], inputs, mode) for name in able}
+        yield from measure_mode(plan, mode, steps, maker)
+
+
+def _speed(plan: Plan, mode: str, steps: dict[str, Step], maker: RowMaker) -> Iterator[Row]:
+    tasks = {name: Task(step, plan.threads) for name, step in steps.items()}
+    seconds = interleave(tasks, clock_for(plan.device, plan.threads), plan.effort, _about(plan, mode))
+    for name, values in seconds.items():
+        yield maker.make(plan.case, name, mode, "time", "ms", 1e3 * values, plan.threads)
+        if "ours" in seconds:
+            yield maker.make(plan.case, name, mode, "ratio", "x", values / seconds["ours"], plan.threads)
+
+
+def _gemm(plan: Plan, mode: str, steps: dict[str, Step], maker: RowMaker) -> Iterator[Row]:
+    a, b = (torch.randn(GEMM_SIZE, GEMM_SIZE, device=plan.device) for _ in range(2))
+    out = torch.empty_like(a)
+    gemm = Step(lambda _: torch.mm(a, b, out=out))
+    tasks = {name: Task(step, plan.threads) for name, step in {**steps, "sgemm": gemm}.items()}
+    seconds = interleave(tasks, clock_for(plan.device, plan.threads), plan.effort, _about(plan, mode))
+    gemm_rate = 2 * GEMM_SIZE**3 / seconds.pop("sgemm")
+    yield maker.make(plan.case, "sgemm", mode, "rate", "GFLOP/s", gemm_rate / 1e9, plan.threads)
+    for name, values in seconds.items():
+        rate = plan.case.flops(mode) / values
+        yield maker.make(plan.case, name, mode, "rate", "GFLOP/s", rate / 1e9, plan.threads)
+        yield maker.make(plan.case, name, mode, "gemm_fraction", "1", rate / gemm_rate, plan.threads)
+
+
+def _threads(plan: Plan, mode: str, steps: dict[str, Step], maker: RowMaker) -> Iterator[Row]:
+    many = max(2, plan.threads)
+    for name, step in steps.items():
+        tasks = {"one": Task(step, 1), "many": Task(step, many)}
+        seconds = interleave(tasks, clock_for(plan.device, many), plan.effort, f"{_about(plan, mode)} {name}")
+        speedup = seconds["one"] / seconds["many"]
+        yield maker.make(plan.case, name, mode, "thread_speedup", "x", speedup, many)
+
+
+def _memory(plan: Plan, maker: RowMaker) -> Iterator[Row]:
+    for mode in plan.modes:
+        for name in tqdm(plan.providers, desc=_about(plan, mode), leave=False, unit="process"):
+            if not _can_run(plan, name, mode):
+                continue
+            try:
+                growth = measure_growth(plan.case, name, mode, plan.threads)
+            except (RuntimeError, MemoryError, OSError) as error:
+                _say_absent(plan, name, mode, str(error))
+                continue
+            yield maker.make(plan.case, name, mode, "memory", "MiB", np.array([growth / 2**20]), plan.threads)
+
+
+def _checked_runs(plan: Plan, inputs: Inputs) -> dict[str, Run]:
+    """The providers that can run and agree with the reference. Ours must."""
+    checker = Checker(inputs)
+    runs = {}
+    for name in tqdm(plan.providers, desc=f"{plan.suite} {plan.case.name}: compile and check", leave=False):
+        provider = PROVIDERS[name]
+        modes = [mode for mode in plan.modes if plan.device != "cpu" or mode in provider.cpu_modes]
+        try:
+            run = provider.prepare(inputs)
+            checker.check(provider, run, needs_gradients=any(mode != FORWARD for mode in modes))
+            runs[name] = run
+        except Exception as error:
+            if name.startswith("ours"):
+                raise
+            _say_absent(plan, name, "every mode", str(error).strip().partition("\n")[0])
+    return runs
+
+
+def _can_run(plan: Plan, name: str, mode: str) -> bool:
+    provider = PROVIDERS[name]
+    if plan.device != "cpu" or mode in provider.cpu_modes:
+        return True
+    _say_absent(plan, name, mode, provider.why_not)
+    return False
+
+
+def _say_absent(plan: Plan, name: str, mode: str, why: str) -> None:
+    tqdm.write(f"{plan.suite} {plan.case.name}: {name} is absent from {mode}: {why}")
+
+
+def _about(plan: Plan, mode: str) -> str:
+    return f"{plan.suite} {plan.case.name} {mode}"

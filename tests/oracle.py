@@ -1,0 +1,139 @@
+"""The truth: attention with an offset bias and its gradients, dense, written out from the formulas in plain PyTorch.
+
+    S = scale <q, k> + b[i - j]      P = softmax(S)      out = P V      lse = log sum exp S
+    dP = dO V^T      dS = P (dP - <dO, out> + dlse)      dQ = scale dS K      dK = scale dS^T Q      dV = P^T dO
+    db[o] = sum of dS over batch and pairs with i - j = o
+
+In float64 it is what results are compared with; in the dtype of the inputs it is what plain PyTorch achieves.
+It shares no code with the package.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+NAMES = ("out", "lse", "dq", "dk", "dv", "dbias")
+
+
+@dataclass
+class Results:
+    """Output, log-sum-exp and gradients; `summed` is the sum of |dS| that went into each element of `dbias`."""
+
+    out: Tensor
+    lse: Tensor
+    dq: Tensor | None = None
+    dk: Tensor | None = None
+    dv: Tensor | None = None
+    dbias: Tensor | None = None
+    summed: Tensor | None = None
+
+
+def pair_offsets(
+    len_q: int, len_k: int, query_start: int | None, query_positions: Tensor | None, key_positions: Tensor | None
+) -> Tensor:
+    """The offset of every pair, (1 or B, Lq, Lk) int64."""
+    if query_positions is None:
+        query_positions = torch.arange(len_q) + (len_k - len_q if query_start is None else query_start)
+        key_positions = torch.arange(len_k)
+    offsets = query_positions.long()[..., :, None] - key_positions.long()[..., None, :]
+    return offsets if offsets.dim() == 3 else offsets.unsqueeze(0)
+
+
+def attended_pairs(
+    offsets: Tensor, is_causal: bool, window_size: tuple[int, int], key_padding_mask: Tensor | None
+) -> Tensor:
+    """Which pairs are attended to, (1 or B, Lq, Lk) bool."""
+    attended = torch.ones_like(offsets, dtype=torch.bool)
+    if is_causal:
+        attended &= offsets >= 0
+    left, right = window_size
+    if left != -1:
+        attended &= offsets <= left
+    if right != -1:
+        attended &= offsets >= -right
+    return attended if key_padding_mask is None else attended & key_padding_mask[:, None, :]
+
+
+def oracle(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    bias: Tensor | None,
+    *,
+    dout: Tensor | None = None,
+    dlse: Tensor | None = None,
+    dtype: torch.dtype = torch.float64,
+    is_causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+    bias_origin: int | None = None,
+    beyond: str = "clamp",
+    query_start: int | None = None,
+    window_size: tuple[int, int] = (-1, -1),
+    key_padding_mask: Tensor | None = None,
+    query_positions: Tensor | None = None,
+    key_positions: Tensor | None = None,
+) -> Results:
+    """The results in `dtype`; the gradients as well when `dout` is given."""
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    group = q.shape[1] // max(k.shape[1], 1) if enable_gqa else 1
+    q, k, v = (x.to(dtype) for x in (q, k, v))
+    k, v = (x.repeat_interleave(group, dim=1) for x in (k, v))
+    offsets = pair_offsets(q.shape[2], k.shape[2], query_start, query_positions, key_positions)
+    attended = attended_pairs(offsets, is_causal, window_size, key_padding_mask).unsqueeze(1)
+    scores = scale * (q @ k.mT)
+    table = None if bias is None else _Table(bias, offsets, bias_origin, beyond, q.shape[:2])
+    if table is not None:
+        scores = scores + table.dense(dtype)
+    probs, lse = _softmax(scores.masked_fill(~attended, float("-inf")))
+    results = Results(probs @ v, lse)
+    if dout is None:
+        return results
+    dout = dout.to(dtype)
+    dlse = torch.zeros_like(lse) if dlse is None else dlse.to(dtype)
+    row = ((dout * results.out).sum(-1) - dlse).unsqueeze(-1)
+    dscores = probs * (dout @ v.mT - row)
+    results.dq = scale * (dscores @ k)
+    results.dk = (scale * (dscores.mT @ q)).unflatten(1, (-1, group)).sum(2)
+    results.dv = (probs.mT @ dout).unflatten(1, (-1, group)).sum(2)
+    if table is not None:
+        results.dbias, results.summed = table.scatter(dscores), table.scatter(dscores.abs())
+    return results
+
+
+def _softmax(scores: Tensor) -> tuple[Tensor, Tensor]:
+    """Probabilities and log-sum-exp of the rows; a row of -inf alone has probabilities 0."""
+    if scores.shape[-1] == 0:
+        return scores, scores.new_full(scores.shape[:-1], float("-inf"))
+    lse = scores.logsumexp(-1)
+    empty = (scores == float("-inf")).all(-1, keepdim=True)
+    return scores.masked_fill(empty, 0).softmax(-1).masked_fill(empty, 0), lse
+
+
+class _Table:
+    """A bias table seen from the pairs: `dense` spreads it over them, `scatter` sums over them, in float64."""
+
+    def __init__(
+        self, bias: Tensor, offsets: Tensor, origin: int | None, beyond: str, batch_heads: tuple[int, int]
+    ) -> None:
+        columns = bias.shape[-1]
+        self.shape = (1,) * (3 - bias.dim()) + tuple(bias.shape)  # (1 or B, 1 or H, N)
+        self.original, self.batch_heads, self.pairs = bias.shape, tuple(batch_heads), offsets.shape[-2:]
+        self.values = bias.double().reshape(self.shape)
+        column = offsets + ((columns - 1) // 2 if origin is None else origin)
+        outside = (column < 0) | (column >= columns)
+        # One column more than the table has takes what sees no bias.
+        column = torch.where(outside, columns, column) if beyond == "zero" else column.clamp(0, columns - 1)
+        self.index = column.flatten(1).unsqueeze(1).expand(*self.batch_heads, -1)  # (B, H, Lq Lk)
+
+    def dense(self, dtype: torch.dtype) -> Tensor:
+        """(B, H, Lq, Lk)"""
+        values = torch.nn.functional.pad(self.values, (0, 1)).expand(*self.batch_heads, -1)
+        return values.gather(-1, self.index).unflatten(-1, self.pairs).to(dtype)
+
+    def scatter(self, dscores: Tensor) -> Tensor:
+        """Sums (B, H, Lq, Lk) over the pairs of every column, and over batch and heads that share a table."""
+        sums = torch.zeros(*self.batch_heads, self.shape[-1] + 1, dtype=torch.float64)
+        sums.scatter_add_(-1, self.index, dscores.double().flatten(2))
+        return sums[..., :-1].sum_to_size(self.shape).reshape(self.original)

@@ -1,0 +1,184 @@
+"""Output, log-sum-exp and every gradient of every backend against the oracle, over a listed handful of calls."""
+
+import pytest
+import torch
+from cases import Case, assert_matches_oracle, build, results_of
+from oracle import NAMES, oracle
+
+from triton_offset_bias import offset_bias_attention
+
+SHAPES = [
+    Case("one query, one key", (1, 1), (1, 1), batch=1, heads=(1, 1), through_lse=True),
+    Case("one query, many keys: a decoding step", (1, 37), heads=(3, 3)),
+    Case("many queries, one key", (37, 1)),
+    Case("primes everywhere", (13, 17), (7, 11), batch=3, heads=(5, 5), through_lse=True),
+    Case("a block of 12 queries less one", (11, 13)),
+    Case("a block of 12 queries", (12, 12), options={"is_causal": True}),
+    Case("a block of 12 queries and one", (13, 11)),
+    Case("a block of 96 less one, many heads so that blocks are whole", (95, 97), batch=4, heads=(8, 8)),
+    Case("a block of 96 and one, causal", (97, 95), batch=4, heads=(8, 8), options={"is_causal": True}),
+    Case("exactly a block of 96, causal", (96, 96), batch=4, heads=(8, 8), options={"is_causal": True}),
+    Case("192 keys less one, causal", (193, 191), batch=2, heads=(8, 8), options={"is_causal": True}),
+    Case("exactly 192 keys", (192, 192), batch=2, heads=(8, 8)),
+    Case("192 keys and one, causal", (191, 193), batch=2, heads=(8, 8), options={"is_causal": True}),
+    Case("fewer queries than keys, causal: bottom-right aligned", (70, 211), options={"is_causal": True}),
+    Case("more queries than keys, causal: the first see nothing", (211, 70), options={"is_causal": True}),
+    Case("long", (1031, 1033), (32, 32), batch=1, heads=(1, 1)),
+    Case("long, causal", (1031, 1031), batch=1, heads=(2, 2), options={"is_causal": True}, through_lse=True),
+    Case("long against short", (1201, 45), batch=1),
+    Case("short against long, the table much shorter", (45, 1201), batch=1, columns=65),
+]
+HEAD_DIMS = [
+    Case("head dims 1 and 256", dims=(1, 256)),
+    Case("head dims 256 and 1", dims=(256, 1)),
+    Case("head dims 7 and 33", dims=(7, 33)),
+    Case("head dims 33 and 7", dims=(33, 7)),
+    Case("head dims 64 and 80", (61, 103), dims=(64, 80)),
+    Case("head dims 80 and 64, causal", (103, 103), dims=(80, 64), options={"is_causal": True}),
+    Case("the largest head dims", (101, 99), dims=(256, 256)),
+    Case("grouped-query attention", (50, 50), heads=(6, 2), through_lse=True),
+    Case("multi-query attention, causal", (40, 61), heads=(5, 1), options={"is_causal": True}),
+]
+TABLES = [
+    Case("a table for all heads", bias="N"),
+    Case("a table for all heads, two axes", bias="1N", heads=(4, 2)),
+    Case("a table per sequence and head", bias="BHN", batch=3, options={"is_causal": True}),
+    Case("a table per sequence", bias="B1N", batch=3),
+    Case("no table", bias=None, options={"is_causal": True}),
+    Case("no table, nothing masked, lse differentiated", (60, 50), bias=None, through_lse=True),
+    Case("one column", columns=1, through_lse=True),
+    Case("an even number of columns: the default origin is (N - 1) // 2", columns=10),
+    Case("origin inside, off the middle", columns=20, options={"bias_origin": 3}),
+    Case("origin left of the table", columns=20, options={"bias_origin": -4}),
+    Case("origin right of the table, nothing beyond it", columns=20, options={"bias_origin": 24, "beyond": "zero"}),
+    Case("every offset beyond the table, clamped", columns=5, options={"bias_origin": -100}),
+    Case("every offset beyond the table, no bias", columns=5, options={"bias_origin": 100, "beyond": "zero"}),
+    Case("no bias beyond a short table", columns=9, options={"beyond": "zero"}, through_lse=True),
+    Case("a causal table that just suffices", (31, 31), columns=31,
+         options={"is_causal": True, "bias_origin": 0, "beyond": "error"}),
+    Case("offsets that are never attended to", columns=61, forbidden=(20, 30, 31, 60)),
+    Case("both clamped ends -inf: a window by the table", (200, 200), columns=31, forbidden=(0, 30)),
+    Case("a table that forbids everything", columns=1, forbidden=(0,), through_lse=True),
+    Case("bfloat16 table", bias_dtype=torch.bfloat16),
+    Case("float64 table", bias_dtype=torch.float64),
+]
+MASKS = [
+    Case("window to the left", (120, 120), options={"window_size": (17, -1)}),
+    Case("window to the right", (120, 120), options={"window_size": (-1, 9)}),
+    Case("window to both sides", (250, 230), options={"window_size": (40, 30)}, through_lse=True),
+    Case("each query sees one key", options={"window_size": (0, 0)}),
+    Case("window wider than the sequences", options={"window_size": (1000, 1000)}),
+    Case("causal window: the right side is cut at 0", (120, 120), options={"window_size": (17, 5), "is_causal": True}),
+    Case("queries from position 3 on, causal", options={"query_start": 3, "is_causal": True}),
+    Case("queries from position -12 on, causal", options={"query_start": -12, "is_causal": True}, through_lse=True),
+    Case("queries far after the keys", options={"query_start": 100_000}),
+    Case("queries far before the keys", options={"query_start": -100_000, "beyond": "zero"}),
+    Case("queries far before the keys, causal: nothing", options={"query_start": -500, "is_causal": True}),
+    Case("queries past the window: nothing", options={"query_start": 500, "window_size": (9, 9)}, through_lse=True),
+    Case("right padding", (100, 100), mask="right padding"),
+    Case("left padding, causal: the first see nothing", (100, 100), mask="left padding", options={"is_causal": True}),
+    Case("holes, shared heads", (110, 230), heads=(4, 2), mask="holes", through_lse=True),
+    Case("holes, a window and a table per sequence", (230, 210), bias="BHN", mask="holes",
+         options={"window_size": (33, 7)}),
+    Case("a sequence without keys", mask="one sequence has no key", through_lse=True),
+    Case("scale 0: the table alone", options={"scale": 0.0}),
+    Case("negative scale", options={"scale": -0.7}),
+    Case("large scale: nearly one key a query", options={"scale": 8.0}),
+]
+DTYPES = [
+    Case("float16", (61, 67), (64, 64), dtype=torch.float16, through_lse=True),
+    Case("float16, all masks", (130, 130), dtype=torch.float16, mask="holes", options={"window_size": (50, 20)}),
+    Case("bfloat16, causal", (130, 130), (32, 24), dtype=torch.bfloat16, options={"is_causal": True}),
+    Case("bfloat16 throughout", (50, 50), heads=(4, 1), dtype=torch.bfloat16, bias_dtype=torch.bfloat16),
+    Case("float64", (53, 61), (20, 12), dtype=torch.float64, bias_dtype=torch.float64, through_lse=True),
+    Case("float64, causal, all masks", (210, 200), heads=(4, 2), dtype=torch.float64, bias_dtype=torch.float64,
+         mask="holes", options={"is_causal": True, "window_size": (60, 0)}),
+    Case("float64 with a float32 table", dtype=torch.float64, bias="BHN", columns=21),
+]
+LAYOUTS = [
+    Case("transposed views", (40, 50), heads=(6, 2), layout="transposed BLHD"),
+    Case("slices of a packed qkv", (40, 40), layout="slice of a packed qkv"),
+    Case("head dim not innermost", layout="last stride not 1", dims=(12, 20)),
+    Case("gaps between elements", layout="every other element", dtype=torch.bfloat16),
+    Case("one head's memory for all", heads=(4, 4), layout="heads of stride 0"),
+    Case("a view with the negative bit", layout="negated view"),
+]
+CASES = [*SHAPES, *HEAD_DIMS, *TABLES, *MASKS, *DTYPES, *LAYOUTS]
+
+
+@pytest.mark.usefixtures("poisoned_memory")
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.reason)
+def test_every_result_is_as_accurate_as_plain_pytorch(backend, case):
+    """Output, log-sum-exp, and the gradients of query, key, value and table."""
+    call = build(case)
+    assert_matches_oracle(call, results_of(call, backend))
+
+
+TWO_WITNESSES = [SHAPES[3], HEAD_DIMS[7], TABLES[13], MASKS[2], MASKS[14]]
+
+
+@pytest.mark.parametrize("case", TWO_WITNESSES, ids=lambda case: case.reason)
+def test_the_oracles_gradients_are_those_of_autograd(case):
+    """The truth has two witnesses: its formulas for the gradients, and torch's derivative of its forward."""
+    call = build(case)
+    inputs = [x.detach().double().requires_grad_() for x in (call.q, call.k, call.v, call.bias)]
+    dlse = torch.zeros(call.dout.shape[:3]) if call.dlse is None else call.dlse
+    ref64 = oracle(*inputs, **call.options, dout=call.dout, dlse=dlse)
+    derivatives = torch.autograd.grad([ref64.out, ref64.lse], inputs, [call.dout.double(), dlse.double()])
+    for name, derivative in zip(NAMES[2:], derivatives, strict=True):
+        torch.testing.assert_close(getattr(ref64, name).detach(), derivative, rtol=1e-10, atol=1e-12)
+
+
+EMPTY_ROWS = {
+    "causal, the first queries before every key": {"query_start": -4, "is_causal": True},
+    "a sequence whose keys are all padding": {"key_padding_mask": torch.tensor([[False] * 9, [True] * 9])},
+    "a window that ends before the last keys": {"query_start": 6, "window_size": (2, -1)},
+}
+
+
+@pytest.mark.parametrize("options", EMPTY_ROWS.values(), ids=EMPTY_ROWS)
+def test_a_query_with_nothing_to_attend_to_gives_zero_output_and_no_gradient(backend, options):
+    """Output exactly 0, log-sum-exp -inf, query gradient 0; the square of that -inf in a loss brings no NaN."""
+    q, k, v = (torch.randn(2, 3, 9, 8, requires_grad=True) for _ in range(3))
+    bias = torch.randn(3, 17, requires_grad=True)
+    out, lse = offset_bias_attention(q, k, v, bias, **options, return_lse=True, backend=backend)
+    empty = oracle(q, k, v, bias, **options).lse == float("-inf")
+    assert empty.any()
+    assert not empty.all()
+    assert (out[empty] == 0).all()
+    assert (lse[empty] == float("-inf")).all()
+    (out.sum() + lse.square().sum()).backward()
+    assert (q.grad[empty] == 0).all()
+    assert all(x.grad.isfinite().all() for x in (q, k, v, bias))
+
+
+@pytest.mark.parametrize("lowest", [-1e31, torch.finfo(torch.float32).min])
+def test_a_table_of_very_negative_finite_numbers_forbids_nothing(backend, lowest):
+    """Only -inf forbids: equal biases, however low, leave every key its share (equal, as the rest rounds away)."""
+    q, k, v = (torch.randn(1, 2, 20, 8) for _ in range(3))
+    out, lse = offset_bias_attention(q, k, v, torch.full((39,), lowest), return_lse=True, backend=backend)
+    torch.testing.assert_close(out, v.mean(2, keepdim=True).expand(out.shape))
+    if lowest == -1e31:  # in bits, as the engine counts, the lowest float32 is beyond float32
+        torch.testing.assert_close(lse, torch.full_like(lse, lowest))
+
+
+def test_nan_and_infinite_inputs_are_not_hidden(backend):
+    """What SDPA answers with NaN is NaN here too: a NaN or an infinity in a query in its row, in a key everywhere."""
+    q, k, v = (torch.randn(1, 1, 20, 8) for _ in range(3))
+    for poisoned in (float("nan"), float("inf")):
+        bad_query, bad_key = q.clone(), k.clone()
+        bad_query[0, 0, 3, 2] = bad_key[0, 0, 4, 1] = poisoned
+        out = offset_bias_attention(bad_query, k, v, None, backend=backend)
+        assert out.isnan().any(-1).flatten().nonzero().tolist() == [[3]]
+        scores_are_inf = (q @ bad_key.mT)[..., 4].isnan() | ((q @ bad_key.mT)[..., 4] > 0)
+        out = offset_bias_attention(q, bad_key, v, None, backend=backend)
+        assert torch.equal(out.isnan().any(-1), scores_are_inf)
+
+
+def test_small_float16_values_keep_their_digits(backend):
+    """Subnormal halves, which the tolerance rule would not miss, pass through reading, arithmetic and writing."""
+    q, k = torch.randn(1, 1, 8, 16).half(), torch.randn(1, 1, 12, 16).half()
+    v = (torch.randint(1, 500, (1, 1, 12, 16)).double() * 2**-24).half()
+    out = offset_bias_attention(q, k, v, None, backend=backend)
+    ref64 = oracle(q, k, v, None).out
+    assert (out.double() - ref64).abs().max() <= 2**-25 * 1.001

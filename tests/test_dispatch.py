@@ -1,0 +1,88 @@
+"""Which backend serves a call, and what is said when none can."""
+
+import pytest
+import torch
+
+from triton_offset_bias import offset_bias_attention
+from triton_offset_bias.dispatch import BACKENDS
+
+POSITIONS = {"query_positions": torch.arange(5), "key_positions": torch.arange(5)}
+
+
+@pytest.fixture
+def inputs() -> list[torch.Tensor]:
+    """Query, key, value and table of a small call."""
+    return [torch.randn(1, 2, 5, 8) for _ in range(3)] + [torch.randn(2, 9)]
+
+
+@pytest.fixture
+def served_by(monkeypatch) -> list[str]:
+    """The names of the backends that answered "no reason against it" and hence served, in order."""
+    served = []
+    for name, module in BACKENDS.items():
+        def reasons(problem, name=name, ask=module.unsupported_reasons):
+            answer = ask(problem)
+            served.extend([] if answer else [name])
+            return answer
+
+        monkeypatch.setattr(module, "unsupported_reasons", reasons)
+    return served
+
+
+def test_auto_takes_the_engine_for_tensors_on_the_cpu(inputs, served_by):
+    """And its answer is bitwise that of the engine asked for by name."""
+    out = offset_bias_attention(*inputs)
+    assert served_by == ["cpp"]
+    assert torch.equal(out, offset_bias_attention(*inputs, backend="cpp"))
+
+
+def test_auto_goes_to_the_reference_where_the_engine_has_reasons(inputs, served_by):
+    """Head dims above 256 are outside of what the engine serves; the result is SDPA's."""
+    q, k, v = (torch.randn(1, 2, 5, 300) for _ in range(3))
+    out = offset_bias_attention(q, k, v, None)
+    assert served_by == ["reference"]
+    torch.testing.assert_close(out, torch.nn.functional.scaled_dot_product_attention(q, k, v))
+
+
+@pytest.mark.parametrize("name", ["auto", "reference"])
+@pytest.mark.parametrize("options", [POSITIONS, {"dropout_p": 0.25}], ids=["positions", "dropout"])
+def test_what_only_the_reference_serves_is_served_by_it_alone(inputs, served_by, name, options):
+    """Positions and dropout: equal results with the same seed whether asked for by name or not."""
+    torch.manual_seed(3)
+    expected = offset_bias_attention(*inputs, **options, backend="reference")
+    served_by.clear()
+    torch.manual_seed(3)
+    assert torch.equal(offset_bias_attention(*inputs, **options, backend=name), expected)
+    assert served_by == ["reference"]
+
+
+def test_a_named_backend_never_falls_back_and_lists_all_of_its_reasons():
+    """One error names the backend and every reason it has."""
+    q, k, v = (torch.randn(1, 2, 5, 300) for _ in range(3))
+    with pytest.raises(NotImplementedError) as raised:
+        offset_bias_attention(q, k, v, None, **POSITIONS, dropout_p=0.5, backend="cpp")
+    for part in ("cpp", "256", "positions", "dropout"):
+        assert part in str(raised.value)
+
+
+def test_the_gpu_backend_does_not_serve_tensors_on_the_cpu(inputs):
+    """It says why, in one line after its name."""
+    with pytest.raises(NotImplementedError, match=r"triton: .+"):
+        offset_bias_attention(*inputs, backend="triton")
+
+
+def test_an_unknown_backend_is_an_error_that_lists_the_known_ones(inputs):
+    """A typing mistake must not mean "auto"."""
+    with pytest.raises(ValueError, match=r"`backend` .*'auto', 'triton', 'cpp', 'reference', got 'tritn'"):
+        offset_bias_attention(*inputs, backend="tritn")
+
+
+def test_when_no_backend_serves_one_error_lists_each_with_its_reasons(inputs, monkeypatch):
+    """One line a backend."""
+    for name, module in BACKENDS.items():
+        monkeypatch.setattr(module, "unsupported_reasons", lambda problem, name=name: [f"{name} is tired", "and old"])
+    with pytest.raises(NotImplementedError) as raised:
+        offset_bias_attention(*inputs)
+    lines = str(raised.value).splitlines()
+    assert lines[0].startswith("no backend supports")
+    assert [line.strip() for line in lines[1:]] == [f"{name}: {name} is tired; and old" for name in BACKENDS]

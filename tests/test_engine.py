@@ -1,0 +1,190 @@
+"""Facts of the CPU engine beyond its numbers: threads, floating-point environment, builds, memory."""
+
+import os
+import re
+import subprocess
+import sys
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+import torch
+from cases import Case, build, results_of
+from oracle import NAMES, Results
+
+from triton_offset_bias import offset_bias_attention
+from triton_offset_bias.backends import cpp
+
+ROOT = Path(__file__).parents[1]
+needs_linux = pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+
+SPLIT = [
+    Case("one head: work is split by blocks", (401, 397), (24, 40), batch=1, heads=(1, 1), through_lse=True),
+    Case("one head, causal", (400, 400), batch=1, heads=(1, 1), options={"is_causal": True}),
+    Case("shared key heads: several queries' heads add to one gradient", (130, 230), heads=(6, 2), mask="holes",
+         bias="N", columns=51, options={"window_size": (70, 40)}),
+    Case("more heads than threads, a table each", (97, 97), batch=3, heads=(5, 5), bias="BHN", dtype=torch.bfloat16),
+    Case("float64", (150, 140), batch=1, heads=(2, 1), dtype=torch.float64, options={"is_causal": True}),
+]
+
+
+@pytest.fixture(autouse=True)
+def _restored_number_of_threads():
+    before = torch.get_num_threads()
+    yield
+    torch.set_num_threads(before)
+
+
+def _run(code: str, **environment: str) -> str:
+    """What a fresh Python prints that runs `code` with the package on its path."""
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, env={**os.environ, **environment}, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout.strip()
+
+
+def _assert_bitwise_equal(got: Results, expected: Results) -> None:
+    for name in NAMES:
+        assert torch.equal(getattr(got, name), getattr(expected, name)), f"{name} differs"
+
+
+@pytest.mark.parametrize("case", SPLIT, ids=lambda case: case.reason)
+def test_results_are_bitwise_equal_for_any_number_of_threads(case):
+    """1, 2, 3 and 5 threads, the last two of them twice: output, log-sum-exp and all gradients."""
+    torch.set_num_threads(1)
+    expected = results_of(build(case), "cpp")
+    for threads in (2, 3, 3, 5, 5):
+        torch.set_num_threads(threads)
+        _assert_bitwise_equal(results_of(build(case), "cpp"), expected)
+
+
+def test_several_python_threads_at_once_get_what_one_gets():
+    """Different calls side by side, forward and backward, each with OpenMP threads of its own."""
+    torch.set_num_threads(2)
+    cases = SPLIT * 3
+    expected = [results_of(build(case), "cpp") for case in cases]
+    with ThreadPoolExecutor(4) as pool:
+        got = list(pool.map(lambda case: results_of(build(case), "cpp"), cases))
+    for results, alone in zip(got, expected, strict=True):
+        _assert_bitwise_equal(results, alone)
+
+
+def test_other_python_threads_run_during_a_call():
+    """The global interpreter lock is released: the main thread goes on waking while another is inside of a call."""
+    q = torch.randn(1, 2, 3000, 64)
+    worker = threading.Thread(target=offset_bias_attention, args=(q, q, q, None), kwargs={"backend": "cpp"})
+    worker.start()
+    wakings = 0
+    while worker.is_alive():
+        worker.join(0.001)
+        wakings += 1
+    assert wakings > 8
+
+
+CALL = """
+import os, torch
+from triton_offset_bias import offset_bias_attention
+def call(length=300, dim=16):
+    q = torch.randn(1, 1, length, dim, requires_grad=True)
+    bias = torch.zeros(1, 2 * length - 1, requires_grad=True)
+    offset_bias_attention(q, q, q, bias, backend="cpp").sum().backward()
+"""
+
+
+@needs_linux
+def test_the_process_has_one_openmp_runtime():
+    """The engine's OpenMP calls are served by torch's runtime: there is no second one in the memory map."""
+    maps = _run(CALL + "torch.set_num_threads(2); call(); print(open('/proc/self/maps').read())")
+    runtimes = {path for path in re.findall(r"(/\S+)$", maps, re.MULTILINE) if re.search(r"lib(g|i)?omp\d*\b", path)}
+    assert "_engine_" in maps
+    assert len(runtimes) == 1, runtimes
+
+
+@needs_linux
+def test_the_engine_uses_as_many_threads_as_torch_is_set_to():
+    """One: the caller's own. Three: the caller and two more."""
+    count = "print(len(os.listdir('/proc/self/task')) - before)"
+    code = CALL + f"""
+before = len(os.listdir('/proc/self/task'))
+torch.set_num_threads(1); offset_bias_attention(*[torch.ones(1, 4, 300, 16)] * 3, None, backend='cpp'); {count}
+torch.set_num_threads(3); offset_bias_attention(*[torch.ones(1, 4, 300, 16)] * 3, None, backend='cpp'); {count}
+"""
+    assert _run(code).split() == ["0", "2"]
+
+
+@pytest.mark.parametrize("helpers", ["", "(many * 1).sum()"], ids=["started inside the call", "started before"])
+def test_a_call_leaves_the_treatment_of_denormals_as_it_was(helpers):
+    """The engine flushes them while it runs; the caller and the threads that helped get back what they had."""
+    code = CALL + f"""
+import numpy as np
+many = torch.full((1 << 20,), 1e-39)
+torch.set_num_threads(3)
+{helpers}
+call()
+print(np.float32(1e-39) * np.float32(1) != 0, int((many * 1 != 0).sum()) == 1 << 20)
+torch.set_flush_denormal(True)
+call()
+print(np.float32(1e-39) * np.float32(1) == 0)
+"""
+    assert _run(code).split() == ["True", "True", "True"]
+
+
+# glibc fills fresh memory with bytes 0x7f: as floats these are huge, so that scratch which nobody wrote is seen.
+POISON = {"MALLOC_PERTURB_": "128", "MALLOC_MMAP_THRESHOLD_": str(1 << 24)}
+
+
+@pytest.mark.parametrize("build", cpp.BUILDS)
+def test_every_build_agrees_with_the_oracle_and_reads_no_memory_before_writing_it(build):
+    """test_attention.py and the zero sizes, in a process that asks for the build by its environment variable."""
+    state = _run("from triton_offset_bias.backends import cpp; print(cpp.BUILD, cpp.unavailable_reasons())",
+                 **{cpp.BUILD_VARIABLE: build})
+    if cpp.BUILDS.index(build) < cpp.BUILDS.index(cpp.BUILD):  # more than this processor can
+        assert f"{cpp.BUILD_VARIABLE}={build}" in state
+        assert f"runs {cpp.BUILD} at most" in state
+        return
+    assert state == f"{build} []"
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--tb=line", "-k", "cpp and not named",
+         "tests/test_attention.py", "tests/test_checks.py"],
+        cwd=ROOT, env={**os.environ, **POISON, cpp.BUILD_VARIABLE: build}, capture_output=True, text=True,
+    )
+    assert done.returncode == 0, done.stdout[-3000:]
+    assert int(re.search(r"(\d+) passed", done.stdout)[1]) > 90
+
+
+def test_an_unknown_build_is_a_reason_against_the_engine_and_auto_takes_the_reference():
+    """The error names the variable, what it may be and what it was; nothing is loaded in its stead."""
+    code = """
+import torch
+from triton_offset_bias import offset_bias_attention
+inputs = [torch.arange(24.).view(1, 1, 6, 4).sin()] * 3
+same = torch.equal(offset_bias_attention(*inputs, None), offset_bias_attention(*inputs, None, backend="reference"))
+try:
+    offset_bias_attention(*inputs, None, backend="cpp")
+except NotImplementedError as error:
+    print(same, error)
+"""
+    printed = _run(code, **{cpp.BUILD_VARIABLE: "avx1024"})
+    assert printed.startswith("True ")
+    for part in ("cpp", cpp.BUILD_VARIABLE, *cpp.BUILDS, "got 'avx1024'"):
+        assert part in printed
+
+
+@needs_linux
+def test_a_training_step_needs_far_less_memory_than_one_matrix_of_scores():
+    """At 8192 x 8192 that matrix takes 256 MiB; forward and backward together grow the process by less than 64."""
+    code = CALL + """
+def kilobytes(field):
+    return int(next(line for line in open('/proc/self/status') if line.startswith(field)).split()[1])
+torch.set_num_threads(2)
+call(200)
+before = kilobytes('VmRSS')
+open('/proc/self/clear_refs', 'w').write('5')  # the peak is counted from here
+call(8192)
+print((kilobytes('VmHWM') - before) // 1024, (kilobytes('VmRSS') - before) // 1024)
+"""
+    peak, kept = map(int, _run(code).split())
+    assert peak < 64
+    assert kept < 16

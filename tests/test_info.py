@@ -1,0 +1,27 @@
+"""`python -m triton_offset_bias.info` tells what serves here, and why something does not."""
+
+import os
+import subprocess
+import sys
+
+from triton_offset_bias import dispatch, info
+
+
+def test_every_backend_is_listed_with_what_it_serves() -> None:
+    """One section a backend, whether it can serve or not."""
+    report = info.report()
+    for name, backend in dispatch.BACKENDS.items():
+        assert f"\n{name}: {'cannot serve' if backend.unavailable_reasons() else 'ready'}\n" in report
+        assert backend.SERVES in report
+        for reason in backend.unavailable_reasons():
+            assert reason in report
+
+
+def test_the_command_says_why_a_build_that_was_asked_for_cannot_serve() -> None:
+    """The engine's reason reaches the reader, and the reference is still ready."""
+    environment = os.environ | {"TRITON_OFFSET_BIAS_BUILD": "nonesuch"}
+    command = [sys.executable, "-m", "triton_offset_bias.info"]
+    printed = subprocess.run(command, env=environment, capture_output=True, text=True, check=True).stdout
+    assert "cpp: cannot serve" in printed
+    assert "must be one of avx512, avx2, portable, got 'nonesuch'" in printed
+    assert "reference: ready" in printed

@@ -1,0 +1,174 @@
+"""The modules: the free parameter per offset, and attention built on it."""
+
+import copy
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from triton_offset_bias import offset_bias_attention
+from triton_offset_bias.modules import OffsetBias, OffsetBiasAttention
+
+
+def _filled(num_heads: int, max_length: int, bidirectional: bool) -> OffsetBias:
+    bias = OffsetBias(num_heads, max_length, bidirectional)
+    with torch.no_grad():
+        bias.weight.normal_()
+    return bias
+
+
+@pytest.mark.parametrize(("bidirectional", "per_head"), [(True, 2 * 7 - 1), (False, 7)])
+def test_the_number_of_parameters_is_that_of_offsets(bidirectional, per_head):
+    """2 M - 1 a head, or M for causal attention, and nothing else."""
+    assert sum(p.numel() for p in OffsetBias(3, 7, bidirectional).parameters()) == 3 * per_head
+
+
+@pytest.mark.parametrize("bidirectional", [True, False])
+@pytest.mark.parametrize("offsets", [(-6, 6), (0, 6), (-2, 3), (4, 4), (-11, 12), (9, 12), (-30, -20)])
+def test_a_table_lists_the_parameter_of_each_offset_and_the_ends_outside(bidirectional, offsets):
+    """Both bounds included; float32; outside, the nearest parameter; each parameter's gradient counts its uses."""
+    bias = _filled(2, 7, bidirectional)
+    lowest = -6 if bidirectional else 0
+    columns = [min(max(offset, lowest), 6) - lowest for offset in range(offsets[0], offsets[1] + 1)]
+    got = bias(*offsets)
+    assert got.dtype == torch.float32
+    assert torch.equal(got, bias.weight[:, columns])
+    got.sum().backward()
+    uses = torch.bincount(torch.tensor(columns), minlength=bias.weight.shape[1]).float()
+    assert torch.equal(bias.weight.grad, uses.expand(2, -1))
+
+
+def test_a_table_is_float32_whatever_the_modules_dtype():
+    """Half a model's precision is no reason for a coarse table; the gradient arrives in the parameter's dtype."""
+    bias = _filled(2, 5, True).bfloat16()
+    table = bias(-3, 3)
+    assert table.dtype == torch.float32
+    assert torch.equal(table, bias.weight[:, 1:8].float())
+    table.sum().backward()
+    assert bias.weight.grad.dtype == torch.bfloat16
+
+
+BAD_CALLS = {
+    "no heads": (lambda: OffsetBias(0, 4), r"`num_heads` .*1, got 0"),
+    "no length": (lambda: OffsetBias(2, 0), r"`max_length` .*1, got 0"),
+    "an empty range": (lambda: OffsetBias(2, 4)(3, 2), r"`max_offset` .*3.*got 2"),
+    "a width that heads do not divide": (lambda: OffsetBiasAttention(10, 4, None), r"`embed_dim` .*4, got 10"),
+    "groups that do not divide": (lambda: OffsetBiasAttention(12, 4, None, num_kv_heads=3),
+                                  r"`num_kv_heads` .*4, got 3"),
+    "no key heads": (lambda: OffsetBiasAttention(12, 4, None, num_kv_heads=0), r"`num_kv_heads` .*4, got 0"),
+    "a table of other heads": (lambda: OffsetBiasAttention(12, 4, OffsetBias(3, 5))(torch.ones(1, 5, 12)),
+                               r"`bias` .*4 heads.*got shape \(3, 9\)"),
+}
+
+
+@pytest.mark.parametrize(("call", "message"), BAD_CALLS.values(), ids=BAD_CALLS)
+def test_a_bad_argument_is_named_with_what_was_expected_and_what_came(call, message):
+    """At construction where it can be seen there."""
+    with pytest.raises(ValueError, match=message):
+        call()
+
+
+def _plain_attention(layer: OffsetBiasAttention, x: Tensor, padding: Tensor | None) -> Tensor:
+    """The layer in plain PyTorch: head h of the query uses key head h // group, and the bias is materialised."""
+    batch, length, width = x.shape
+    heads, group, dim = layer.num_heads, layer.num_heads // layer.num_kv_heads, width // layer.num_heads
+
+    def split(y: Tensor, repeats: int) -> Tensor:
+        return y.view(batch, length, -1, dim).permute(0, 2, 1, 3).repeat_interleave(repeats, dim=1)
+
+    q, k, v = split(layer.q_proj(x), 1), split(layer.k_proj(x), group), split(layer.v_proj(x), group)
+    offsets = torch.arange(length)[:, None] - torch.arange(length)[None, :]
+    scores = q @ k.mT / dim**0.5
+    if layer.bias is not None:
+        weight = layer.bias.weight
+        lowest = -(layer.bias.max_length - 1) if layer.bias.bidirectional else 0
+        scores = scores + weight[:, offsets.clamp(lowest, layer.bias.max_length - 1) - lowest]
+    hidden = torch.zeros(batch, 1, length, length, dtype=torch.bool)
+    hidden = hidden | (offsets < 0) if layer.is_causal else hidden
+    hidden = hidden if padding is None else hidden | ~padding[:, None, None, :]
+    out = scores.masked_fill(hidden, float("-inf")).softmax(-1) @ v
+    return layer.out_proj(out.permute(0, 2, 1, 3).reshape(batch, length, heads * dim))
+
+
+LAYERS = {
+    "plain": (OffsetBiasAttention(24, 4, _filled(4, 20, True)), False),
+    "longer than the table": (OffsetBiasAttention(24, 4, _filled(4, 6, True)), False),
+    "causal": (OffsetBiasAttention(24, 4, _filled(4, 20, False), is_causal=True), False),
+    "causal with a bidirectional table": (OffsetBiasAttention(24, 4, _filled(4, 20, True), is_causal=True), False),
+    "one-sided table, not causal": (OffsetBiasAttention(24, 4, _filled(4, 20, False)), False),
+    "grouped heads, padding": (OffsetBiasAttention(24, 4, _filled(4, 20, True), num_kv_heads=2), True),
+    "one key head, causal, padding": (
+        OffsetBiasAttention(24, 4, _filled(4, 9, False), num_kv_heads=1, is_causal=True), True),
+    "one table for all heads": (OffsetBiasAttention(24, 4, _filled(1, 20, True)), False),
+    "no table": (OffsetBiasAttention(24, 4, None), True),
+}
+
+
+@pytest.mark.parametrize(("layer", "is_padded"), LAYERS.values(), ids=LAYERS)
+def test_the_attention_layer_equals_plain_pytorch(layer, is_padded):
+    """Output, gradient of the input and of every parameter, in float64 so that equal means equal."""
+    layer = copy.deepcopy(layer).double()
+    if layer.bias is not None:  # the table is float32 by contract, and so its numbers have to be
+        layer.bias.weight.data = layer.bias.weight.data.float().double()
+    x = torch.randn(3, 17, 24, dtype=torch.float64, requires_grad=True)
+    padding = torch.arange(17) < torch.tensor([[17], [11], [4]]) if is_padded else None
+    leaves = [x, *layer.parameters()]
+    got, expected = layer(x, key_padding_mask=padding), _plain_attention(layer, x, padding)
+    dout = torch.randn_like(expected)
+    torch.testing.assert_close(got, expected)
+    names = ["x", *(name for name, _ in layer.named_parameters())]
+    gradients = zip(torch.autograd.grad(got, leaves, dout), torch.autograd.grad(expected, leaves, dout), strict=True)
+    for name, (gradient, wanted) in zip(names, gradients, strict=True):
+        tolerance = {"rtol": 1e-5, "atol": 1e-6} if name == "bias.weight" else {}
+        torch.testing.assert_close(gradient, wanted, **tolerance, msg=lambda text, name=name: f"{name}: {text}")
+
+
+def test_dropout_is_for_training_alone_and_keeps_the_mean():
+    """In eval the layer is the one without dropout; in training it varies, around that."""
+    dropping = OffsetBiasAttention(16, 2, _filled(2, 8, True), dropout_p=0.4)
+    keeping = OffsetBiasAttention(16, 2, dropping.bias, dropout_p=0.0)
+    keeping.load_state_dict(dropping.state_dict())
+    x = torch.randn(1, 8, 16).expand(4000, -1, -1)
+    expected = keeping(x)
+    assert torch.equal(dropping.eval()(x), expected)
+    varied = dropping.train()(x)
+    spread = varied.std(0)
+    assert spread.min() > 0.01
+    # The mean of 4000 draws is within five standard errors of its expectation.
+    assert ((varied.mean(0) - expected[0]).abs() < 5 * spread / 4000**0.5).all()
+
+
+def test_one_bias_module_may_serve_several_layers():
+    """Its gradient is the sum over them, and its parameters are counted once."""
+    bias = _filled(2, 9, True)
+    layers = nn.Sequential(OffsetBiasAttention(8, 2, bias), OffsetBiasAttention(8, 2, bias))
+    assert sum(p is bias.weight for p in layers.parameters()) == 1
+    apart = copy.deepcopy(layers)
+    apart[1].bias = copy.deepcopy(bias)
+    x = torch.randn(2, 9, 8)
+    layers(x).sum().backward()
+    apart(x).sum().backward()
+    torch.testing.assert_close(bias.weight.grad, apart[0].bias.weight.grad + apart[1].bias.weight.grad)
+
+
+def test_a_state_dict_restores_the_layer():
+    """Saved and loaded into a fresh one, the output is equal bit for bit, and the names are the documented ones."""
+    saved, fresh = (OffsetBiasAttention(16, 4, OffsetBias(4, 6), num_kv_heads=2, is_causal=True) for _ in range(2))
+    nn.init.normal_(saved.bias.weight)
+    x = torch.randn(2, 10, 16)
+    assert not torch.equal(saved(x), fresh(x))
+    fresh.load_state_dict(saved.state_dict())
+    assert torch.equal(saved(x), fresh(x))
+    assert "bias.weight" in saved.state_dict()
+
+
+@pytest.mark.parametrize("bidirectional", [True, False])
+def test_a_modules_table_goes_with_bias_origin_minus_min_offset(bidirectional):
+    """Any range that covers the attended offsets gives the same attention."""
+    bias = _filled(2, 6, bidirectional)
+    qkv = [torch.randn(1, 2, 9, 4) for _ in range(3)]
+    outputs = [
+        offset_bias_attention(*qkv, bias(lo, hi), bias_origin=-lo, is_causal=True, beyond="error")
+        for lo, hi in [(0, 8), (0, 30), (-8, 8), (-20, 9)]
+    ]
+    assert all(torch.equal(out, outputs[0]) for out in outputs)

@@ -1,0 +1,170 @@
+"""The operators inside of torch's machinery: compile, autocast, checkpointing, partial backward passes, opcheck."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from cases import Call, Case, assert_matches_oracle, build, results_of
+from oracle import Results, oracle
+from tolerance import assert_accurate
+from torch._dynamo.testing import CompileCounterWithBackend
+from torch.utils.checkpoint import checkpoint
+
+from triton_offset_bias import offset_bias_attention
+
+PADDED = Case("grouped heads, causal, padding", (40, 40), heads=(4, 2), mask="right padding", through_lse=True,
+              layout="transposed BLHD", options={"is_causal": True, "scale": 0.3})
+
+
+def _differentiated(attend, call: Call) -> Results:
+    """`results_of`, of a function (q, k, v, bias) -> (out, lse)."""
+    inputs = [call.q, call.k, call.v, call.bias]
+    out, lse = attend(*inputs)
+    return Results(out, lse, *torch.autograd.grad([out, lse], inputs, [call.dout, call.dlse]))
+
+
+def _assert_same(got: Results, expected: Results, **tolerance: float) -> None:
+    for name in ("out", "lse", "dq", "dk", "dv", "dbias"):
+        torch.testing.assert_close(getattr(got, name), getattr(expected, name), **tolerance)
+
+
+@pytest.fixture(autouse=True)
+def _forget_compiled_code():
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated:DeprecationWarning")  # torch's inductor
+@pytest.mark.parametrize("compiler", ["aot_eager", "inductor"])
+def test_a_compiled_call_is_one_graph_with_equal_results(backend, compiler):
+    """fullgraph=True, forward and backward, from views that are not contiguous."""
+    call = build(PADDED)
+
+    def attend(q, k, v, bias):
+        return offset_bias_attention(q * 2, k, v, bias, **call.options, return_lse=True, backend=backend)
+
+    compiled = torch.compile(attend, fullgraph=True, backend=compiler)
+    _assert_same(_differentiated(compiled, call), _differentiated(attend, call))
+
+
+def test_one_compiled_graph_serves_all_lengths():
+    """With symbolic lengths a new length brings no new compilation, and equal results."""
+    counter = CompileCounterWithBackend("aot_eager")
+
+    def attend(q, k, v, bias):
+        return offset_bias_attention(q, k, v, bias, is_causal=True, return_lse=True, backend="cpp")
+
+    compiled = torch.compile(attend, fullgraph=True, dynamic=True, backend=counter)
+    compiled_so_far = []
+    for lengths in ((33, 47), (64, 65), (150, 101)):
+        call = build(Case("dynamic", lengths, through_lse=True))
+        _assert_same(_differentiated(compiled, call), _differentiated(attend, call), rtol=0.0, atol=0.0)
+        compiled_so_far.append(counter.frame_count)
+    assert compiled_so_far == compiled_so_far[:1] * 3
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_under_autocast_the_output_has_the_dtype_of_sdpa_and_the_table_stays_float32(backend, dtype):
+    """As if query, key and value had been cast by hand; gradients come back in the dtype of what was given."""
+    call = build(Case("autocast", (31, 31), through_lse=True))
+    inputs = [call.q, call.k, call.v]
+    with torch.autocast("cpu", dtype):
+        expected_dtype = F.scaled_dot_product_attention(*inputs).dtype
+        out, lse = offset_bias_attention(*inputs, call.bias, return_lse=True, backend=backend)
+    assert out.dtype == expected_dtype == dtype
+    assert lse.dtype == torch.float32
+    by_hand = offset_bias_attention(*(x.to(dtype) for x in inputs), call.bias, return_lse=True, backend=backend)
+    assert torch.equal(out, by_hand[0])
+    assert torch.equal(lse, by_hand[1])
+    gradients = torch.autograd.grad([out, lse], [*inputs, call.bias], [call.dout.to(dtype), call.dlse])
+    expected = torch.autograd.grad(by_hand, [*inputs, call.bias], [call.dout.to(dtype), call.dlse])
+    assert all(gradient.dtype == torch.float32 for gradient in gradients)
+    assert all(torch.equal(*pair) for pair in zip(gradients, expected, strict=True))
+
+
+def test_under_autocast_float64_stays_float64_as_in_sdpa(backend):
+    """Autocast leaves double precision alone, and so does the table's path."""
+    q, k, v = (torch.randn(1, 2, 9, 8, dtype=torch.float64) for _ in range(3))
+    bias = torch.randn(2, 17, dtype=torch.float64)
+    expected = offset_bias_attention(q, k, v, bias, backend=backend)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert F.scaled_dot_product_attention(q, k, v).dtype == torch.float64
+        out = offset_bias_attention(q, k, v, bias, backend=backend)
+    assert torch.equal(out, expected)
+
+
+@pytest.mark.parametrize("use_reentrant", [False, True])
+def test_a_checkpointed_call_has_equal_gradients(backend, use_reentrant):
+    """Recomputed in backward, bit for bit."""
+    call = build(PADDED)
+
+    def attend(q, k, v, bias):
+        return offset_bias_attention(q, k, v, bias, **call.options, return_lse=True, backend=backend)
+
+    expected = _differentiated(attend, call)
+    leaves = [x.detach().requires_grad_() for x in (call.q, call.k, call.v, call.bias)]
+    outputs = checkpoint(attend, *leaves, use_reentrant=use_reentrant)
+    torch.autograd.backward(outputs, (call.dout, call.dlse))
+    _assert_same(Results(*outputs, *(x.grad for x in leaves)), expected, rtol=0.0, atol=0.0)
+
+
+def test_backward_of_the_output_alone_and_of_the_log_sum_exp_alone(backend):
+    """The two add up to backward of both; from the log-sum-exp there is no gradient for the value."""
+    call = build(PADDED)
+    inputs = (call.q, call.k, call.v, call.bias)
+    out, lse = offset_bias_attention(*inputs, **call.options, return_lse=True, backend=backend)
+    from_out = torch.autograd.grad(out, inputs, call.dout, retain_graph=True)
+    from_lse = torch.autograd.grad(lse, inputs, call.dlse, retain_graph=True, allow_unused=True)
+    keywords = {**call.options, "dlse": call.dlse, "dout": torch.zeros_like(call.dout)}
+    ref64, same = oracle(*inputs, **keywords), oracle(*inputs, **keywords, dtype=torch.float32)
+    eps = torch.finfo(torch.float32).eps
+    for name, got in zip(("dq", "dk", "dbias"), (from_lse[0], from_lse[1], from_lse[3]), strict=True):
+        with torch.no_grad():
+            assert_accurate(name, got, getattr(ref64, name), getattr(same, name), eps)
+    assert from_lse[2] is None or (from_lse[2] == 0).all()
+    call.dlse = None
+    assert_matches_oracle(call, Results(out, lse, *from_out))
+
+
+def test_a_gradient_from_a_sum_whose_memory_is_one_number(backend):
+    """`out.sum().backward()` hands back an expanded tensor of strides 0."""
+    call = build(PADDED)
+    call.dout, call.dlse = torch.ones_like(call.dout), None
+    expected = results_of(call, backend)
+    call.dout = torch.ones(()).expand(call.dout.shape)
+    _assert_same(results_of(call, backend), expected, rtol=0.0, atol=0.0)
+
+
+def _operator_arguments(requires_grad: bool) -> dict:
+    call = build(Case("opcheck", (17, 19), heads=(4, 2), mask="holes", layout="transposed BLHD"))
+    tensors = {"query": call.q, "key": call.k, "value": call.v, "bias": call.bias}
+    return {
+        **{name: x.detach().requires_grad_(requires_grad) for name, x in tensors.items()},
+        **call.options, **{"enable_gqa": None, "query_positions": None, "key_positions": None},
+        "scale": 0.25, "dropout_p": 0.0, "query_start": 2, "min_offset": -3, "max_offset": 2**62, "bias_origin": 18,
+        "beyond": "clamp", "deterministic": False, "backend": "cpp",
+    }
+
+
+def _matching(operator, arguments: dict) -> tuple:
+    """The arguments in the order of the operator's schema."""
+    return tuple(arguments[argument.name] for argument in operator._schema.arguments)
+
+
+@pytest.mark.parametrize("requires_grad", [False, True])
+def test_the_operator_passes_torchs_own_checks(requires_grad):
+    """Schema, shape function with strides, registration of autograd, and tracing with symbolic shapes."""
+    operator = torch.ops.triton_offset_bias.attention.default
+    torch.library.opcheck(operator, _matching(operator, _operator_arguments(requires_grad)))
+
+
+@pytest.mark.parametrize("needs", [[True] * 4, [True, False, False, True]])
+def test_the_backward_operator_passes_torchs_own_checks(needs):
+    """The same for the gradient's operator, with all gradients and with some."""
+    arguments = _operator_arguments(False)
+    forward = torch.ops.triton_offset_bias.attention.default
+    out, lse, row_max, row_log_sum = forward(*_matching(forward, arguments))
+    arguments |= {"dout": torch.randn_like(out), "dlse": torch.randn_like(lse), "out": out, "row_max": row_max,
+                  "row_log_sum": row_log_sum, "needs": needs}
+    operator = torch.ops.triton_offset_bias.attention_backward.default
+    torch.library.opcheck(operator, _matching(operator, arguments))

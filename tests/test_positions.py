@@ -1,0 +1,133 @@
+"""Offsets from position tensors: offset = query_positions[i] - key_positions[j], in any number of dimensions."""
+
+import pytest
+import torch
+from cases import Call, Case, assert_matches_oracle, build, results_of
+
+from triton_offset_bias import offset_bias_attention
+
+
+def _gaps(length: int, seed: int) -> torch.Tensor:
+    """Increasing positions with gaps: packed documents, or images cut in patches."""
+    return torch.randint(0, 4, (length,), generator=torch.Generator().manual_seed(seed)).cumsum(0)
+
+
+def _shuffled(batch: int, length: int, seed: int) -> torch.Tensor:
+    draw = torch.Generator().manual_seed(seed)
+    return torch.stack([torch.randperm(2 * length, generator=draw)[:length] - length // 2 for _ in range(batch)])
+
+
+SHARED = {"query_positions": _gaps(13, 0), "key_positions": _gaps(17, 1)}
+EACH = {"query_positions": _shuffled(2, 13, 2), "key_positions": _shuffled(2, 17, 3)}
+CASES = [
+    Case("the same for all sequences", (13, 17), columns=21, through_lse=True, options=SHARED),
+    Case("the same for all, causal", (13, 17), columns=21, options={**SHARED, "is_causal": True}),
+    Case("out of order, for each sequence", (13, 17), options=EACH),
+    Case("out of order, causal, some see nothing", (13, 17), through_lse=True, options={**EACH, "is_causal": True}),
+    Case("a window, grouped heads, padding", (13, 17), heads=(4, 2), mask="holes",
+         options={**EACH, "window_size": (5, 3)}),
+    Case("queries for each sequence, keys for all, a table each", (13, 17), bias="BHN", columns=9,
+         options={**EACH, "key_positions": SHARED["key_positions"], "beyond": "zero"}),
+    Case("no table: positions still say what is causal", (13, 17), bias=None, options={**EACH, "is_causal": True}),
+    Case("int32 and a moved origin", (13, 17), bias="N", columns=11,
+         options={**{name: x.int() for name, x in SHARED.items()}, "bias_origin": 2}),
+    Case("unsigned bytes, whose difference must not wrap", (13, 17),
+         options={**{name: x.to(torch.uint8) for name, x in SHARED.items()}, "is_causal": True}),
+]
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.reason)
+def test_every_result_is_as_accurate_as_plain_pytorch(case):
+    """Output, log-sum-exp and gradients against the oracle, on the reference and by "auto"."""
+    call = build(case)
+    for backend in ("reference", "auto"):
+        assert_matches_oracle(call, results_of(call, backend))
+
+
+@pytest.mark.parametrize("options", [{}, {"is_causal": True, "beyond": "zero"}, {"window_size": (4, 6)}], ids=str)
+def test_contiguous_positions_equal_the_default(options):
+    """Keys from 0, queries so that the last one is on the last key; and any shift of both changes nothing."""
+    case = Case("contiguous", (11, 15), columns=9, through_lse=True, options=options)
+    expected = results_of(build(case), "reference")
+    for shift in (0, -1000):
+        call = build(case)
+        positions = {"query_positions": torch.arange(4, 15) + shift, "key_positions": torch.arange(15) + shift}
+        call.options = {**call.options, **positions}
+        got = results_of(call, "reference")
+        for name in ("out", "lse", "dq", "dk", "dv", "dbias"):
+            torch.testing.assert_close(getattr(got, name), getattr(expected, name), rtol=0, atol=0)
+
+
+def test_one_integer_per_offset_serves_two_dimensions():
+    """Swin's bias over (row, column) offsets: p = row (2 W - 1) + column, and the flattened 2-D table as the table."""
+    height, width, heads = 3, 4, 2
+    rows, columns = (x.flatten() for x in torch.meshgrid(torch.arange(height), torch.arange(width), indexing="ij"))
+    q, k, v, dout = (torch.randn(2, heads, height * width, 8) for _ in range(4))
+    table = torch.randn(heads, 2 * height - 1, 2 * width - 1, requires_grad=True)
+    leaves = [x.requires_grad_() for x in (q, k, v)] + [table]
+
+    row_offsets = rows[:, None] - rows[None, :] + height - 1
+    column_offsets = columns[:, None] - columns[None, :] + width - 1
+    materialised = table[:, row_offsets, column_offsets].unsqueeze(0).expand(2, -1, -1, -1)
+    expected = torch.nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=materialised)
+    expected = [expected, *torch.autograd.grad(expected, leaves, dout)]
+
+    positions = rows * (2 * width - 1) + columns
+    out = offset_bias_attention(q, k, v, table.flatten(1), query_positions=positions, key_positions=positions)
+    for got, wanted in zip([out, *torch.autograd.grad(out, leaves, dout)], expected, strict=True):
+        torch.testing.assert_close(got, wanted)
+
+
+def _attend(options: dict, backend: str, columns: int = 9, bias_origin: int = 4) -> torch.Tensor:
+    q, k, v = (torch.ones(2, 1, length, 4) for length in (3, 6, 6))
+    return offset_bias_attention(
+        q, k, v, torch.zeros(1, columns), bias_origin=bias_origin, beyond="error", **options, backend=backend
+    )
+
+
+FAR_KEY = {"query_positions": torch.tensor([3, 4, 5]), "key_positions": torch.tensor([2, 3, 4, 5, 6, 90])}
+FAR_KEY_IN_ONE = {"query_positions": FAR_KEY["query_positions"],
+                  "key_positions": torch.stack([FAR_KEY["key_positions"], torch.arange(1, 7)])}
+KEEP_FIRST_FIVE = {"key_padding_mask": (torch.arange(6) < 5).expand(2, 6)}
+HIDE_LAST_OF_ONE = {"key_padding_mask": torch.tensor([[1, 1, 1, 1, 1, 0], [1, 1, 1, 1, 1, 1]]) > 0}
+COVERED = {
+    "causality hides the far key": {**FAR_KEY, "is_causal": True},
+    "the window hides the far key": {**FAR_KEY, "window_size": (-1, 80)},
+    "the mask hides the far key": {**FAR_KEY, **KEEP_FIRST_FIVE},
+    "the far key's sequence hides it": {**FAR_KEY_IN_ONE, **HIDE_LAST_OF_ONE},
+    "without positions, the mask hides the first key": {"key_padding_mask": torch.arange(6).expand(2, 6) > 0},
+    "without positions, the window": {"window_size": (4, -1)},
+    "nothing is attended to": {**FAR_KEY, "key_padding_mask": torch.zeros(2, 6) > 0},
+}
+UNCOVERED = {
+    "the far key": (FAR_KEY, r"-87 to 3"),
+    "the far key of one sequence": ({**FAR_KEY_IN_ONE, "window_size": (4, -1)}, r"-87 to 4"),
+    "the mask leaves the far key to one sequence": ({**FAR_KEY, **HIDE_LAST_OF_ONE}, r"-87 to 3"),
+    "without positions, the first key": ({}, r"-2 to 5"),
+    "without positions, a mask that keeps the first key": (KEEP_FIRST_FIVE, r"-1 to 5"),
+}
+
+
+@pytest.mark.parametrize("name", ["reference", "auto"])
+@pytest.mark.parametrize("options", COVERED.values(), ids=COVERED)
+def test_an_offset_beyond_the_table_is_no_error_where_no_pair_attends_to_it(options, name):
+    """Equal values, so that the output is 1, or 0 where nothing is attended to."""
+    visible = options.get("key_padding_mask", torch.ones(2, 6) > 0).any()
+    assert (_attend(options, name) == float(visible)).all()
+
+
+@pytest.mark.parametrize("name", ["reference", "auto"])
+@pytest.mark.parametrize(("options", "attended"), UNCOVERED.values(), ids=UNCOVERED)
+def test_an_attended_offset_beyond_the_table_is_an_error_that_tells_the_range(options, attended, name):
+    """The message tells what the table holds and what is attended to."""
+    with pytest.raises(ValueError, match=rf"`bias` .*-4 to 4.*{attended}"):
+        _attend(options, name)
+
+
+def test_the_gradient_at_equal_positions_sums_over_all_pairs():
+    """All tokens in one place: one column takes everything, hence its gradient is 0, and dlse's sum with lse."""
+    call: Call = build(Case("one place", (6, 7), columns=5, through_lse=True, options={
+        "query_positions": torch.full((6,), 3), "key_positions": torch.full((7,), 3)}))
+    dbias = results_of(call, "reference").dbias
+    assert dbias[:, [0, 1, 3, 4]].count_nonzero() == 0
+    torch.testing.assert_close(dbias[:, 2], call.dlse.sum((0, 2)))

@@ -1,0 +1,46 @@
+"""Every code block of the README and of the docs runs."""
+
+import re
+import subprocess
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+
+
+def code_blocks(language: str) -> list:
+    """Every fenced block of the language in the pages, with a readable id."""
+    found = []
+    for page in PAGES:
+        for match in re.finditer(rf"^```{language}\n(.*?)^```", page.read_text(), re.MULTILINE | re.DOTALL):
+            line = page.read_text()[: match.start()].count("\n") + 1
+            found.append(pytest.param(match.group(1), id=f"{page.name}:{line}"))
+    return found
+
+
+@pytest.mark.parametrize("code", code_blocks("python"))
+def test_a_python_block_runs_and_its_assertions_hold(code: str) -> None:
+    """Blocks are complete programs; what they claim they assert."""
+    exec(compile(code, "<readme>", "exec"), {"__name__": "__readme__"})
+
+
+@pytest.mark.parametrize("code", code_blocks("sh"))
+def test_a_shell_block_names_commands_that_exist(code: str) -> None:
+    """`make` lines are dry-run, for they would start this test again; other lines are run."""
+    for line in code.splitlines():
+        command = line.split("#")[0].split()
+        if command[:1] == ["make"]:
+            command.insert(1, "--dry-run")
+        result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+        assert result.returncode == 0, f"{line}\n{result.stderr}"
+
+
+def test_every_block_has_a_language_that_is_tested() -> None:
+    """A block in another language would escape the tests above."""
+    for page in PAGES:
+        languages = re.findall(r"^```(\w*)\n(?:.*?)^```", page.read_text(), re.MULTILINE | re.DOTALL)
+        assert set(languages) <= {"python", "sh", "text"}, page.name
+    assert code_blocks("python")
+    assert code_blocks("sh")
