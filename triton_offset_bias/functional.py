@@ -1,5 +1,7 @@
 """The two public functions."""
 
+from typing import Literal, overload
+
 import torch
 from torch import Tensor
 
@@ -8,6 +10,50 @@ from triton_offset_bias.checks import check_attention, check_varlen, with_autoca
 from triton_offset_bias.dispatch import select_backend
 
 
+@overload
+def offset_bias_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    bias: Tensor | None,
+    *,
+    dropout_p: float = ...,
+    is_causal: bool = ...,
+    scale: float | None = ...,
+    enable_gqa: bool = ...,
+    bias_origin: int | None = ...,
+    beyond: str = ...,
+    query_start: int | None = ...,
+    window_size: tuple[int, int] = ...,
+    key_padding_mask: Tensor | None = ...,
+    query_positions: Tensor | None = ...,
+    key_positions: Tensor | None = ...,
+    deterministic: bool | None = ...,
+    return_lse: Literal[False] = ...,
+    backend: str = ...,
+) -> Tensor: ...
+@overload
+def offset_bias_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    bias: Tensor | None,
+    *,
+    dropout_p: float = ...,
+    is_causal: bool = ...,
+    scale: float | None = ...,
+    enable_gqa: bool = ...,
+    bias_origin: int | None = ...,
+    beyond: str = ...,
+    query_start: int | None = ...,
+    window_size: tuple[int, int] = ...,
+    key_padding_mask: Tensor | None = ...,
+    query_positions: Tensor | None = ...,
+    key_positions: Tensor | None = ...,
+    deterministic: bool | None = ...,
+    return_lse: Literal[True],
+    backend: str = ...,
+) -> tuple[Tensor, Tensor]: ...
 def offset_bias_attention(
     query: Tensor,
     key: Tensor,
@@ -100,6 +146,50 @@ def offset_bias_attention(
     return (out, lse) if return_lse else out
 
 
+@overload
+def offset_bias_attention_varlen(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    bias: Tensor | None,
+    cu_seqlens_q: Tensor,
+    cu_seqlens_k: Tensor,
+    max_seqlen_q: int,
+    max_seqlen_k: int,
+    *,
+    dropout_p: float = ...,
+    is_causal: bool = ...,
+    scale: float | None = ...,
+    enable_gqa: bool = ...,
+    bias_origin: int | None = ...,
+    beyond: str = ...,
+    window_size: tuple[int, int] = ...,
+    deterministic: bool | None = ...,
+    return_lse: Literal[False] = ...,
+    backend: str = ...,
+) -> Tensor: ...
+@overload
+def offset_bias_attention_varlen(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    bias: Tensor | None,
+    cu_seqlens_q: Tensor,
+    cu_seqlens_k: Tensor,
+    max_seqlen_q: int,
+    max_seqlen_k: int,
+    *,
+    dropout_p: float = ...,
+    is_causal: bool = ...,
+    scale: float | None = ...,
+    enable_gqa: bool = ...,
+    bias_origin: int | None = ...,
+    beyond: str = ...,
+    window_size: tuple[int, int] = ...,
+    deterministic: bool | None = ...,
+    return_lse: Literal[True],
+    backend: str = ...,
+) -> tuple[Tensor, Tensor]: ...
 def offset_bias_attention_varlen(
     query: Tensor,
     key: Tensor,

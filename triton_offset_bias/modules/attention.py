@@ -75,7 +75,6 @@ class OffsetBiasAttention(nn.Module):
             bias_origin=-min_offset,
             key_padding_mask=key_padding_mask,
         )
-        assert isinstance(out, Tensor)
         return self.out_proj(out.transpose(1, 2).flatten(2))
 
     def _split_heads(self, x: Tensor, num_heads: int) -> Tensor:
