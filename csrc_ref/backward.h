@@ -1,7 +1,10 @@
 // The backward pass: for each block of keys, one sweep over the queries with the scores recomputed.
 //
-//   P = exp2(S - row_max - row_log_sum)      dP = dO V^T      delta = <dO, O> - dlse      dS = P * (dP - delta)
+//   E = exp2(S - row_max)      P = E / row_sum      dP = dO V^T      delta = <dO, O> - dlse      dS = P * (dP - delta)
 //   dV = P^T dO      dK = scale dS^T Q      dQ = scale dS K      dbias[offset] = sum of dS along the offset's diagonal
+//
+// The division by row_sum is done once a row, on dO and delta: dV = E^T (dO / row_sum), dS = E * (dP - delta) /
+// row_sum.
 //
 // A task owns its block's dK and dV. dQ and dbias are shared by the tasks of a head: they add to them in the order of
 // their blocks, held by OrderedSteps, so every sum has one order whatever the number of threads.
@@ -29,7 +32,7 @@ template <class Real> class Backward {
         dkey(dkey),
         dvalue(dvalue),
         row_max(static_cast<const Real *>(stats.row_max)),
-        row_log_sum(static_cast<const Real *>(stats.row_log_sum)),
+        row_sum(static_cast<const Real *>(stats.row_sum)),
         dlse(static_cast<const Real *>(dlse)),
         dbias(static_cast<Real *>(dbias)) {}
 
@@ -63,8 +66,8 @@ template <class Real> class Backward {
     Real key_columns[kMaxKeys * (kMaxDim + P)], value_columns[kMaxKeys * (kMaxDim + P)];  // transposed panels
     Real key_rows[kMaxKeys * (kMaxDim + P)];                                              // panels of rows, times scale
     Real dkey[kMaxKeys * (kMaxDim + P)], dvalue[kMaxKeys * (kMaxDim + P)];                // row-major
-    // Tiles of P and dS, with a vector of zeros before and after each row of dS.
-    Real probs[kQueries * kTileStride], dscores[(kQueries + 1) * kTileStride];
+    // Tiles of E and dS, with a vector of zeros before and after each row of dS.
+    Real exps[kQueries * kTileStride], dscores[(kQueries + 1) * kTileStride];
   };
 
   // A query head among those at work, which are numbered from 0 (its slot), and among all.
@@ -94,9 +97,9 @@ template <class Real> class Backward {
     return round_up(keys, P);
   }
 
-  // Pass 1: queries and dO as panels of rows; the rows' statistics and delta. Rows past the end are as those that
-  // attend to nothing: P = 0, and delta = 0 whatever dlse is there (a loss may well have an infinite slope at lse =
-  // -inf).
+  // Pass 1: queries and dO / row_sum as panels of rows, row_max, delta / row_sum. A row that attends to nothing gets E
+  // = 0 and delta 0, whatever dlse is there: a loss may well have an infinite slope at lse = -inf. So do rows past the
+  // end.
   void prepare(int64_t slot, int first) {
     const Head head = head_of(slot);
     const int64_t base = slot * rows_padded + first, source = (head.b * p.heads_q + head.h) * p.len_q + first;
@@ -105,21 +108,22 @@ template <class Real> class Backward {
     const Matrix g = matrix_of(dout, p.dtype, int(p.dim_v), head.b, head.h);
     pack_rows(matrix_of(p.query, p.dtype, int(p.dim), head.b, head.h), first, count, kQueries, Real(p.scale * kLog2E),
               queries_of(slot) + int64_t(first) * P, int64_t(rows_padded) * P);
-    pack_rows(g, first, count, kQueries, Real(1), douts_of(slot) + int64_t(first) * P, int64_t(rows_padded) * P);
     if (dquery.data) std::fill_n(dquery_acc.get() + base * chunks * P, kQueries * chunks * P, Real(0));
     if (dbias && first == 0) std::fill_n(dbias_strips.get() + slot * strip_length, strip_length, Real(0));
     alignas(64) Real o_row[kMaxDim + P], g_row[kMaxDim + P];
     for (int r = 0; r < kQueries; ++r) {
-      Real &m = max.get()[base + r], &l = log_sum.get()[base + r], &d = delta.get()[base + r];
-      m = r < count ? row_max[source + r] : std::numeric_limits<Real>::infinity();
-      l = r < count ? row_log_sum[source + r] : Real(0);
-      d = 0;
-      if (m == std::numeric_limits<Real>::infinity() && l == 0) continue;
+      const Real sum = r < count ? row_sum[source + r] : Real(0);
+      const bool empty = sum == 0;
+      max.get()[base + r] = empty ? std::numeric_limits<Real>::infinity() : row_max[source + r];
+      std::fill_n(g_row, chunks_v * P, Real(0));
+      if (r < count) read_row(g, first + r, empty ? Real(1) : 1 / sum, g_row, chunks_v * P);
+      scatter_row(g_row, chunks_v, first + r, douts_of(slot), int64_t(rows_padded) * P);
+      delta.get()[base + r] = 0;
+      if (empty) continue;
       read_row(o, first + r, Real(1), o_row, chunks_v * P);
-      read_row(g, first + r, Real(1), g_row, chunks_v * P);
       Vec dot{};
-      for (int e = 0; e < chunks_v * P; e += W) dot += S::load(o_row + e) * S::load(g_row + e);
-      d = S::sum(dot) - (dlse ? dlse[source + r] : Real(0));
+      for (int d = 0; d < chunks_v * P; d += W) dot += S::load(o_row + d) * S::load(g_row + d);
+      delta.get()[base + r] = S::sum(dot) - (dlse ? dlse[source + r] / sum : Real(0));
     }
   }
 
@@ -133,6 +137,10 @@ template <class Real> class Backward {
       pack_transposed(v, c.first + j, std::min(P, c.count - j), t.value_columns + j * chunks_v * P);
     }
     pack_rows(k, c.first, c.count, keys, Real(p.scale), t.key_rows, int64_t(keys) * P);
+    for (int r = 0; r < kQueries; ++r) {
+      std::fill_n(t.dscores + r * kTileStride, W, Real(0));
+      std::fill_n(t.dscores + r * kTileStride + W + round_up(c.count, P), W, Real(0));
+    }
     std::fill_n(t.dkey, kMaxKeys * chunks * P, Real(0));
     std::fill_n(t.dvalue, kMaxKeys * chunks_v * P, Real(0));
 
@@ -171,7 +179,7 @@ template <class Real> class Backward {
     c.order.finish(c.task, last_step);
   }
 
-  // P and dS of the tile at (first, c.first), a few rows at a time so that they stay in the L1 cache.
+  // E and dS of the tile at (first, c.first), a few rows at a time so that they stay in the L1 cache.
   void fill_tiles(Column &c, const Head &head, int first, int rows, Range used) {
     Block &t = c.block;
     const int width = round_up(c.count, P);
@@ -181,25 +189,25 @@ template <class Real> class Backward {
       const Range columns = attended.empty()
                                 ? Range{0, 0}
                                 : Range{round_down(attended.begin - c.first, P), round_up(attended.end - c.first, P)};
-      Real *probs = t.probs + row * kTileStride, *dscores = t.dscores + W + row * kTileStride;
-      clear_outside(probs, dscores, kTileStride, step, columns, width);
+      Real *exps = t.exps + row * kTileStride, *dscores = t.dscores + W + row * kTileStride;
+      clear_outside(exps, kTileStride, step, columns, width);
+      clear_outside(dscores, kTileStride, step, columns, width);
       if (columns.empty()) continue;
       const int64_t base = head.slot * rows_padded + first + row;
       const bool inside = band.covers(first + row, first + row + step, c.first + columns.begin, c.first + columns.end);
       const ScoreAddends<Real> add{p.bias || !inside ? strips.at(head.b, head.h) + c.first - (first + row) : nullptr,
-                                   mask.present() ? mask.at(head.b) + c.first : nullptr, max.get() + base,
-                                   log_sum.get() + base};
+                                   mask.present() ? mask.at(head.b) + c.first : nullptr, max.get() + base};
       score_block<true>(queries_of(head.slot) + int64_t(first + row) * P, int64_t(rows_padded) * P, t.key_columns,
-                        chunks, probs, kTileStride, add, step, columns, c.count);
+                        chunks, exps, kTileStride, add, step, columns, c.count);
       for (int r = 0; r < step; ++r)
         for (int j = columns.begin; j < columns.end; j += P) {
-          Real *x = probs + r * kTileStride + j;
+          Real *x = exps + r * kTileStride + j;
           S::store(x, S::exp2(S::load(x)));
           S::store(x + W, S::exp2(S::load(x + W)));
         }
       if (needs_dscores())
         dscore_block(douts_of(head.slot) + int64_t(first + row) * P, int64_t(rows_padded) * P, t.value_columns,
-                     chunks_v, delta.get() + base, probs, dscores, kTileStride, step, columns);
+                     chunks_v, delta.get() + base, exps, dscores, kTileStride, step, columns);
     }
   }
 
@@ -217,7 +225,7 @@ template <class Real> class Backward {
     };
     const Real *none = nullptr;
     if (dvalue.data)
-      accumulate_product<false>(t.probs, 1, kTileStride, douts_of(slot) + int64_t(first) * P, panel_stride, t.dvalue,
+      accumulate_product<false>(t.exps, 1, kTileStride, douts_of(slot) + int64_t(first) * P, panel_stride, t.dvalue,
                                 chunks_v * P, key_rows, chunks_v, none, queries);
     if (dkey.data)
       accumulate_product<false>(dscores, 1, kTileStride, queries_of(slot) + int64_t(first) * P, panel_stride, t.dkey,
@@ -258,7 +266,7 @@ template <class Real> class Backward {
 
   const tob_problem &p;
   const tob_tensor &out, &dout, &dquery, &dkey, &dvalue;
-  const Real *row_max, *row_log_sum, *dlse;
+  const Real *row_max, *row_sum, *dlse;
   Real *dbias;
   const Band band{p};
   const BiasStrips<Real> strips{p};
@@ -273,7 +281,7 @@ template <class Real> class Backward {
   const int64_t slots = wave * group;  // query heads at work; what follows has room for each
   const Scratch<Real> query_panels{slots * rows_padded * chunks * P}, dout_panels{slots * rows_padded * chunks_v * P};
   const Scratch<Real> dquery_acc{dquery.data ? slots * rows_padded * chunks * P : 0};
-  const Scratch<Real> max{slots * rows_padded}, log_sum{slots * rows_padded}, delta{slots * rows_padded};
+  const Scratch<Real> max{slots * rows_padded}, delta{slots * rows_padded};
   const int64_t strip_length = p.len_q + p.len_k + 2 * BiasStrips<Real>::kPad;
   const int64_t bias_columns = p.len_q + p.len_k - 1, bias_rows = p.bias_batch * p.bias_heads;
   const Scratch<Real> dbias_strips{dbias ? slots * strip_length : 0};

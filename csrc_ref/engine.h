@@ -48,11 +48,10 @@ typedef struct {
   const uint8_t *key_mask;
 } tob_problem;
 
-/* Per row of scores, (batch, heads_q, len_q) contiguous reals. The softmax is kept as its two parts, in bits (log base
-   2), because their sum would round: P = exp2(S log2(e) - row_max - row_log_sum). A row that attends to nothing has
-   row_max +inf and row_log_sum 0. */
+/* Per row of scores, (batch, heads_q, len_q) contiguous reals: the softmax, as P = exp2(S log2(e) - row_max) / row_sum.
+   Kept apart because row_max + log2(row_sum) would round. A row that attends to nothing has row_max +inf, row_sum 0. */
 typedef struct {
-  void *row_max, *row_log_sum;
+  void *row_max, *row_sum;
 } tob_row_stats;
 
 TOB_API int tob_forward(const tob_problem *problem, const tob_tensor *out, void *lse /* as row_max, in nats */,

@@ -23,7 +23,7 @@ template <class Real> class Forward {
         out(out),
         lse(static_cast<Real *>(lse)),
         row_max(static_cast<Real *>(stats.row_max)),
-        row_log_sum(static_cast<Real *>(stats.row_log_sum)) {}
+        row_sum(static_cast<Real *>(stats.row_sum)) {}
 
   void run() {
     const Scratch<Block> scratch(std::min(p.num_threads, wave * blocks));
@@ -91,7 +91,7 @@ template <class Real> class Forward {
         const Range columns{round_down(step_keys.begin - key, P), round_up(step_keys.end - key, P)};
         const bool inside = band.covers(first + row, first + row + step, key + columns.begin, key + columns.end);
         const ScoreAddends<Real> add{p.bias || !inside ? strips.at(b, h) + key - (first + row) : nullptr,
-                                     mask.present() ? mask.at(b) + key : nullptr, nullptr, nullptr};
+                                     mask.present() ? mask.at(b) + key : nullptr, nullptr};
         score_block<false>(t.query + row * P, int64_t(rows) * P, keys_of(slot) + int64_t(key) * chunks * P, chunks,
                            t.scores, kScoreStride, add, step, columns, int(p.len_k) - key);
         softmax_step(t, row, step, columns);
@@ -140,13 +140,13 @@ template <class Real> class Forward {
   void finish(int64_t b, int64_t h, int first, int count, Block &t) const {
     const Matrix o = matrix_of(out, p.dtype, int(p.dim_v), b, h);
     for (int r = 0; r < count; ++r) {
-      const Real sum = S::sum(S::load(t.sum + r * W)), log_sum = std::log2(sum);
+      const Real sum = S::sum(S::load(t.sum + r * W));
       const bool empty = sum == 0;
       const int64_t index = (b * p.heads_q + h) * p.len_q + first + r;
       write_row(o, first + r, empty ? Real(0) : 1 / sum, t.acc + r * chunks_v * P);
       row_max[index] = empty ? std::numeric_limits<Real>::infinity() : t.max[r];
-      row_log_sum[index] = empty ? 0 : log_sum;
-      lse[index] = Real(kLn2) * (t.max[r] + log_sum);
+      row_sum[index] = sum;
+      lse[index] = Real(kLn2) * (t.max[r] + std::log2(sum));
     }
   }
 
@@ -155,7 +155,7 @@ template <class Real> class Forward {
 
   const tob_problem &p;
   const tob_tensor &out;
-  Real *lse, *row_max, *row_log_sum;
+  Real *lse, *row_max, *row_sum;
   const Band band{p};
   const BiasStrips<Real> strips{p};
   const KeyMask<Real> mask{p};

@@ -1,5 +1,5 @@
 // Tiles of scores and of their gradient: S = Q K^T + bias in bits, -inf at every pair that is not attended to, and
-// dS = P * (dO V^T - delta), with its diagonal sums.
+// dS = E * (dO V^T - delta), with its diagonal sums.
 #pragma once
 
 #include "band.h"
@@ -8,14 +8,13 @@ namespace tob {
 
 // Where a tile of scores takes its addends from; the tile's corner is row 0, column 0 of each.
 template <class Real> struct ScoreAddends {
-  const Real *strip;        // strip[column - row], or null: no bias, and the whole tile is inside the band
-  const Real *key_mask;     // key_mask[column], or null
-  const Real *row_max;      // null, or subtracted from row r:
-  const Real *row_log_sum;  // row_max[r], then row_log_sum[r]
+  const Real *strip;     // strip[column - row], or null: no bias, and the whole tile is inside the band
+  const Real *key_mask;  // key_mask[column], or null
+  const Real *row_max;   // row_max[row] is subtracted, or null
 };
 
 // One register tile of scores, (kTileRows, kPanel), from rows in panels: a[d / kPanel * chunk_stride + row * kPanel].
-template <bool kStrip, bool kMask, bool kNormalised, class Real>
+template <bool kStrip, bool kMask, bool kShifted, class Real>
 TOB_INLINE void score_tile(const Real *a, int64_t chunk_stride, const Real *panel, int chunks, Real *out,
                            int64_t stride, const ScoreAddends<Real> &add, int row, int column) {
   using S = Simd<Real>;
@@ -35,10 +34,10 @@ TOB_INLINE void score_tile(const Real *a, int64_t chunk_stride, const Real *pane
       left += S::load(add.key_mask + column);
       right += S::load(add.key_mask + column + W);
     }
-    if constexpr (kNormalised) {
-      const Vec max = S::broadcast(add.row_max[row + r]), log_sum = S::broadcast(add.row_log_sum[row + r]);
-      left = left - max - log_sum;
-      right = right - max - log_sum;
+    if constexpr (kShifted) {
+      const Vec max = S::broadcast(add.row_max[row + r]);
+      left -= max;
+      right -= max;
     }
     Real *to = out + (row + r) * stride + column;
     S::store(to, left);
@@ -48,14 +47,14 @@ TOB_INLINE void score_tile(const Real *a, int64_t chunk_stride, const Real *pane
 
 // Scores of rows [0, rows) and the panels of columns [columns.begin, columns.end), multiples of kPanel.
 // `panels` are the keys' transposed panels from column 0; `valid_columns` of the columns exist, the rest become -inf.
-template <bool kNormalised, class Real>
+template <bool kShifted, class Real>
 void score_block(const Real *a, int64_t chunk_stride, const Real *panels, int chunks, Real *out, int64_t stride,
                  const ScoreAddends<Real> &add, int rows, Range columns, int valid_columns) {
   constexpr int P = kPanel<Real>;
   const auto run = [&](auto strip, auto mask) {
     for (int column = columns.begin; column < columns.end; column += P)
       for (int row = 0; row < rows; row += kTileRows)
-        score_tile<decltype(strip)::value, decltype(mask)::value, kNormalised>(
+        score_tile<decltype(strip)::value, decltype(mask)::value, kShifted>(
             a + row * P, chunk_stride, panels + int64_t(column) * chunks * P, chunks, out, stride, add, row, column);
   };
   constexpr std::true_type yes;
@@ -67,11 +66,11 @@ void score_block(const Real *a, int64_t chunk_stride, const Real *panels, int ch
       out[row * stride + column] = -std::numeric_limits<Real>::infinity();
 }
 
-// dS = P * (dO V^T - delta) for the same rows and columns; `a` and `panels` hold dO and V as score_block's hold Q and
+// dS = E * (dO V^T - delta) for the same rows and columns; `a` and `panels` hold dO and V as score_block's hold Q and
 // K.
 template <class Real>
 void dscore_block(const Real *a, int64_t chunk_stride, const Real *panels, int chunks, const Real *delta,
-                  const Real *probs, Real *dscores, int64_t stride, int rows, Range columns) {
+                  const Real *exps, Real *dscores, int64_t stride, int rows, Range columns) {
   using S = Simd<Real>;
   using Vec = typename S::Vec;
   constexpr int P = kPanel<Real>, W = S::kLanes;
@@ -84,21 +83,18 @@ void dscore_block(const Real *a, int64_t chunk_stride, const Real *panels, int c
       for (int r = 0; r < kTileRows; ++r) {
         const int64_t at = (row + r) * stride + column;
         const Vec d = S::broadcast(delta[row + r]);
-        S::store(dscores + at, S::load(probs + at) * (tile.left[r] - d));
-        S::store(dscores + at + W, S::load(probs + at + W) * (tile.right[r] - d));
+        S::store(dscores + at, S::load(exps + at) * (tile.left[r] - d));
+        S::store(dscores + at + W, S::load(exps + at + W) * (tile.right[r] - d));
       }
     }
 }
 
-// Zeroes what the two functions above left out of a tile `width` wide, and a vector on both sides of dS.
-template <class Real>
-void clear_outside(Real *probs, Real *dscores, int64_t stride, int rows, Range columns, int width) {
-  constexpr int W = Simd<Real>::kLanes;
-  for (int r = 0; r < rows; ++r, probs += stride, dscores += stride) {
-    std::fill(probs, probs + columns.begin, Real(0));
-    std::fill(probs + columns.end, probs + width, Real(0));
-    std::fill(dscores - W, dscores + columns.begin, Real(0));
-    std::fill(dscores + columns.end, dscores + width + W, Real(0));
+// Zeroes what was left out of rows `width` wide.
+template <class Real> void clear_outside(Real *tile, int64_t stride, int rows, Range columns, int width) {
+  if (columns.size() == width) return;
+  for (int r = 0; r < rows; ++r, tile += stride) {
+    std::fill(tile, tile + columns.begin, Real(0));
+    std::fill(tile + columns.end, tile + width, Real(0));
   }
 }
 

@@ -102,6 +102,13 @@ template <class Real> void write_row(const Matrix &m, int64_t index, Real factor
 
 inline constexpr int kMaxDim = 256;
 
+// row[0 .. panels * kPanel) as row `index` of panels of rows; out + panel_stride is the next panel.
+template <class Real>
+TOB_INLINE void scatter_row(const Real *row, int panels, int64_t index, Real *out, int64_t panel_stride) {
+  constexpr int P = kPanel<Real>;
+  for (int p = 0; p < panels; ++p) std::memcpy(out + p * panel_stride + index * P, row + p * P, sizeof(Real) * P);
+}
+
 // Panels of rows: out[d / kPanel][index][d % kPanel] for `count` rows from `first`; rows past `count` up to `padded`
 // are 0. out + panel_stride is the next panel.
 template <class Real>
@@ -112,8 +119,7 @@ void pack_rows(const Matrix &m, int64_t first, int count, int padded, Real facto
   for (int i = 0; i < padded; ++i) {
     if (i < count) read_row(m, first + i, factor, row, padded_dim);
     else std::memset(row, 0, sizeof(Real) * padded_dim);
-    for (int d = 0; d < padded_dim; d += P)
-      std::memcpy(out + d / P * panel_stride + int64_t(i) * P, row + d, sizeof(Real) * P);
+    scatter_row(row, padded_dim / P, i, out, panel_stride);
   }
 }
 

@@ -99,6 +99,10 @@ def padding_mask(kind: str, batch: int, length: int) -> Tensor:
             mask[b, length - (b + 1) * length // 4 :] = False
     elif kind == "left padding":
         mask[:, : length // 3] = False
+    elif kind == "a key to each side of panels of 16":
+        mask[:, :15] = False
+        mask[0, 33:] = False
+        mask[1:, 65:] = False
     elif kind == "holes":
         mask[:, 1::3] = False
         mask[0, length // 2 : length // 2 + 20] = False

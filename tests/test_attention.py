@@ -80,6 +80,7 @@ MASKS = [
     Case("holes, shared heads", (110, 230), heads=(4, 2), mask="holes", through_lse=True),
     Case("holes, a window and a table per sequence", (230, 210), bias="BHN", mask="holes",
          options={"window_size": (33, 7)}),
+    Case("one key in the first and the last panel", (40, 100), mask="a key to each side of panels of 16"),
     Case("a sequence without keys", mask="one sequence has no key", through_lse=True),
     Case("scale 0: the table alone", options={"scale": 0.0}),
     Case("negative scale", options={"scale": -0.7}),
@@ -127,6 +128,21 @@ def test_the_oracles_gradients_are_those_of_autograd(case):
     derivatives = torch.autograd.grad([ref64.out, ref64.lse], inputs, [call.dout.double(), dlse.double()])
     for name, derivative in zip(NAMES[2:], derivatives, strict=True):
         torch.testing.assert_close(getattr(ref64, name).detach(), derivative, rtol=1e-10, atol=1e-12)
+
+
+EDGES = [*({"query_start": start, "is_causal": True} for start in range(-1, 17)),
+         *({"query_start": start, "window_size": (60, 37)} for start in range(12)), {}]
+
+
+@pytest.mark.parametrize("options", EDGES, ids=str)
+def test_no_table_is_a_table_of_zeros_wherever_the_masks_edge_falls_in_a_block(backend, options):
+    """Without a table whole blocks skip the mask: none of them may reach past it, in forward or backward."""
+    call = build(Case("no table", (205, 215), (8, 8), batch=1, bias=None, options=options))
+    got = results_of(call, backend)
+    call.bias = torch.zeros(1, requires_grad=True)
+    expected = results_of(call, backend)
+    for name in NAMES[:-1]:
+        torch.testing.assert_close(getattr(got, name), getattr(expected, name))
 
 
 EMPTY_ROWS = {

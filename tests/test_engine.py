@@ -146,7 +146,7 @@ def test_every_build_agrees_with_the_oracle_and_reads_no_memory_before_writing_i
         return
     assert state == f"{build} []"
     done = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--tb=line", "-k", "cpp and not named",
+        [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "--tb=line", "-k", "cpp and not named",
          "tests/test_attention.py", "tests/test_checks.py"],
         cwd=ROOT, env={**os.environ, **POISON, cpp.BUILD_VARIABLE: build}, capture_output=True, text=True,
     )

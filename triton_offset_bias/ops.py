@@ -17,9 +17,9 @@ _PROBLEM = (
 )
 _NUM_TENSORS = 7
 _library = torch.library.Library("triton_offset_bias", "DEF")
-_library.define(f"attention({_PROBLEM}) -> (Tensor out, Tensor lse, Tensor row_max, Tensor row_log_sum)")
+_library.define(f"attention({_PROBLEM}) -> (Tensor out, Tensor lse, Tensor row_max, Tensor row_sum)")
 _library.define(
-    "attention_backward(Tensor? dout, Tensor? dlse, Tensor out, Tensor row_max, Tensor row_log_sum, bool[4] needs, "
+    "attention_backward(Tensor? dout, Tensor? dlse, Tensor out, Tensor row_max, Tensor row_sum, bool[4] needs, "
     f"{_PROBLEM}) -> (Tensor dquery, Tensor dkey, Tensor dvalue, Tensor dbias)"
 )
 
@@ -46,7 +46,7 @@ def _forward_fake(*args):
     return _new_outputs(query, value)
 
 
-def _backward(dout, dlse, out, row_max, row_log_sum, needs, *args):
+def _backward(dout, dlse, out, row_max, row_sum, needs, *args):
     *fields, backend = args
     problem = Problem(*fields)
     dout = torch.zeros_like(out) if dout is None else dout
@@ -54,11 +54,11 @@ def _backward(dout, dlse, out, row_max, row_log_sum, needs, *args):
         _empty_like(x, x.shape[-1]) if need else None
         for x, need in zip((problem.query, problem.key, problem.value), needs[:3], strict=True)
     ]
-    dbias = _FUSED[backend].backward(problem, out, row_max, row_log_sum, dout, dlse, *gradients, needs[3])
+    dbias = _FUSED[backend].backward(problem, out, row_max, row_sum, dout, dlse, *gradients, needs[3])
     return tuple(out.new_empty(0) if gradient is None else gradient for gradient in (*gradients, dbias))
 
 
-def _backward_fake(dout, dlse, out, row_max, row_log_sum, needs, query, key, value, bias, *_):
+def _backward_fake(dout, dlse, out, row_max, row_sum, needs, query, key, value, bias, *_):
     gradients = [
         _empty_like(x, x.shape[-1]) if need else out.new_empty(0)
         for x, need in zip((query, key, value), needs[:3], strict=True)
@@ -68,10 +68,10 @@ def _backward_fake(dout, dlse, out, row_max, row_log_sum, needs, query, key, val
 
 
 def _new_outputs(query: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Uninitialised out, lse, row_max, row_log_sum: the last two are what a backend wants to see again in backward."""
+    """Uninitialised out, lse, row_max, row_sum: the last two are what a backend wants to see again in backward."""
     real = torch.promote_types(query.dtype, torch.float32)
-    lse, row_max, row_log_sum = (query.new_empty(query.shape[:3], dtype=real) for _ in range(3))
-    return _empty_like(query, value.shape[-1]), lse, row_max, row_log_sum
+    lse, row_max, row_sum = (query.new_empty(query.shape[:3], dtype=real) for _ in range(3))
+    return _empty_like(query, value.shape[-1]), lse, row_max, row_sum
 
 
 def _empty_like(x: Tensor, dim: int) -> Tensor:
@@ -97,19 +97,19 @@ class _Attention(torch.autograd.Function):
     @staticmethod
     def forward(ctx, *args):
         outputs = _below_autograd(torch.ops.triton_offset_bias.attention, args)
-        out, _, row_max, row_log_sum = outputs
-        ctx.save_for_backward(*args[:_NUM_TENSORS], out, row_max, row_log_sum)
+        out, _, row_max, row_sum = outputs
+        ctx.save_for_backward(*args[:_NUM_TENSORS], out, row_max, row_sum)
         ctx.options = args[_NUM_TENSORS:]
-        ctx.mark_non_differentiable(row_max, row_log_sum)
+        ctx.mark_non_differentiable(row_max, row_sum)
         ctx.set_materialize_grads(False)
         return outputs
 
     @staticmethod
     def backward(ctx, dout, dlse, *_):
-        *tensors, out, row_max, row_log_sum = ctx.saved_tensors
+        *tensors, out, row_max, row_sum = ctx.saved_tensors
         needs = list(ctx.needs_input_grad[:4])
         gradients = torch.ops.triton_offset_bias.attention_backward(
-            dout, dlse, out, row_max, row_log_sum, needs, *tensors, *ctx.options
+            dout, dlse, out, row_max, row_sum, needs, *tensors, *ctx.options
         )
         needed = [gradient if need else None for gradient, need in zip(gradients, needs, strict=True)]
         return *needed, *[None] * (_NUM_TENSORS - 4 + len(ctx.options))

@@ -47,7 +47,7 @@ class _Problem(ctypes.Structure):
 
 
 class _RowStats(ctypes.Structure):
-    _fields_ = [("row_max", ctypes.c_void_p), ("row_log_sum", ctypes.c_void_p)]
+    _fields_ = [("row_max", ctypes.c_void_p), ("row_sum", ctypes.c_void_p)]
 
 
 def _library_path(build: str) -> Path | None:
@@ -116,10 +116,10 @@ def unsupported_reasons(problem: Problem) -> list[str]:
     return reasons
 
 
-def forward(problem: Problem, out: Tensor, lse: Tensor, row_max: Tensor, row_log_sum: Tensor) -> None:
+def forward(problem: Problem, out: Tensor, lse: Tensor, row_max: Tensor, row_sum: Tensor) -> None:
     """Writes the output and the rows' statistics; see `tob_forward`."""
     call = _Call(problem)
-    stats = _RowStats(row_max.data_ptr(), row_log_sum.data_ptr())
+    stats = _RowStats(row_max.data_ptr(), row_sum.data_ptr())
     status = _engine().tob_forward(
         ctypes.byref(call.problem), ctypes.byref(_tensor(out)), ctypes.c_void_p(lse.data_ptr()), ctypes.byref(stats)
     )
@@ -130,7 +130,7 @@ def backward(
     problem: Problem,
     out: Tensor,
     row_max: Tensor,
-    row_log_sum: Tensor,
+    row_sum: Tensor,
     dout: Tensor,
     dlse: Tensor | None,
     dquery: Tensor | None,
@@ -142,7 +142,7 @@ def backward(
     if problem.query.shape[2] == 0 or problem.key.shape[2] == 0:
         return _zero_gradients(problem, dquery, dkey, dvalue, needs_dbias)
     call = _Call(problem)
-    stats = _RowStats(row_max.data_ptr(), row_log_sum.data_ptr())
+    stats = _RowStats(row_max.data_ptr(), row_sum.data_ptr())
     dlse = None if dlse is None else dlse.to(row_max.dtype).contiguous()
     dbias = torch.empty_like(call.bias) if needs_dbias and call.bias is not None else None
     status = _engine().tob_backward(
