@@ -103,13 +103,13 @@ def padding_mask(kind: str, batch: int, length: int) -> Tensor:
         mask[:, :15] = False
         mask[0, 33:] = False
         mask[1:, 65:] = False
-    elif kind == "holes":
+    elif kind in ("holes", "holes, not contiguous"):
         mask[:, 1::3] = False
         mask[0, length // 2 : length // 2 + 20] = False
     else:
         assert kind == "one sequence has no key"
         mask[0] = False
-    return mask
+    return torch.stack([mask, ~mask], dim=-1)[..., 0] if kind.endswith("not contiguous") else mask
 
 
 def results_of(call: Call, backend: str) -> Results:

@@ -78,6 +78,7 @@ MASKS = [
     Case("right padding", (100, 100), mask="right padding"),
     Case("left padding, causal: the first see nothing", (100, 100), mask="left padding", options={"is_causal": True}),
     Case("holes, shared heads", (110, 230), heads=(4, 2), mask="holes", through_lse=True),
+    Case("a mask that is not contiguous", (60, 70), mask="holes, not contiguous"),
     Case("holes, a window and a table per sequence", (230, 210), bias="BHN", mask="holes",
          options={"window_size": (33, 7)}),
     Case("one key in the first and the last panel", (40, 100), mask="a key to each side of panels of 16"),
@@ -189,6 +190,19 @@ def test_nan_and_infinite_inputs_are_not_hidden(backend):
         scores_are_inf = (q @ bad_key.mT)[..., 4].isnan() | ((q @ bad_key.mT)[..., 4] > 0)
         out = offset_bias_attention(q, bad_key, v, None, backend=backend)
         assert torch.equal(out.isnan().any(-1), scores_are_inf)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_results_are_float32_results_rounded_to_nearest(backend, dtype):
+    """Arithmetic is float32: what needs no rounded intermediate is the float32 call's, rounded once."""
+    half = build(Case("half", (61, 67), (24, 40), heads=(4, 2), dtype=dtype, options={"is_causal": True}))
+    full = build(Case("full", (61, 67), (24, 40), heads=(4, 2), options={"is_causal": True}))
+    for name in ("q", "k", "v", "dout"):
+        setattr(full, name, getattr(half, name).detach().float().requires_grad_())
+    got, expected = results_of(half, backend), results_of(full, backend)
+    assert torch.equal(got.lse, expected.lse)
+    for name in ("out", "dv"):
+        assert torch.equal(getattr(got, name), getattr(expected, name).to(dtype)), name
 
 
 def test_small_float16_values_keep_their_digits(backend):

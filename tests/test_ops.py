@@ -136,7 +136,8 @@ def test_a_gradient_from_a_sum_whose_memory_is_one_number(backend):
 
 
 def _operator_arguments(requires_grad: bool) -> dict:
-    call = build(Case("opcheck", (17, 19), heads=(4, 2), mask="holes", layout="transposed BLHD"))
+    call = build(Case("opcheck", (17, 19), heads=(4, 2), bias_dtype=torch.bfloat16, mask="holes",
+                      layout="transposed BLHD"))
     tensors = {"query": call.q, "key": call.k, "value": call.v, "bias": call.bias}
     return {
         **{name: x.detach().requires_grad_(requires_grad) for name, x in tensors.items()},
