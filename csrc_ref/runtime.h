@@ -78,9 +78,11 @@ class OrderedSteps {
   explicit OrderedSteps(int64_t tasks) : done_(new std::atomic<int64_t>[tasks]) {
     for (int64_t t = 0; t < tasks; ++t) done_[t].store(0, std::memory_order_relaxed);
   }
+  // Long enough to outlast a tile: giving the core away to another process costs a thousand times more.
   void wait(int64_t previous_task, int64_t step) const {
+    constexpr int kSpins = 50000;
     for (int spins = 0; done_[previous_task].load(std::memory_order_acquire) <= step; ++spins)
-      if (spins > 1000) std::this_thread::yield();
+      if (spins > kSpins) std::this_thread::yield();
   }
   void finish(int64_t task, int64_t step) { done_[task].store(step + 1, std::memory_order_release); }
 

@@ -88,10 +88,14 @@ def oracle(
         scores = scores + table.dense(dtype)
     probs, lse = _softmax(scores.masked_fill(~attended, float("-inf")))
     results = Results(probs @ v, lse)
-    if dout is None:
-        return results
-    dout = dout.to(dtype)
-    dlse = torch.zeros_like(lse) if dlse is None else dlse.to(dtype)
+    if dout is not None:
+        _differentiate(results, q, k, v, probs, dout.to(dtype), dlse, scale, group, table)
+    return results
+
+
+def _differentiate(results, q, k, v, probs, dout, dlse, scale, group, table) -> None:
+    """Fills in the gradients; `group` query heads share a key head."""
+    dlse = torch.zeros_like(results.lse) if dlse is None else dlse.to(dout.dtype)
     row = ((dout * results.out).sum(-1) - dlse).unsqueeze(-1)
     dscores = probs * (dout @ v.mT - row)
     results.dq = scale * (dscores @ k)
@@ -99,7 +103,6 @@ def oracle(
     results.dv = (probs.mT @ dout).unflatten(1, (-1, group)).sum(2)
     if table is not None:
         results.dbias, results.summed = table.scatter(dscores), table.scatter(dscores.abs())
-    return results
 
 
 def _softmax(scores: Tensor) -> tuple[Tensor, Tensor]:
