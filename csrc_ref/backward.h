@@ -37,26 +37,25 @@ template <class Real> class Backward {
         dbias(static_cast<Real *>(dbias)) {}
 
   void run() {
-    if (dbias) std::fill_n(dbias_sums.get(), bias_rows * bias_columns, 0.0);
-    const int64_t threads = std::min(p.num_threads, wave * columns);
-    const Scratch<Block> blocks(threads);
-    const Scratch<Real> local_strips(dbias ? threads * strip_length : 0);
-    for (first_head = 0; first_head < p.batch * p.heads_kv; first_head += wave) {
-      const int64_t heads_kv = std::min(wave, p.batch * p.heads_kv - first_head), heads = heads_kv * group;
-      const int64_t row_blocks = rows_padded / kQueries;
-      parallel_for(heads * row_blocks, p.num_threads,
-                   [&](int64_t task, int) { prepare(task / row_blocks, int(task % row_blocks) * kQueries); });
-      OrderedSteps order(heads_kv * columns);
-      parallel_for(heads_kv * columns, p.num_threads, [&](int64_t task, int thread) {
-        const int first = int(task % columns) * keys;
-        differentiate({blocks.get()[thread], local_strips.get() + (dbias ? thread * strip_length : 0), order, task,
-                       task / columns, first, std::min(keys, int(p.len_k) - first)});
-      });
-      if (dquery.data)
-        parallel_for(heads * row_blocks, p.num_threads,
-                     [&](int64_t task, int) { write_dquery(task / row_blocks, int(task % row_blocks) * kQueries); });
-      if (dbias) sum_dbias(heads);
-    }
+    std::fill_n(dbias_sums.get(), dbias ? bias_rows * bias_columns : 0, 0.0);
+    const Scratch<Block> blocks(p.num_threads);
+    const Scratch<Real> local_strips(dbias ? p.num_threads * strip_length : 0);
+    const int64_t row_blocks = group * rows_padded / kQueries;
+    OrderedSteps column_order(heads * columns), head_order(heads);
+    run_stages(
+        heads, heads_step, slots, p.num_threads,
+        {{row_blocks,
+          [&](int64_t head, int64_t task, int) { prepare(head_of(head, task % group), int(task / group) * kQueries); }},
+         {columns,
+          [&](int64_t head, int64_t task, int thread) {
+            const int first = int(task) * keys;
+            differentiate({blocks.get()[thread], local_strips.get() + (dbias ? thread * strip_length : 0), column_order,
+                           head * columns + task, head, first, std::min(keys, int(p.len_k) - first)});
+          }},
+         {row_blocks + 1, [&](int64_t head, int64_t task, int) {
+            if (task == 0) sum_dbias(head, head_order);
+            else write_dquery(head_of(head, (task - 1) % group), int((task - 1) / group) * kQueries);
+          }}});
     if (dbias) std::copy_n(dbias_sums.get(), bias_rows * bias_columns, dbias);
   }
 
@@ -70,14 +69,14 @@ template <class Real> class Backward {
     Real exps[kQueries * kTileStride], dscores[(kQueries + 1) * kTileStride];
   };
 
-  // A query head among those at work, which are numbered from 0 (its slot), and among all.
+  // A query head, and its place in the scratch memory.
   struct Head {
     int64_t slot, b, h;
   };
 
-  Head head_of(int64_t slot) const {
-    const int64_t head = first_head * group + slot;
-    return {slot, head / p.heads_q, head % p.heads_q};
+  // Query head g of those that share a key head; key heads count b * heads_kv + h.
+  Head head_of(int64_t head, int64_t g) const {
+    return {head % slots * group + g, head / p.heads_kv, head % p.heads_kv * group + g};
   }
 
   // One task: the keys [first, first + count) of one key head.
@@ -85,7 +84,7 @@ template <class Real> class Backward {
     Block &block;
     Real *strip;  // this task's share of a head's dbias, as BiasStrips is laid out
     OrderedSteps &order;
-    int64_t task, slot;
+    int64_t task, head;
     int first, count;
   };
 
@@ -100,9 +99,9 @@ template <class Real> class Backward {
   // Pass 1: queries and dO / row_sum as panels of rows, row_max, delta / row_sum. A row that attends to nothing gets E
   // = 0 and delta 0, whatever dlse is there: a loss may well have an infinite slope at lse = -inf. So do rows past the
   // end.
-  void prepare(int64_t slot, int first) {
-    const Head head = head_of(slot);
-    const int64_t base = slot * rows_padded + first, source = (head.b * p.heads_q + head.h) * p.len_q + first;
+  void prepare(const Head &head, int first) {
+    const int64_t slot = head.slot, base = slot * rows_padded + first,
+                  source = (head.b * p.heads_q + head.h) * p.len_q + first;
     const int count = std::clamp(int(p.len_q) - first, 0, kQueries);
     const Matrix o = matrix_of(out, p.dtype, int(p.dim_v), head.b, head.h);
     const Matrix g = matrix_of(dout, p.dtype, int(p.dim_v), head.b, head.h);
@@ -129,7 +128,7 @@ template <class Real> class Backward {
 
   // Pass 2: one block of keys against all of its queries, of every query head that shares the keys.
   void differentiate(Column c) {
-    const int64_t b = (first_head + c.slot) / p.heads_kv, h = (first_head + c.slot) % p.heads_kv;
+    const int64_t b = c.head / p.heads_kv, h = c.head % p.heads_kv;
     const Matrix k = matrix_of(p.key, p.dtype, int(p.dim), b, h), v = matrix_of(p.value, p.dtype, int(p.dim_v), b, h);
     Block &t = c.block;
     for (int j = 0; j < c.count; j += P) {
@@ -146,7 +145,7 @@ template <class Real> class Backward {
 
     const Range used = mask.used(b).clip(c.first, c.first + c.count);
     const Range queries = used.empty() ? Range{0, 0} : band.queries_of(used.begin, used.end);
-    for (int64_t g = 0; g < group; ++g) sweep(c, head_of(c.slot * group + g), g, used, queries);
+    for (int64_t g = 0; g < group; ++g) sweep(c, head_of(c.head, g), g, used, queries);
 
     for (int j = 0; j < c.count && dkey.data; ++j)
       write_row(matrix_of(dkey, p.dtype, int(p.dim), b, h), c.first + j, Real(kLn2), t.dkey + j * chunks * P);
@@ -236,28 +235,25 @@ template <class Real> class Backward {
                                 none, key_range);
   }
 
-  // Pass 3.
-  void write_dquery(int64_t slot, int first) const {
-    const Head head = head_of(slot);
+  // Pass 3: dQ, and the head's diagonals into the rows of dbias that it shares, one head after another.
+  void write_dquery(const Head &head, int first) const {
+    if (!dquery.data) return;
     const Matrix dq = matrix_of(dquery, p.dtype, int(p.dim), head.b, head.h);
     for (int i = first; i < std::min(first + kQueries, int(p.len_q)); ++i)
-      write_row(dq, i, Real(1), dquery_acc.get() + (slot * rows_padded + i) * chunks * P);
+      write_row(dq, i, Real(1), dquery_acc.get() + (head.slot * rows_padded + i) * chunks * P);
   }
 
-  // Pass 4: adds the heads at work, in order, to the rows of dbias that they share.
-  void sum_dbias(int64_t heads) {
-    constexpr int64_t kPiece = 512;
-    const int64_t pieces = (bias_columns + kPiece - 1) / kPiece;
-    parallel_for(pieces, p.num_threads, [&](int64_t piece, int) {
-      const int64_t first = piece * kPiece, last = std::min(first + kPiece, bias_columns);
-      for (int64_t slot = 0; slot < heads; ++slot) {
-        const Head head = head_of(slot);
-        const int64_t row = (p.bias_batch == 1 ? 0 : head.b) * p.bias_heads + (p.bias_heads == 1 ? 0 : head.h);
-        const Real *strip = dbias_strips.get() + slot * strip_length + BiasStrips<Real>::kPad + p.len_q;
-        for (int64_t i = first; i < last; ++i)
-          dbias_sums.get()[row * bias_columns + i] += double(strip[p.len_k - 1 - i]);
-      }
-    });
+  void sum_dbias(int64_t head, OrderedSteps &order) {
+    if (!dbias) return;
+    if (head > 0) order.wait(head - 1, 0);
+    for (int64_t g = 0; g < group; ++g) {
+      const auto [slot, b, h] = head_of(head, g);
+      const int64_t row = (p.bias_batch == 1 ? 0 : b) * p.bias_heads + (p.bias_heads == 1 ? 0 : h);
+      const Real *strip = dbias_strips.get() + slot * strip_length + BiasStrips<Real>::kPad + p.len_q;
+      double *sums = dbias_sums.get() + row * bias_columns;
+      for (int64_t i = 0; i < bias_columns; ++i) sums[i] += double(strip[p.len_k - 1 - i]);
+    }
+    order.finish(head, 0);
   }
 
   bool needs_dscores() const { return dquery.data || dkey.data || dbias; }
@@ -275,16 +271,17 @@ template <class Real> class Backward {
   const int keys = keys_per_task();                                                          // keys a task
   const int64_t columns = (p.len_k + keys - 1) / keys;                                       // tasks a key head
   const int rows_padded = round_up(int(p.len_q), kQueries);
-  const int64_t group = p.heads_kv ? p.heads_q / p.heads_kv : 1;                       // query heads a key head
-  const int64_t wave = heads_at_a_time(p.batch * p.heads_kv, columns, p.num_threads);  // key heads at work
-  int64_t first_head = 0;              // the first key head at work, counting b * heads_kv + h
-  const int64_t slots = wave * group;  // query heads at work; what follows has room for each
-  const Scratch<Real> query_panels{slots * rows_padded * chunks * P}, dout_panels{slots * rows_padded * chunks_v * P};
-  const Scratch<Real> dquery_acc{dquery.data ? slots * rows_padded * chunks * P : 0};
-  const Scratch<Real> max{slots * rows_padded}, delta{slots * rows_padded};
+  const int64_t group = p.heads_kv ? p.heads_q / p.heads_kv : 1;  // query heads a key head
+  const int64_t heads = p.batch * p.heads_kv, heads_step = heads_a_step(columns, p.num_threads);  // key heads
+  const int64_t slots = std::min(heads, 3 * heads_step);                                          // key heads at work
+  const int64_t slots_q = slots * group;                                                          // query heads at work
+  const Scratch<Real> query_panels{slots_q * rows_padded * chunks * P},
+      dout_panels{slots_q * rows_padded * chunks_v * P};
+  const Scratch<Real> dquery_acc{dquery.data ? slots_q * rows_padded * chunks * P : 0};
+  const Scratch<Real> max{slots_q * rows_padded}, delta{slots_q * rows_padded};
   const int64_t strip_length = p.len_q + p.len_k + 2 * BiasStrips<Real>::kPad;
   const int64_t bias_columns = p.len_q + p.len_k - 1, bias_rows = p.bias_batch * p.bias_heads;
-  const Scratch<Real> dbias_strips{dbias ? slots * strip_length : 0};
+  const Scratch<Real> dbias_strips{dbias ? slots_q * strip_length : 0};
   const Scratch<double> dbias_sums{dbias ? bias_rows * bias_columns : 0};
 };
 

@@ -62,7 +62,7 @@ template <class Real> class BiasStrips {
         len_q_(int(p.len_q)),
         length_(p.len_q + p.len_k + 2 * kPad),
         values_(batch_ * heads_ * length_) {
-    parallel_for(batch_ * heads_, p.num_threads, [&](int64_t row, int) { fill(p, row); });
+    for (int64_t row = 0; row < batch_ * heads_; ++row) fill(p, row);
   }
 
   // Points at x = 0 of the strip of (b, h).

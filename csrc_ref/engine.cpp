@@ -39,6 +39,7 @@ int tob_forward(const tob_problem *problem, const tob_tensor *out, void *lse, co
 int tob_backward(const tob_problem *problem, const tob_tensor *out, const tob_row_stats *stats, const tob_tensor *dout,
                  const void *dlse, const tob_tensor *dquery, const tob_tensor *dkey, const tob_tensor *dvalue,
                  void *dbias) {
+  if (problem->len_q < 1 || problem->len_k < 1) return TOB_ERROR_ARGUMENT;
   return guarded(*problem, [&](auto real) {
     tob::Backward<decltype(real)>(*problem, *out, *stats, *dout, dlse, *dquery, *dkey, *dvalue, dbias).run();
   });

@@ -10,9 +10,10 @@ template <class Real> class Forward {
   using S = Simd<Real>;
   using Vec = typename S::Vec;
   static constexpr int P = kPanel<Real>, W = S::kLanes;
-  static constexpr int kKeys = 192;       // keys a step
-  static constexpr int kRows = 12;        // rows a step: their scores stay in the L1 cache
-  static constexpr int kMaxQueries = 96;  // queries a task
+  static constexpr int kKeys = 192;          // keys a step
+  static constexpr int kPackedKeys = 4 * P;  // keys a task packs
+  static constexpr int kRows = 12;           // rows a step: their scores stay in the L1 cache
+  static constexpr int kMaxQueries = 96;     // queries a task
   static constexpr int64_t kScoreStride = kKeys + W;
   // A running maximum before any score: finite, so that -inf - it is -inf, and no more than any finite score.
   static constexpr Real kNoScore = std::numeric_limits<Real>::lowest();
@@ -26,14 +27,12 @@ template <class Real> class Forward {
         row_sum(static_cast<Real *>(stats.row_sum)) {}
 
   void run() {
-    const Scratch<Block> scratch(std::min(p.num_threads, wave * blocks));
-    for (int64_t first = 0; first < p.batch * p.heads_kv; first += wave) {
-      const int64_t heads = std::min(wave, p.batch * p.heads_kv - first);
-      pack(first, heads);
-      parallel_for(heads * blocks, p.num_threads, [&](int64_t task, int thread) {
-        attend(first, task / blocks, task % blocks, scratch.get()[thread]);
-      });
-    }
+    if (p.len_q == 0) return;
+    const Scratch<Block> scratch(p.num_threads);
+    run_stages(heads, heads_step, slots, p.num_threads,
+               {{(keys_padded + kPackedKeys - 1) / kPackedKeys + (keys_padded == 0),
+                 [&](int64_t head, int64_t task, int) { pack(head, int(task) * kPackedKeys); }},
+                {blocks, [&](int64_t head, int64_t task, int thread) { attend(head, task, scratch.get()[thread]); }}});
   }
 
  private:
@@ -55,23 +54,20 @@ template <class Real> class Forward {
     return round_up(queries, kRows);
   }
 
-  // Pass 1: keys as transposed panels, values as panels of rows, of `heads` heads from `first_head` (counting b *
-  // heads_kv + h).
-  void pack(int64_t first_head, int64_t heads) {
-    const int64_t panels = keys_padded / P;
-    parallel_for(heads * panels, p.num_threads, [&](int64_t task, int) {
-      const int64_t slot = task / panels, b = (first_head + slot) / p.heads_kv, h = (first_head + slot) % p.heads_kv;
-      const int first = int(task % panels) * P, count = std::min(P, int(p.len_k) - first);
-      pack_transposed(matrix_of(p.key, p.dtype, int(p.dim), b, h), first, count,
-                      keys_of(slot) + int64_t(first) * chunks * P);
-      pack_rows(matrix_of(p.value, p.dtype, int(p.dim_v), b, h), first, count, P, Real(1),
-                values_of(slot) + int64_t(first) * P, int64_t(keys_padded) * P);
-    });
+  // Pass 1: keys as transposed panels, values as panels of rows; heads count b * heads_kv + h.
+  void pack(int64_t head, int first) {
+    const Matrix k = matrix_of(p.key, p.dtype, int(p.dim), head / p.heads_kv, head % p.heads_kv);
+    const Matrix v = matrix_of(p.value, p.dtype, int(p.dim_v), head / p.heads_kv, head % p.heads_kv);
+    for (int j = first; j < std::min(first + kPackedKeys, keys_padded); j += P) {
+      const int count = std::min(P, int(p.len_k) - j);
+      pack_transposed(k, j, count, keys_of(head) + int64_t(j) * chunks * P);
+      pack_rows(v, j, count, P, Real(1), values_of(head) + int64_t(j) * P, int64_t(keys_padded) * P);
+    }
   }
 
   // Pass 2: one block of queries against all of its keys.
-  void attend(int64_t first_head, int64_t slot, int64_t block, Block &t) {
-    const int64_t b = (first_head + slot) / p.heads_kv, h = (first_head + slot) % p.heads_kv * group + block % group;
+  void attend(int64_t head, int64_t block, Block &t) {
+    const int64_t b = head / p.heads_kv, h = head % p.heads_kv * group + block % group;
     const int first = int(blocks / group - 1 - block / group) * queries;  // under causality the long ones first
     const int count = std::min(queries, int(p.len_q) - first);
     const int rows = round_up(count, kTileRows);
@@ -92,10 +88,10 @@ template <class Real> class Forward {
         const bool inside = band.covers(first + row, first + row + step, key + columns.begin, key + columns.end);
         const ScoreAddends<Real> add{p.bias || !inside ? strips.at(b, h) + key - (first + row) : nullptr,
                                      mask.present() ? mask.at(b) + key : nullptr, nullptr};
-        score_block<false>(t.query + row * P, int64_t(rows) * P, keys_of(slot) + int64_t(key) * chunks * P, chunks,
+        score_block<false>(t.query + row * P, int64_t(rows) * P, keys_of(head) + int64_t(key) * chunks * P, chunks,
                            t.scores, kScoreStride, add, step, columns, int(p.len_k) - key);
         softmax_step(t, row, step, columns);
-        accumulate_product<true>(t.scores, kScoreStride, 1, values_of(slot) + int64_t(key) * P,
+        accumulate_product<true>(t.scores, kScoreStride, 1, values_of(head) + int64_t(key) * P,
                                  int64_t(keys_padded) * P, t.acc + row * chunks_v * P, chunks_v * P, step, chunks_v,
                                  t.rescale, [&](int r) {
                                    return band.keys_of(first + row + r, first + row + r + kTileRows)
@@ -150,8 +146,8 @@ template <class Real> class Forward {
     }
   }
 
-  Real *keys_of(int64_t slot) const { return key_panels.get() + slot * keys_padded * chunks * P; }
-  Real *values_of(int64_t slot) const { return value_panels.get() + slot * keys_padded * chunks_v * P; }
+  Real *keys_of(int64_t head) const { return key_panels.get() + head % slots * keys_padded * chunks * P; }
+  Real *values_of(int64_t head) const { return value_panels.get() + head % slots * keys_padded * chunks_v * P; }
 
   const tob_problem &p;
   const tob_tensor &out;
@@ -162,10 +158,11 @@ template <class Real> class Forward {
   const int chunks = round_up(int(p.dim), P) / P, chunks_v = round_up(int(p.dim_v), P) / P;  // dims in panels
   const int keys_padded = round_up(int(p.len_k), P);
   const int queries = queries_per_task();
-  const int64_t group = p.heads_kv ? p.heads_q / p.heads_kv : 1;                      // query heads a key head
-  const int64_t blocks = group * ((p.len_q + queries - 1) / queries);                 // tasks a key head
-  const int64_t wave = heads_at_a_time(p.batch * p.heads_kv, blocks, p.num_threads);  // key heads packed at a time
-  const Scratch<Real> key_panels{wave * keys_padded * chunks * P}, value_panels{wave * keys_padded * chunks_v * P};
+  const int64_t group = p.heads_kv ? p.heads_q / p.heads_kv : 1;       // query heads a key head
+  const int64_t blocks = group * ((p.len_q + queries - 1) / queries);  // tasks a key head
+  const int64_t heads = p.batch * p.heads_kv, heads_step = heads_a_step(blocks, p.num_threads);  // key heads
+  const int64_t slots = std::min(heads, 2 * heads_step);                                         // key heads at work
+  const Scratch<Real> key_panels{slots * keys_padded * chunks * P}, value_panels{slots * keys_padded * chunks_v * P};
 };
 
 }  // namespace tob

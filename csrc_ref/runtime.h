@@ -3,13 +3,16 @@
 
 #include <omp.h>
 
+#include <algorithm>
 #include <atomic>
 #include <cstddef>
 #include <cstdint>
 #include <cstdlib>
+#include <functional>
 #include <memory>
 #include <new>
 #include <thread>
+#include <vector>
 #if defined(__SSE2__)
 #include <immintrin.h>
 #endif
@@ -48,46 +51,82 @@ template <class Real> class Scratch {
   Real *data_;
 };
 
-// Calls task(index, thread) for every index in [0, count), started in that order by up to num_threads threads.
-// No task may throw.
-template <class Task> void parallel_for(int64_t count, int64_t num_threads, Task task) {
-  if (count <= 0) return;
-  std::atomic<int64_t> next{0};
-#pragma omp parallel num_threads(int(num_threads < count ? num_threads : count)) if (count > 1 && num_threads > 1)
-  {
-    const FlushDenormals flush;
-    for (int64_t i = next.fetch_add(1, std::memory_order_relaxed); i < count;
-         i = next.fetch_add(1, std::memory_order_relaxed))
-      task(i, omp_get_thread_num());
-  }
+// Spins until counter >= target: longer than a tile takes, since giving the core away to another process costs far
+// more.
+inline void wait_until(const std::atomic<int64_t> &counter, int64_t target) {
+  constexpr int kSpins = 50000;
+  for (int spins = 0; counter.load(std::memory_order_acquire) < target; ++spins)
+    if (spins > kSpins) std::this_thread::yield();
 }
 
-// How many heads to work on at a time, so that packed copies take memory for those alone: enough tasks to keep every
-// thread busy until the last few. Results do not depend on it.
-inline int64_t heads_at_a_time(int64_t heads, int64_t tasks_per_head, int64_t num_threads) {
-  constexpr int64_t kTasksPerThread = 24;
-  if (num_threads == 1 || tasks_per_head == 0) return heads < 1 ? heads : 1;
-  const int64_t wanted = (kTasksPerThread * num_threads + tasks_per_head - 1) / tasks_per_head;
-  return wanted < heads ? wanted : heads;
+inline std::unique_ptr<std::atomic<int64_t>[]> zero_counters(int64_t count) {
+  std::unique_ptr<std::atomic<int64_t>[]> counters(new std::atomic<int64_t>[count]);
+  for (int64_t i = 0; i < count; ++i) counters[i].store(0, std::memory_order_relaxed);
+  return counters;
 }
 
-// Keeps sums in a fixed order across tasks that parallel_for started in order. Every task passes the same steps, 0, 1,
-// ...; task t may do step s once task t - 1 is past it. The first unfinished task never waits, so there is no deadlock.
+// Keeps sums in a fixed order across tasks that were started in order. Every task passes the same steps, 0, 1, ...;
+// task t may do step s once task t - 1 is past it. The first unfinished task never waits, so there is no deadlock.
 class OrderedSteps {
  public:
-  explicit OrderedSteps(int64_t tasks) : done_(new std::atomic<int64_t>[tasks]) {
-    for (int64_t t = 0; t < tasks; ++t) done_[t].store(0, std::memory_order_relaxed);
-  }
-  // Long enough to outlast a tile: giving the core away to another process costs a thousand times more.
-  void wait(int64_t previous_task, int64_t step) const {
-    constexpr int kSpins = 50000;
-    for (int spins = 0; done_[previous_task].load(std::memory_order_acquire) <= step; ++spins)
-      if (spins > kSpins) std::this_thread::yield();
-  }
+  explicit OrderedSteps(int64_t tasks) : done_(zero_counters(tasks)) {}
+  void wait(int64_t previous_task, int64_t step) const { wait_until(done_[previous_task], step + 1); }
   void finish(int64_t task, int64_t step) { done_[task].store(step + 1, std::memory_order_release); }
 
  private:
   std::unique_ptr<std::atomic<int64_t>[]> done_;
 };
+
+// One of the passes over a head: run(head, task, thread) for the tasks [0, tasks), at least one.
+struct Stage {
+  int64_t tasks;
+  std::function<void(int64_t head, int64_t task, int thread)> run;
+};
+
+// How many heads each step of run_stages takes, so that every thread has a few tasks in it: while some finish a step,
+// the others are in the next.
+inline int64_t heads_a_step(int64_t tasks_per_head, int64_t num_threads) {
+  constexpr int64_t kTasksPerThread = 8;
+  return num_threads == 1 ? 1 : kTasksPerThread * num_threads / std::max<int64_t>(tasks_per_head, 1) + 1;
+}
+
+// Runs every stage for every head on up to num_threads threads, with no barrier but the end: a task starts when all
+// tasks of its head's stage before are done, and one of the first stage when head - slots is through. In a step, each
+// stage takes the next heads_per_step heads behind the stage before it; slots >= heads_per_step * stages. Tasks are
+// started in one order in which each comes after all that it waits for. No task may throw.
+inline void run_stages(int64_t heads, int64_t heads_per_step, int64_t slots, int64_t num_threads,
+                       const std::vector<Stage> &stages) {
+  struct Batch {
+    int64_t head, stage, begin, end;
+  };
+  const int64_t count = int64_t(stages.size()), units = (heads + heads_per_step - 1) / heads_per_step;
+  std::vector<Batch> batches;
+  for (int64_t step = 0; step < units + count - 1; ++step)
+    for (int64_t stage = 0; stage < count; ++stage) {
+      const int64_t first = std::max<int64_t>(step - stage, 0) * heads_per_step;
+      const int64_t last = std::min(heads, (step - stage + 1) * heads_per_step);
+      for (int64_t head = first; head < last; ++head) {
+        const int64_t begin = batches.empty() ? 0 : batches.back().end;
+        batches.push_back({head, stage, begin, begin + stages[stage].tasks});
+      }
+    }
+  const int64_t total = batches.empty() ? 0 : batches.back().end, threads = std::min(num_threads, total);
+  const auto finished = zero_counters(heads * count);
+  std::atomic<int64_t> next{0};
+#pragma omp parallel num_threads(int(threads)) if (threads > 1)
+  {
+    const FlushDenormals flush;
+    const int thread = omp_get_thread_num();
+    auto batch = batches.begin();
+    for (int64_t i = next.fetch_add(1); i < total; i = next.fetch_add(1)) {
+      while (i >= batch->end) ++batch;
+      const auto [head, stage, begin, end] = *batch;
+      if (stage > 0) wait_until(finished[head * count + stage - 1], stages[stage - 1].tasks);
+      else if (head >= slots) wait_until(finished[(head - slots) * count + count - 1], stages[count - 1].tasks);
+      stages[stage].run(head, i - begin, thread);
+      finished[head * count + stage].fetch_add(1, std::memory_order_release);
+    }
+  }
+}
 
 }  // namespace tob

@@ -1,7 +1,7 @@
 """Trains a small byte-level language model on the source of Python's standard library and shows what it learned.
 
     python examples/train_bytes.py            # 2 to 3 minutes on two CPU cores; nothing is downloaded
-    python examples/train_bytes.py --quick    # 20 seconds, too short to learn much
+    python examples/train_bytes.py --quick    # about half a minute, too short to learn much
 
 Two models start equal and see the same bytes. The first has a learned bias per offset (`OffsetBias`, initially 0, one
 table for all layers), the second no position information but the causal order. Then the first model's training step
@@ -13,6 +13,7 @@ where they would end. The same seed gives the same losses on one machine's CPU; 
 
 import argparse
 import multiprocessing
+import os
 import re
 import resource
 import statistics
@@ -20,6 +21,9 @@ import sys
 import sysconfig
 import time
 from pathlib import Path
+
+# On a machine that does other work too, OpenMP's threads waiting in a loop for one another make a step 40 times slower.
+os.environ.setdefault("GOMP_SPINCOUNT", "3000")
 
 import pandas as pd
 import psutil

@@ -122,7 +122,9 @@ def check_varlen(
 
 def with_autocast(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Query, key and value in the autocast dtype where autocast is on for their device, as SDPA casts them."""
-    if not (isinstance(query, Tensor) and torch.is_autocast_enabled(query.device.type)):
+    if not isinstance(query, Tensor) or not torch.amp.is_autocast_available(query.device.type):
+        return query, key, value
+    if not torch.is_autocast_enabled(query.device.type):
         return query, key, value
     dtype = torch.get_autocast_dtype(query.device.type)
     cast = [x.to(dtype) if _is_castable(x) else x for x in (query, key, value)]
