@@ -5,6 +5,8 @@
 It stores every score, works in any float dtype up to float64 (half precision is computed in float32), on any device.
 """
 
+from contextlib import nullcontext
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -32,7 +34,9 @@ def unsupported_reasons(problem: Problem) -> list[str]:
 
 def attention(problem: Problem) -> tuple[Tensor, Tensor]:
     """Output (B, Hq, Lq, Dv) and log-sum-exp (B, Hq, Lq), both differentiable as often as torch can."""
-    with torch.autocast(problem.query.device.type, enabled=False):
+    device_type = problem.query.device.type
+    has_autocast = torch.amp.is_autocast_available(device_type)
+    with torch.autocast(device_type, enabled=False) if has_autocast else nullcontext():
         out, lse = _attention(problem)
     return out.to(problem.query.dtype), lse
 
