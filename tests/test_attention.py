@@ -54,8 +54,12 @@ TABLES = [
     Case("every offset beyond the table, clamped", columns=5, options={"bias_origin": -100}),
     Case("every offset beyond the table, no bias", columns=5, options={"bias_origin": 100, "beyond": "zero"}),
     Case("no bias beyond a short table", columns=9, options={"beyond": "zero"}, through_lse=True),
-    Case("a causal table that just suffices", (31, 31), columns=31,
-         options={"is_causal": True, "bias_origin": 0, "beyond": "error"}),
+    Case(
+        "a causal table that just suffices",
+        (31, 31),
+        columns=31,
+        options={"is_causal": True, "bias_origin": 0, "beyond": "error"},
+    ),
     Case("offsets that are never attended to", columns=61, forbidden=(20, 30, 31, 60)),
     Case("both clamped ends -inf: a window by the table", (200, 200), columns=31, forbidden=(0, 30)),
     Case("a table that forbids everything", columns=1, forbidden=(0,), through_lse=True),
@@ -79,8 +83,13 @@ MASKS = [
     Case("left padding, causal: the first see nothing", (100, 100), mask="left padding", options={"is_causal": True}),
     Case("holes, shared heads", (110, 230), heads=(4, 2), mask="holes", through_lse=True),
     Case("a mask that is not contiguous", (60, 70), mask="holes, not contiguous"),
-    Case("holes, a window and a table per sequence", (230, 210), bias="BHN", mask="holes",
-         options={"window_size": (33, 7)}),
+    Case(
+        "holes, a window and a table per sequence",
+        (230, 210),
+        bias="BHN",
+        mask="holes",
+        options={"window_size": (33, 7)},
+    ),
     Case("one key in the first and the last panel", (40, 100), mask="a key to each side of panels of 16"),
     Case("a sequence without keys", mask="one sequence has no key", through_lse=True),
     Case("scale 0: the table alone", options={"scale": 0.0}),
@@ -93,8 +102,15 @@ DTYPES = [
     Case("bfloat16, causal", (130, 130), (32, 24), dtype=torch.bfloat16, options={"is_causal": True}),
     Case("bfloat16 throughout", (50, 50), heads=(4, 1), dtype=torch.bfloat16, bias_dtype=torch.bfloat16),
     Case("float64", (53, 61), (20, 12), dtype=torch.float64, bias_dtype=torch.float64, through_lse=True),
-    Case("float64, causal, all masks", (210, 200), heads=(4, 2), dtype=torch.float64, bias_dtype=torch.float64,
-         mask="holes", options={"is_causal": True, "window_size": (60, 0)}),
+    Case(
+        "float64, causal, all masks",
+        (210, 200),
+        heads=(4, 2),
+        dtype=torch.float64,
+        bias_dtype=torch.float64,
+        mask="holes",
+        options={"is_causal": True, "window_size": (60, 0)},
+    ),
     Case("float64 with a float32 table", dtype=torch.float64, bias="BHN", columns=21),
 ]
 LAYOUTS = [
@@ -131,8 +147,11 @@ def test_the_oracles_gradients_are_those_of_autograd(case):
         torch.testing.assert_close(getattr(ref64, name).detach(), derivative, rtol=1e-10, atol=1e-12)
 
 
-EDGES = [*({"query_start": start, "is_causal": True} for start in range(-1, 17)),
-         *({"query_start": start, "window_size": (60, 37)} for start in range(12)), {}]
+EDGES = [
+    *({"query_start": start, "is_causal": True} for start in range(-1, 17)),
+    *({"query_start": start, "window_size": (60, 37)} for start in range(12)),
+    {},
+]
 
 
 @pytest.mark.parametrize("options", EDGES, ids=str)

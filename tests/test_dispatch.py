@@ -20,6 +20,7 @@ def served_by(monkeypatch) -> list[str]:
     """The names of the backends that answered "no reason against it" and hence served, in order."""
     served = []
     for name, module in BACKENDS.items():
+
         def reasons(problem, name=name, ask=module.unsupported_reasons):
             answer = ask(problem)
             served.extend([] if answer else [name])

@@ -22,8 +22,15 @@ needs_linux = pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 SPLIT = [
     Case("one head: work is split by blocks", (401, 397), (24, 40), batch=1, heads=(1, 1), through_lse=True),
     Case("one head, causal", (400, 400), batch=1, heads=(1, 1), options={"is_causal": True}),
-    Case("shared key heads: several queries' heads add to one gradient", (130, 230), heads=(6, 2), mask="holes",
-         bias="N", columns=51, options={"window_size": (70, 40)}),
+    Case(
+        "shared key heads: several queries' heads add to one gradient",
+        (130, 230),
+        heads=(6, 2),
+        mask="holes",
+        bias="N",
+        columns=51,
+        options={"window_size": (70, 40)},
+    ),
     Case("more heads than threads, a table each", (97, 97), batch=3, heads=(5, 5), bias="BHN", dtype=torch.bfloat16),
     Case("float64", (150, 140), batch=1, heads=(2, 1), dtype=torch.float64, options={"is_causal": True}),
 ]
@@ -106,18 +113,23 @@ def test_the_process_has_one_openmp_runtime():
 def test_the_engine_uses_as_many_threads_as_torch_is_set_to():
     """One: the caller's own. Three: the caller and two more."""
     count = "print(len(os.listdir('/proc/self/task')) - before)"
-    code = CALL + f"""
+    code = (
+        CALL
+        + f"""
 before = len(os.listdir('/proc/self/task'))
 torch.set_num_threads(1); offset_bias_attention(*[torch.ones(1, 4, 300, 16)] * 3, None, backend='cpp'); {count}
 torch.set_num_threads(3); offset_bias_attention(*[torch.ones(1, 4, 300, 16)] * 3, None, backend='cpp'); {count}
 """
+    )
     assert _run(code).split() == ["0", "2"]
 
 
 @pytest.mark.parametrize("helpers", ["", "(many * 1).sum()"], ids=["started inside the call", "started before"])
 def test_a_call_leaves_the_treatment_of_denormals_as_it_was(helpers):
     """The engine flushes them while it runs; the caller and the threads that helped get back what they had."""
-    code = CALL + f"""
+    code = (
+        CALL
+        + f"""
 import numpy as np
 many = torch.full((1 << 20,), 1e-39)
 torch.set_num_threads(3)
@@ -128,6 +140,7 @@ torch.set_flush_denormal(True)
 call()
 print(np.float32(1e-39) * np.float32(1) == 0)
 """
+    )
     assert _run(code).split() == ["True", "True", "True"]
 
 
@@ -138,17 +151,32 @@ POISON = {"MALLOC_PERTURB_": "128", "MALLOC_MMAP_THRESHOLD_": str(1 << 24)}
 @pytest.mark.parametrize("build", cpp.BUILDS)
 def test_every_build_agrees_with_the_oracle_and_reads_no_memory_before_writing_it(build):
     """test_attention.py and the zero sizes, in a process that asks for the build by its environment variable."""
-    state = _run("from triton_offset_bias.backends import cpp; print(cpp.BUILD, cpp.unavailable_reasons())",
-                 **{cpp.BUILD_VARIABLE: build})
+    state = _run(
+        "from triton_offset_bias.backends import cpp; print(cpp.BUILD, cpp.unavailable_reasons())",
+        **{cpp.BUILD_VARIABLE: build},
+    )
     if cpp.BUILDS.index(build) < cpp.BUILDS.index(cpp.BUILD):  # more than this processor can
         assert f"{cpp.BUILD_VARIABLE}={build}" in state
         assert f"runs {cpp.BUILD} at most" in state
         return
     assert state == f"{build} []"
     done = subprocess.run(
-        [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "--tb=line", "-k", "cpp and not named",
-         "tests/test_attention.py", "tests/test_checks.py"],
-        cwd=ROOT, env={**os.environ, **POISON, cpp.BUILD_VARIABLE: build}, capture_output=True, text=True,
+        [
+            sys.executable,
+            "-m",
+            "pytest",
+            "-p",
+            "no:cacheprovider",
+            "--tb=line",
+            "-k",
+            "cpp and not named",
+            "tests/test_attention.py",
+            "tests/test_checks.py",
+        ],
+        cwd=ROOT,
+        env={**os.environ, **POISON, cpp.BUILD_VARIABLE: build},
+        capture_output=True,
+        text=True,
     )
     assert done.returncode == 0, done.stdout[-3000:]
     assert int(re.search(r"(\d+) passed", done.stdout)[1]) > 90
@@ -175,7 +203,9 @@ except NotImplementedError as error:
 @needs_linux
 def test_a_training_step_needs_far_less_memory_than_one_matrix_of_scores():
     """At 8192 x 8192 that matrix takes 256 MiB; forward and backward together grow the process by less than 64."""
-    code = CALL + """
+    code = (
+        CALL
+        + """
 def kilobytes(field):
     return int(next(line for line in open('/proc/self/status') if line.startswith(field)).split()[1])
 torch.set_num_threads(2)
@@ -185,6 +215,7 @@ open('/proc/self/clear_refs', 'w').write('5')  # the peak is counted from here
 call(8192)
 print((kilobytes('VmHWM') - before) // 1024, (kilobytes('VmRSS') - before) // 1024)
 """
+    )
     peak, kept = map(int, _run(code).split())
     assert peak < 64
     assert kept < 16

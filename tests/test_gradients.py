@@ -13,8 +13,15 @@ from triton_offset_bias import offset_bias_attention
 CHECKED = [
     Case("the default", (5, 7), (3, 2), batch=1, columns=9),
     Case("causal, grouped heads", (7, 5), (2, 3), batch=1, heads=(4, 2), bias="N", options={"is_causal": True}),
-    Case("a window, holes, no bias beyond a table per sequence", (6, 6), (2, 2), bias="BHN", columns=5, mask="holes",
-         options={"window_size": (4, 2), "beyond": "zero"}),
+    Case(
+        "a window, holes, no bias beyond a table per sequence",
+        (6, 6),
+        (2, 2),
+        bias="BHN",
+        columns=5,
+        mask="holes",
+        options={"window_size": (4, 2), "beyond": "zero"},
+    ),
 ]
 
 
@@ -91,8 +98,14 @@ def test_the_tables_gradient_sums_to_that_of_the_log_sum_exp(backend, case):
 
 def test_a_constant_added_to_the_table_changes_nothing_but_lse(backend):
     """Softmax does not see it: equal output and gradients, and a log-sum-exp that is larger by the constant."""
-    case = Case("shifted", (61, 53), dtype=torch.float64, bias_dtype=torch.float64, columns=31,
-                options={"is_causal": True, "query_start": 5})
+    case = Case(
+        "shifted",
+        (61, 53),
+        dtype=torch.float64,
+        bias_dtype=torch.float64,
+        columns=31,
+        options={"is_causal": True, "query_start": 5},
+    )
     call = build(case)
     before = results_of(call, backend)
     call.bias = (call.bias.detach() + 3.0).requires_grad_()
@@ -106,8 +119,14 @@ def test_a_constant_added_to_the_table_changes_nothing_but_lse(backend):
 def test_offsets_that_no_pair_attends_to_have_gradient_exactly_zero(backend, through_lse):
     """Causal, a window, padding and -inf in the table: 0 there, and not just small; elsewhere not 0."""
     forbidden = (100, 104, 117)
-    case = Case("masked", (90, 100), mask="left padding", forbidden=forbidden, through_lse=through_lse,
-                options={"is_causal": True, "window_size": (50, -1)})
+    case = Case(
+        "masked",
+        (90, 100),
+        mask="left padding",
+        forbidden=forbidden,
+        through_lse=through_lse,
+        options={"is_causal": True, "window_size": (50, -1)},
+    )
     call = build(case)
     got = results_of(call, backend)
     offsets = pair_offsets(90, 100, None, None, None)
@@ -122,8 +141,10 @@ def test_offsets_that_no_pair_attends_to_have_gradient_exactly_zero(backend, thr
     assert (got.dv[~mask.unsqueeze(1).expand(2, 2, 100)] == 0).all()
 
 
-NEEDS = [Case("grouped, causal", (40, 37), heads=(4, 2), options={"is_causal": True}),
-         Case("lse too, half", (33, 50), dtype=torch.bfloat16, through_lse=True)]
+NEEDS = [
+    Case("grouped, causal", (40, 37), heads=(4, 2), options={"is_causal": True}),
+    Case("lse too, half", (33, 50), dtype=torch.bfloat16, through_lse=True),
+]
 
 
 @pytest.mark.parametrize("case", NEEDS, ids=lambda case: case.reason)

@@ -53,11 +53,15 @@ BAD_CALLS = {
     "no length": (lambda: OffsetBias(2, 0), r"`max_length` .*1, got 0"),
     "an empty range": (lambda: OffsetBias(2, 4)(3, 2), r"`max_offset` .*3.*got 2"),
     "a width that heads do not divide": (lambda: OffsetBiasAttention(10, 4, None), r"`embed_dim` .*4, got 10"),
-    "groups that do not divide": (lambda: OffsetBiasAttention(12, 4, None, num_kv_heads=3),
-                                  r"`num_kv_heads` .*4, got 3"),
+    "groups that do not divide": (
+        lambda: OffsetBiasAttention(12, 4, None, num_kv_heads=3),
+        r"`num_kv_heads` .*4, got 3",
+    ),
     "no key heads": (lambda: OffsetBiasAttention(12, 4, None, num_kv_heads=0), r"`num_kv_heads` .*4, got 0"),
-    "a table of other heads": (lambda: OffsetBiasAttention(12, 4, OffsetBias(3, 5))(torch.ones(1, 5, 12)),
-                               r"`bias` .*4 heads.*got shape \(3, 9\)"),
+    "a table of other heads": (
+        lambda: OffsetBiasAttention(12, 4, OffsetBias(3, 5))(torch.ones(1, 5, 12)),
+        r"`bias` .*4 heads.*got shape \(3, 9\)",
+    ),
 }
 
 
@@ -98,7 +102,9 @@ LAYERS = {
     "one-sided table, not causal": (OffsetBiasAttention(24, 4, _filled(4, 20, False)), False),
     "grouped heads, padding": (OffsetBiasAttention(24, 4, _filled(4, 20, True), num_kv_heads=2), True),
     "one key head, causal, padding": (
-        OffsetBiasAttention(24, 4, _filled(4, 9, False), num_kv_heads=1, is_causal=True), True),
+        OffsetBiasAttention(24, 4, _filled(4, 9, False), num_kv_heads=1, is_causal=True),
+        True,
+    ),
     "one table for all heads": (OffsetBiasAttention(24, 4, _filled(1, 20, True)), False),
     "no table": (OffsetBiasAttention(24, 4, None), True),
 }

@@ -11,8 +11,15 @@ from torch.utils.checkpoint import checkpoint
 
 from triton_offset_bias import offset_bias_attention
 
-PADDED = Case("grouped heads, causal, padding", (40, 40), heads=(4, 2), mask="right padding", through_lse=True,
-              layout="transposed BLHD", options={"is_causal": True, "scale": 0.3})
+PADDED = Case(
+    "grouped heads, causal, padding",
+    (40, 40),
+    heads=(4, 2),
+    mask="right padding",
+    through_lse=True,
+    layout="transposed BLHD",
+    options={"is_causal": True, "scale": 0.3},
+)
 
 
 def _differentiated(attend, call: Call) -> Results:
@@ -136,14 +143,23 @@ def test_a_gradient_from_a_sum_whose_memory_is_one_number(backend):
 
 
 def _operator_arguments(requires_grad: bool) -> dict:
-    call = build(Case("opcheck", (17, 19), heads=(4, 2), bias_dtype=torch.bfloat16, mask="holes",
-                      layout="transposed BLHD"))
+    call = build(
+        Case("opcheck", (17, 19), heads=(4, 2), bias_dtype=torch.bfloat16, mask="holes", layout="transposed BLHD")
+    )
     tensors = {"query": call.q, "key": call.k, "value": call.v, "bias": call.bias}
     return {
         **{name: x.detach().requires_grad_(requires_grad) for name, x in tensors.items()},
-        **call.options, **{"enable_gqa": None, "query_positions": None, "key_positions": None},
-        "scale": 0.25, "dropout_p": 0.0, "query_start": 2, "min_offset": -3, "max_offset": 2**62, "bias_origin": 18,
-        "beyond": "clamp", "deterministic": False, "backend": "cpp",
+        **call.options,
+        **{"enable_gqa": None, "query_positions": None, "key_positions": None},
+        "scale": 0.25,
+        "dropout_p": 0.0,
+        "query_start": 2,
+        "min_offset": -3,
+        "max_offset": 2**62,
+        "bias_origin": 18,
+        "beyond": "clamp",
+        "deterministic": False,
+        "backend": "cpp",
     }
 
 
@@ -165,7 +181,13 @@ def test_the_backward_operator_passes_torchs_own_checks(needs):
     arguments = _operator_arguments(False)
     forward = torch.ops.triton_offset_bias.attention.default
     out, lse, row_max, row_sum = forward(*_matching(forward, arguments))
-    arguments |= {"dout": torch.randn_like(out), "dlse": torch.randn_like(lse), "out": out, "row_max": row_max,
-                  "row_sum": row_sum, "needs": needs}
+    arguments |= {
+        "dout": torch.randn_like(out),
+        "dlse": torch.randn_like(lse),
+        "out": out,
+        "row_max": row_max,
+        "row_sum": row_sum,
+        "needs": needs,
+    }
     operator = torch.ops.triton_offset_bias.attention_backward.default
     torch.library.opcheck(operator, _matching(operator, arguments))

@@ -24,15 +24,33 @@ CASES = [
     Case("the same for all, causal", (13, 17), columns=21, options={**SHARED, "is_causal": True}),
     Case("out of order, for each sequence", (13, 17), options=EACH),
     Case("out of order, causal, some see nothing", (13, 17), through_lse=True, options={**EACH, "is_causal": True}),
-    Case("a window, grouped heads, padding", (13, 17), heads=(4, 2), mask="holes",
-         options={**EACH, "window_size": (5, 3)}),
-    Case("queries for each sequence, keys for all, a table each", (13, 17), bias="BHN", columns=9,
-         options={**EACH, "key_positions": SHARED["key_positions"], "beyond": "zero"}),
+    Case(
+        "a window, grouped heads, padding",
+        (13, 17),
+        heads=(4, 2),
+        mask="holes",
+        options={**EACH, "window_size": (5, 3)},
+    ),
+    Case(
+        "queries for each sequence, keys for all, a table each",
+        (13, 17),
+        bias="BHN",
+        columns=9,
+        options={**EACH, "key_positions": SHARED["key_positions"], "beyond": "zero"},
+    ),
     Case("no table: positions still say what is causal", (13, 17), bias=None, options={**EACH, "is_causal": True}),
-    Case("int32 and a moved origin", (13, 17), bias="N", columns=11,
-         options={**{name: x.int() for name, x in SHARED.items()}, "bias_origin": 2}),
-    Case("unsigned bytes, whose difference must not wrap", (13, 17),
-         options={**{name: x.to(torch.uint8) for name, x in SHARED.items()}, "is_causal": True}),
+    Case(
+        "int32 and a moved origin",
+        (13, 17),
+        bias="N",
+        columns=11,
+        options={**{name: x.int() for name, x in SHARED.items()}, "bias_origin": 2},
+    ),
+    Case(
+        "unsigned bytes, whose difference must not wrap",
+        (13, 17),
+        options={**{name: x.to(torch.uint8) for name, x in SHARED.items()}, "is_causal": True},
+    ),
 ]
 
 
@@ -86,8 +104,10 @@ def _attend(options: dict, backend: str, columns: int = 9, bias_origin: int = 4)
 
 
 FAR_KEY = {"query_positions": torch.tensor([3, 4, 5]), "key_positions": torch.tensor([2, 3, 4, 5, 6, 90])}
-FAR_KEY_IN_ONE = {"query_positions": FAR_KEY["query_positions"],
-                  "key_positions": torch.stack([FAR_KEY["key_positions"], torch.arange(1, 7)])}
+FAR_KEY_IN_ONE = {
+    "query_positions": FAR_KEY["query_positions"],
+    "key_positions": torch.stack([FAR_KEY["key_positions"], torch.arange(1, 7)]),
+}
 KEEP_FIRST_FIVE = {"key_padding_mask": (torch.arange(6) < 5).expand(2, 6)}
 HIDE_LAST_OF_ONE = {"key_padding_mask": torch.tensor([[1, 1, 1, 1, 1, 0], [1, 1, 1, 1, 1, 1]]) > 0}
 COVERED = {
@@ -126,8 +146,15 @@ def test_an_attended_offset_beyond_the_table_is_an_error_that_tells_the_range(op
 
 def test_the_gradient_at_equal_positions_sums_over_all_pairs():
     """All tokens in one place: one column takes everything, hence its gradient is 0, and dlse's sum with lse."""
-    call: Call = build(Case("one place", (6, 7), columns=5, through_lse=True, options={
-        "query_positions": torch.full((6,), 3), "key_positions": torch.full((7,), 3)}))
+    call: Call = build(
+        Case(
+            "one place",
+            (6, 7),
+            columns=5,
+            through_lse=True,
+            options={"query_positions": torch.full((6,), 3), "key_positions": torch.full((7,), 3)},
+        )
+    )
     dbias = results_of(call, "reference").dbias
     assert dbias[:, [0, 1, 3, 4]].count_nonzero() == 0
     torch.testing.assert_close(dbias[:, 2], call.dlse.sum((0, 2)))

@@ -2,6 +2,7 @@
 
 import re
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -31,8 +32,10 @@ def test_a_shell_block_names_commands_that_exist(code: str) -> None:
     """`make` lines are dry-run, for they would start this test again; other lines are run."""
     for line in code.splitlines():
         command = line.split("#")[0].split()
-        if command[:1] == ["make"]:
+        if command[0] == "make":
             command.insert(1, "--dry-run")
+        elif command[0] == "python":
+            command[0] = sys.executable
         result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
         assert result.returncode == 0, f"{line}\n{result.stderr}"
 

@@ -83,7 +83,10 @@ def test_the_attended_interval_is_what_causality_and_window_say(is_causal, windo
 @settings(deadline=None, max_examples=100)
 @given(
     st.lists(st.lists(st.booleans(), min_size=5, max_size=5), min_size=1, max_size=3),
-    st.integers(1, 4), st.integers(-8, 8), st.integers(-9, 9), st.integers(-1, 9),
+    st.integers(1, 4),
+    st.integers(-8, 8),
+    st.integers(-9, 9),
+    st.integers(-1, 9),
 )
 def test_the_attended_extremes_under_a_mask_are_those_of_all_pairs(mask, len_q, query_start, lowest, width):
     """Against a list of every pair that the mask and the interval leave."""

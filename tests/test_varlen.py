@@ -48,8 +48,10 @@ def _each_by_itself(inputs, lengths_q, lengths_k, options, dout, dlse, dtype) ->
         table = bias[index : index + 1] if bias is not None and bias.dim() == 3 else bias
         gradients = {"dout": dout_s.transpose(0, 1).unsqueeze(0), "dlse": dlse_s.unsqueeze(0)}
         parts.append(oracle(*batched, table, **options, **gradients, dtype=dtype))
-    packed = {name: torch.cat([getattr(part, name)[0].transpose(0, 1) for part in parts])
-              for name in ("out", "dq", "dk", "dv")}
+    packed = {
+        name: torch.cat([getattr(part, name)[0].transpose(0, 1) for part in parts])
+        for name in ("out", "dq", "dk", "dv")
+    }
     packed["lse"] = torch.cat([part.lse[0] for part in parts], dim=1)
     if bias is not None:
         for name in ("dbias", "summed"):
@@ -73,8 +75,10 @@ def test_packed_sequences_give_what_each_gives_by_itself(backend, lengths_q, len
     dout, dlse = torch.randn_like(out), torch.randn_like(lse)
     leaves = [x for x in inputs if x is not None]
     got = Results(out, lse, *torch.autograd.grad([out, lse], leaves, [dout, dlse]))
-    ref64, same = (_each_by_itself(inputs, lengths_q, lengths_k, options, dout, dlse, dtype)
-                   for dtype in (torch.float64, torch.float32))
+    ref64, same = (
+        _each_by_itself(inputs, lengths_q, lengths_k, options, dout, dlse, dtype)
+        for dtype in (torch.float64, torch.float32)
+    )
     for name in NAMES[: 2 + len(leaves)]:
         summed = ref64.summed if name == "dbias" else None
         eps = torch.finfo(torch.float32).eps
@@ -96,10 +100,16 @@ def _int32(*values: int) -> torch.Tensor:
 # The good call: query (8, 4, 6), key (10, 4, 6), value (10, 4, 3), bias (4, 9), bounds 0 5 8 and 0 4 10.
 BAD_CALLS = {
     "bounds as a list": ({"cu_seqlens_q": [0, 5, 8]}, TypeError, r"`cu_seqlens_q` .*Tensor, got list"),
-    "fractional bounds": ({"cu_seqlens_k": torch.tensor([0.0, 4, 10])}, TypeError,
-                          r"`cu_seqlens_k` .*int32.*got torch.float32"),
-    "bounds with two axes": ({"cu_seqlens_q": _int32(0, 5, 8)[None]}, ValueError,
-                             r"`cu_seqlens_q` .*got shape \(1, 3\)"),
+    "fractional bounds": (
+        {"cu_seqlens_k": torch.tensor([0.0, 4, 10])},
+        TypeError,
+        r"`cu_seqlens_k` .*int32.*got torch.float32",
+    ),
+    "bounds with two axes": (
+        {"cu_seqlens_q": _int32(0, 5, 8)[None]},
+        ValueError,
+        r"`cu_seqlens_q` .*got shape \(1, 3\)",
+    ),
     "no bounds": ({"cu_seqlens_q": _int32()}, ValueError, r"`cu_seqlens_q` .*got shape \(0,\)"),
     "not from 0": ({"cu_seqlens_q": _int32(1, 5, 8)}, ValueError, r"`cu_seqlens_q` .*0 .*8.*got 1"),
     "not to the end": ({"cu_seqlens_k": _int32(0, 4, 9)}, ValueError, r"`cu_seqlens_k` .*10.*got .*9"),
@@ -109,11 +119,17 @@ BAD_CALLS = {
     "maximum too small": ({"max_seqlen_q": 4}, ValueError, r"`max_seqlen_q` .*5.*got 4"),
     "maximum fractional": ({"max_seqlen_k": 6.0}, TypeError, r"`max_seqlen_k` .*int.*got 6\.0"),
     "query with four axes": ({"query": torch.ones(1, 8, 4, 6)}, ValueError, r"`query` .*got shape \(1, 8, 4, 6\)"),
-    "other key heads": ({"key": torch.ones(10, 2, 6), "value": torch.ones(10, 2, 3)}, ValueError,
-                        r"`key` .*4 heads.*got shape \(10, 2, 6\)"),
+    "other key heads": (
+        {"key": torch.ones(10, 2, 6), "value": torch.ones(10, 2, 3)},
+        ValueError,
+        r"`key` .*4 heads.*got shape \(10, 2, 6\)",
+    ),
     "another head dim": ({"key": torch.ones(10, 4, 5)}, ValueError, r"`key` .*6.*got shape \(10, 4, 5\)"),
-    "keys and values differ in number": ({"value": torch.ones(9, 4, 3)}, ValueError,
-                                         r"`value` .*10.*got shape \(9, 4, 3\)"),
+    "keys and values differ in number": (
+        {"value": torch.ones(9, 4, 3)},
+        ValueError,
+        r"`value` .*10.*got shape \(9, 4, 3\)",
+    ),
     "a table of another batch": ({"bias": torch.ones(3, 4, 9)}, ValueError, r"`bias` .*2.*got shape \(3, 4, 9\)"),
     "beyond the table": ({"beyond": "error"}, ValueError, r"`bias` .*-4 to 4"),
     "a bad window": ({"window_size": (-3, 0)}, ValueError, r"`window_size` .*got \(-3, 0\)"),
@@ -123,9 +139,16 @@ BAD_CALLS = {
 @pytest.mark.parametrize(("wrong", "error", "message"), BAD_CALLS.values(), ids=BAD_CALLS)
 def test_a_bad_argument_is_named_with_what_was_expected_and_what_came(wrong, error, message):
     """The listed calls, each wrong in one place; shapes are shown as they were given."""
-    good = {"query": torch.ones(8, 4, 6), "key": torch.ones(10, 4, 6), "value": torch.ones(10, 4, 3),
-            "bias": torch.ones(4, 9), "cu_seqlens_q": _int32(0, 5, 8), "cu_seqlens_k": _int32(0, 4, 10),
-            "max_seqlen_q": 5, "max_seqlen_k": 6}
+    good = {
+        "query": torch.ones(8, 4, 6),
+        "key": torch.ones(10, 4, 6),
+        "value": torch.ones(10, 4, 3),
+        "bias": torch.ones(4, 9),
+        "cu_seqlens_q": _int32(0, 5, 8),
+        "cu_seqlens_k": _int32(0, 4, 10),
+        "max_seqlen_q": 5,
+        "max_seqlen_k": 6,
+    }
     with pytest.raises(error) as raised:
         offset_bias_attention_varlen(**{**good, **wrong})
     assert re.search(message, str(raised.value), re.DOTALL), str(raised.value)
