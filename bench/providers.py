@@ -2,7 +2,8 @@
 
 A provider's `prepare` does what a model would do once (indices, masks, compilation) and is not timed. What it returns
 is timed: it goes from (q, k, v, table) to the output, so a bias that is materialised is materialised in every call, as
-a table that is being trained asks for. Causal peers get -inf in the table, not a mask of all pairs: that is faster.
+a table that is being trained asks for. `sdpa_index` is what models do, a causal mask of all pairs included; the other
+peers put -inf into the table instead, which is faster.
 """
 
 from collections.abc import Callable
@@ -58,11 +59,14 @@ def sdpa_no_bias(inputs: Inputs) -> Run:
 
 
 def sdpa_index(inputs: Inputs) -> Run:
-    """SDPA with the bias looked up for every pair, as Swin and most models write it."""
+    """SDPA with the bias looked up, and masked, for every pair, as Swin and most models write it."""
     index = _table_index(inputs)
+    is_future = index < inputs.q.shape[2] - 1  # (M, N)
 
     def run(q: Tensor, k: Tensor, v: Tensor, table: Tensor) -> Tensor:
-        bias = _masked_table(table, inputs.is_causal)[:, index]  # (H, M, N)
+        bias = table[:, index]  # (H, M, N)
+        if inputs.is_causal:
+            bias = bias.masked_fill(is_future, float("-inf"))
         return F.scaled_dot_product_attention(q, k, v, bias.to(q.dtype)[None])
 
     return run

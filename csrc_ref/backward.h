@@ -40,10 +40,10 @@ template <class Real> class Backward {
     std::fill_n(dbias_sums.get(), dbias ? bias_rows * bias_columns : 0, 0.0);
     const Scratch<Block> blocks(p.num_threads);
     const Scratch<Real> local_strips(dbias ? p.num_threads * strip_length : 0);
-    const int64_t row_blocks = group * rows_padded / kQueries;
+    const int64_t row_blocks = group * query_tiles;
     OrderedSteps column_order(heads * columns), head_order(heads);
     run_stages(
-        heads, heads_step, slots, p.num_threads,
+        heads, schedule, p.num_threads,
         {{row_blocks,
           [&](int64_t head, int64_t task, int) { prepare(head_of(head, task % group), int(task / group) * kQueries); }},
          {columns,
@@ -102,15 +102,15 @@ template <class Real> class Backward {
   void prepare(const Head &head, int first) {
     const int64_t slot = head.slot, base = slot * rows_padded + first,
                   source = (head.b * p.heads_q + head.h) * p.len_q + first;
-    const int count = std::clamp(int(p.len_q) - first, 0, kQueries);
+    const int rows = std::min(kQueries, rows_padded - first), count = std::min(rows, int(p.len_q) - first);
     const Matrix o = matrix_of(out, p.dtype, int(p.dim_v), head.b, head.h);
     const Matrix g = matrix_of(dout, p.dtype, int(p.dim_v), head.b, head.h);
-    pack_rows(matrix_of(p.query, p.dtype, int(p.dim), head.b, head.h), first, count, kQueries, Real(p.scale * kLog2E),
+    pack_rows(matrix_of(p.query, p.dtype, int(p.dim), head.b, head.h), first, count, rows, Real(p.scale * kLog2E),
               queries_of(slot) + int64_t(first) * P, int64_t(rows_padded) * P);
-    if (dquery.data) std::fill_n(dquery_acc.get() + base * chunks * P, kQueries * chunks * P, Real(0));
+    if (dquery.data) std::fill_n(dquery_acc.get() + base * chunks * P, rows * chunks * P, Real(0));
     if (dbias && first == 0) std::fill_n(dbias_strips.get() + slot * strip_length, strip_length, Real(0));
     alignas(64) Real o_row[kMaxDim + P], g_row[kMaxDim + P];
-    for (int r = 0; r < kQueries; ++r) {
+    for (int r = 0; r < rows; ++r) {
       const Real sum = r < count ? row_sum[source + r] : Real(0);
       const bool empty = sum == 0;
       max.get()[base + r] = empty ? std::numeric_limits<Real>::infinity() : row_max[source + r];
@@ -155,12 +155,11 @@ template <class Real> class Backward {
 
   // The queries of one head. In OrderedSteps every tile is a step, and adding up dbias one more.
   void sweep(Column &c, const Head &head, int64_t g, Range used, Range queries) {
-    const int64_t tiles = rows_padded / kQueries;
     const bool is_first = c.first == 0;
     if (dbias) std::fill_n(c.strip, strip_length, Real(0));
     for (int first = round_down(queries.begin, kQueries); first < queries.end; first += kQueries) {
       const int rows = round_up(std::min(kQueries, int(p.len_q) - first), kTileRows);
-      const int64_t step = g * (tiles + 1) + first / kQueries;
+      const int64_t step = g * (query_tiles + 1) + first / kQueries;
       fill_tiles(c, head, first, rows, used);
       if (dbias)
         add_diagonals(c.block.dscores + W, kTileStride, rows, round_up(c.count, P),
@@ -169,7 +168,7 @@ template <class Real> class Backward {
       accumulate(c, head.slot, first, rows);
       c.order.finish(c.task, step);
     }
-    const int64_t last_step = g * (tiles + 1) + tiles;
+    const int64_t last_step = g * (query_tiles + 1) + query_tiles;
     if (dbias) {
       if (!is_first) c.order.wait(c.task - 1, last_step);
       Real *sum = dbias_strips.get() + head.slot * strip_length;
@@ -270,11 +269,12 @@ template <class Real> class Backward {
   const int chunks = round_up(int(p.dim), P) / P, chunks_v = round_up(int(p.dim_v), P) / P;  // dims in panels
   const int keys = keys_per_task();                                                          // keys a task
   const int64_t columns = (p.len_k + keys - 1) / keys;                                       // tasks a key head
-  const int rows_padded = round_up(int(p.len_q), kQueries);
+  const int64_t query_tiles = (p.len_q + kQueries - 1) / kQueries;
+  const int rows_padded = round_up(int(p.len_q), kRows);
   const int64_t group = p.heads_kv ? p.heads_q / p.heads_kv : 1;  // query heads a key head
-  const int64_t heads = p.batch * p.heads_kv, heads_step = heads_a_step(columns, p.num_threads);  // key heads
-  const int64_t slots = std::min(heads, 3 * heads_step);                                          // key heads at work
-  const int64_t slots_q = slots * group;                                                          // query heads at work
+  const int64_t heads = p.batch * p.heads_kv;                     // key heads
+  const Schedule schedule{heads, 3, columns, p.num_threads};
+  const int64_t slots = schedule.slots, slots_q = slots * group;  // heads at work
   const Scratch<Real> query_panels{slots_q * rows_padded * chunks * P},
       dout_panels{slots_q * rows_padded * chunks_v * P};
   const Scratch<Real> dquery_acc{dquery.data ? slots_q * rows_padded * chunks * P : 0};

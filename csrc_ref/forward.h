@@ -29,7 +29,7 @@ template <class Real> class Forward {
   void run() {
     if (p.len_q == 0) return;
     const Scratch<Block> scratch(p.num_threads);
-    run_stages(heads, heads_step, slots, p.num_threads,
+    run_stages(heads, schedule, p.num_threads,
                {{(keys_padded + kPackedKeys - 1) / kPackedKeys + (keys_padded == 0),
                  [&](int64_t head, int64_t task, int) { pack(head, int(task) * kPackedKeys); }},
                 {blocks, [&](int64_t head, int64_t task, int thread) { attend(head, task, scratch.get()[thread]); }}});
@@ -160,8 +160,9 @@ template <class Real> class Forward {
   const int queries = queries_per_task();
   const int64_t group = p.heads_kv ? p.heads_q / p.heads_kv : 1;       // query heads a key head
   const int64_t blocks = group * ((p.len_q + queries - 1) / queries);  // tasks a key head
-  const int64_t heads = p.batch * p.heads_kv, heads_step = heads_a_step(blocks, p.num_threads);  // key heads
-  const int64_t slots = std::min(heads, 2 * heads_step);                                         // key heads at work
+  const int64_t heads = p.batch * p.heads_kv;                          // key heads
+  const Schedule schedule{heads, 2, blocks, p.num_threads};
+  const int64_t slots = schedule.slots;
   const Scratch<Real> key_panels{slots * keys_padded * chunks * P}, value_panels{slots * keys_padded * chunks_v * P};
 };
 

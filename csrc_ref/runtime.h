@@ -83,28 +83,41 @@ struct Stage {
   std::function<void(int64_t head, int64_t task, int thread)> run;
 };
 
-// How many heads each step of run_stages takes, so that every thread has a few tasks in it: while some finish a step,
-// the others are in the next.
-inline int64_t heads_a_step(int64_t tasks_per_head, int64_t num_threads) {
-  constexpr int64_t kTasksPerThread = 8;
-  return num_threads == 1 ? 1 : kTasksPerThread * num_threads / std::max<int64_t>(tasks_per_head, 1) + 1;
-}
+// How heads pass through the stages. With many heads for every thread, a thread takes a whole head through all of
+// them, while it is in its caches. Else, in a step, each stage takes the next `heads` heads behind the stage before
+// it, so many that every thread has a few tasks in it: while some finish a step, the others are in the next. A head's
+// scratch memory is slot head % slots. Results are the same in every schedule.
+struct Schedule {
+  Schedule(int64_t all_heads, int64_t stages, int64_t tasks_per_head, int64_t threads) {
+    constexpr int64_t kTasksPerThread = 8;
+    takes_whole_heads = all_heads >= kTasksPerThread * threads;
+    heads = takes_whole_heads ? 1 : kTasksPerThread * threads / std::max<int64_t>(tasks_per_head, 1) + 1;
+    slots = std::min(all_heads, takes_whole_heads ? 2 * threads : heads * stages);
+  }
+  bool takes_whole_heads;
+  int64_t heads, slots;
+};
 
 // Runs every stage for every head on up to num_threads threads, with no barrier but the end: a task starts when all
-// tasks of its head's stage before are done, and one of the first stage when head - slots is through. In a step, each
-// stage takes the next heads_per_step heads behind the stage before it; slots >= heads_per_step * stages. Tasks are
-// started in one order in which each comes after all that it waits for. No task may throw.
-inline void run_stages(int64_t heads, int64_t heads_per_step, int64_t slots, int64_t num_threads,
-                       const std::vector<Stage> &stages) {
+// tasks of its head's stage before are done, and one of the first stage when the slot's last head is through. Tasks
+// are started in one order in which each comes after all that it waits for. No task may throw.
+inline void run_stages(int64_t heads, const Schedule &schedule, int64_t num_threads, std::vector<Stage> stages) {
+  if (schedule.takes_whole_heads) {
+    auto run = [passes = std::move(stages)](int64_t head, int64_t, int thread) {
+      for (const Stage &stage : passes)
+        for (int64_t task = 0; task < stage.tasks; ++task) stage.run(head, task, thread);
+    };
+    stages = {{1, std::move(run)}};
+  }
   struct Batch {
     int64_t head, stage, begin, end;
   };
-  const int64_t count = int64_t(stages.size()), units = (heads + heads_per_step - 1) / heads_per_step;
+  const int64_t count = int64_t(stages.size()), steps = (heads + schedule.heads - 1) / schedule.heads + count - 1;
   std::vector<Batch> batches;
-  for (int64_t step = 0; step < units + count - 1; ++step)
+  for (int64_t step = 0; step < steps; ++step)
     for (int64_t stage = 0; stage < count; ++stage) {
-      const int64_t first = std::max<int64_t>(step - stage, 0) * heads_per_step;
-      const int64_t last = std::min(heads, (step - stage + 1) * heads_per_step);
+      const int64_t first = std::max<int64_t>(step - stage, 0) * schedule.heads;
+      const int64_t last = std::min(heads, (step - stage + 1) * schedule.heads);
       for (int64_t head = first; head < last; ++head) {
         const int64_t begin = batches.empty() ? 0 : batches.back().end;
         batches.push_back({head, stage, begin, begin + stages[stage].tasks});
@@ -121,8 +134,9 @@ inline void run_stages(int64_t heads, int64_t heads_per_step, int64_t slots, int
     for (int64_t i = next.fetch_add(1); i < total; i = next.fetch_add(1)) {
       while (i >= batch->end) ++batch;
       const auto [head, stage, begin, end] = *batch;
+      const int64_t previous = head - schedule.slots;  // the slot's last head
       if (stage > 0) wait_until(finished[head * count + stage - 1], stages[stage - 1].tasks);
-      else if (head >= slots) wait_until(finished[(head - slots) * count + count - 1], stages[count - 1].tasks);
+      else if (previous >= 0) wait_until(finished[previous * count + count - 1], stages[count - 1].tasks);
       stages[stage].run(head, i - begin, thread);
       finished[head * count + stage].fetch_add(1, std::memory_order_release);
     }

@@ -31,7 +31,7 @@ SPLIT = [
         columns=51,
         options={"window_size": (70, 40)},
     ),
-    Case("more heads than threads, a table each", (97, 97), batch=3, heads=(5, 5), bias="BHN", dtype=torch.bfloat16),
+    Case("more heads than threads, a table each", (97, 97), batch=4, heads=(5, 5), bias="BHN", dtype=torch.bfloat16),
     Case("float64", (150, 140), batch=1, heads=(2, 1), dtype=torch.float64, options={"is_causal": True}),
 ]
 

@@ -57,7 +57,11 @@ BAD_CALLS = {
         lambda: OffsetBiasAttention(12, 4, None, num_kv_heads=3),
         r"`num_kv_heads` .*4, got 3",
     ),
-    "no key heads": (lambda: OffsetBiasAttention(12, 4, None, num_kv_heads=0), r"`num_kv_heads` .*4, got 0"),
+    "no key heads": (lambda: OffsetBiasAttention(12, 4, None, num_kv_heads=0), r"`num_kv_heads` .*1, got 0"),
+    "an input without a batch": (
+        lambda: OffsetBiasAttention(12, 4, None)(torch.ones(5, 12)),
+        r"`x` .*\(batch, length, embed_dim\), got shape \(5, 12\)",
+    ),
     "a table of other heads": (
         lambda: OffsetBiasAttention(12, 4, OffsetBias(3, 5))(torch.ones(1, 5, 12)),
         r"`bias` .*4 heads.*got shape \(3, 9\)",
@@ -70,6 +74,16 @@ def test_a_bad_argument_is_named_with_what_was_expected_and_what_came(call, mess
     """At construction where it can be seen there."""
     with pytest.raises(ValueError, match=message):
         call()
+
+
+@pytest.mark.parametrize(
+    ("build", "name"),
+    [(lambda: OffsetBias(2.5, 4), "num_heads"), (lambda: OffsetBiasAttention(12.0, 4, None), "embed_dim")],
+)
+def test_a_count_that_is_no_int_is_named(build, name):
+    """Before any tensor is made of it."""
+    with pytest.raises(TypeError, match=f"`{name}` must be an int"):
+        build()
 
 
 def _plain_attention(layer: OffsetBiasAttention, x: Tensor, padding: Tensor | None) -> Tensor:

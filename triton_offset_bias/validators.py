@@ -36,6 +36,13 @@ def checked_int(name: str, value: int) -> int:
     return value
 
 
+def checked_count(name: str, value: int) -> int:
+    """`value`, an int of at least 1."""
+    if checked_int(name, value) < 1:
+        raise ValueError(f"`{name}` must be at least 1, got {value}")
+    return value
+
+
 def checked_window(window_size: tuple[int, int]) -> tuple[int, int]:
     """(left, right), each at least -1."""
     if not isinstance(window_size, tuple | list) or len(window_size) != 2:

@@ -3,6 +3,7 @@
 from torch import Tensor, nn
 
 from triton_offset_bias.functional import offset_bias_attention
+from triton_offset_bias.validators import checked_count, shape
 
 
 class OffsetBiasAttention(nn.Module):
@@ -18,7 +19,9 @@ class OffsetBiasAttention(nn.Module):
         dropout_p: probability of dropping an attention weight while training.
 
     Raises:
-        ValueError: `embed_dim` is no multiple of `num_heads`, or `num_heads` none of `num_kv_heads`.
+        TypeError: `embed_dim`, `num_heads` or `num_kv_heads` is no int.
+        ValueError: one of them is below 1; `embed_dim` is no multiple of `num_heads`, or `num_heads` none of
+            `num_kv_heads`.
 
     Source:
         Vaswani et al. 2017 (arXiv:1706.03762), section 3.2.2; Ainslie et al. 2023 (GQA, arXiv:2305.13245).
@@ -36,9 +39,9 @@ class OffsetBiasAttention(nn.Module):
     ) -> None:
         super().__init__()
         num_kv_heads = num_heads if num_kv_heads is None else num_kv_heads
-        if num_heads < 1 or embed_dim < 1 or embed_dim % num_heads:
-            raise ValueError(f"`embed_dim` must be a positive multiple of num_heads={num_heads}, got {embed_dim}")
-        if num_kv_heads < 1 or num_heads % num_kv_heads:
+        if checked_count("embed_dim", embed_dim) % checked_count("num_heads", num_heads):
+            raise ValueError(f"`embed_dim` must be a multiple of num_heads={num_heads}, got {embed_dim}")
+        if num_heads % checked_count("num_kv_heads", num_kv_heads):
             raise ValueError(f"`num_kv_heads` must divide num_heads={num_heads}, got {num_kv_heads}")
         self.num_heads = num_heads
         self.num_kv_heads = num_kv_heads
@@ -60,7 +63,12 @@ class OffsetBiasAttention(nn.Module):
 
         Returns:
             (B, L, embed_dim).
+
+        Raises:
+            ValueError: `x` has another shape.
         """
+        if x.dim() != 3:
+            raise ValueError(f"`x` must have shape (batch, length, embed_dim), got shape {shape(x)}")
         length = x.shape[1]
         min_offset = 0 if self.is_causal else 1 - length
         bias = None if self.bias is None or length == 0 else self.bias(min_offset, length - 1)

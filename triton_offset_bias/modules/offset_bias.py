@@ -4,6 +4,7 @@ import torch
 from torch import Tensor, nn
 
 from triton_offset_bias import table
+from triton_offset_bias.validators import checked_count
 
 
 class OffsetBias(nn.Module):
@@ -23,6 +24,7 @@ class OffsetBias(nn.Module):
         weight: (num_heads, 2 * max_length - 1) or (num_heads, max_length) parameter in nats, initially 0.
 
     Raises:
+        TypeError: `num_heads` or `max_length` is no int.
         ValueError: `num_heads` or `max_length` is below 1.
 
     Source:
@@ -31,11 +33,8 @@ class OffsetBias(nn.Module):
 
     def __init__(self, num_heads: int, max_length: int, bidirectional: bool = True) -> None:
         super().__init__()
-        for name, count in (("num_heads", num_heads), ("max_length", max_length)):
-            if count < 1:
-                raise ValueError(f"`{name}` must be at least 1, got {count}")
-        self.num_heads = num_heads
-        self.max_length = max_length
+        self.num_heads = checked_count("num_heads", num_heads)
+        self.max_length = checked_count("max_length", max_length)
         self.bidirectional = bidirectional
         self.weight = nn.Parameter(torch.zeros(num_heads, 2 * max_length - 1 if bidirectional else max_length))
 
