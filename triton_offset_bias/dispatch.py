@@ -6,7 +6,7 @@ from triton_offset_bias.backends import cpp, reference, triton
 from triton_offset_bias.problem import Problem
 
 # In the order in which "auto" asks them.
-BACKENDS: dict[str, ModuleType] = {"triton": triton, "cpp": cpp, "reference": reference}
+BACKENDS: dict[str, ModuleType] = {"cpp": cpp, "triton": triton, "reference": reference}
 
 
 def select_backend(problem: Problem, name: str) -> str:

@@ -4,10 +4,10 @@ import torch
 from torch import Tensor
 
 from triton_offset_bias import table
-from triton_offset_bias.backends import cpp, reference
+from triton_offset_bias.backends import cpp, reference, triton
 from triton_offset_bias.problem import Problem
 
-_FUSED = {"cpp": cpp}
+_FUSED = {"triton": triton, "cpp": cpp}
 
 # The fields of `Problem`, then the backend.
 _PROBLEM = (
@@ -36,8 +36,13 @@ def _forward(*args):
     *fields, backend = args
     problem = Problem(*fields)
     _check_reach_of_data(problem)
-    outputs = _new_outputs(problem.query, problem.value)
-    _FUSED[backend].forward(problem, *outputs)
+    out, lse, row_max, row_sum = outputs = _new_outputs(problem.query, problem.value)
+    if out.numel() > 0 and problem.key.shape[2] > 0:
+        _FUSED[backend].forward(problem, *outputs)
+    else:  # nothing to attend to
+        lse.fill_(float("-inf"))
+        for tensor in (out, row_max, row_sum):
+            tensor.zero_()
     return outputs
 
 
@@ -54,7 +59,13 @@ def _backward(dout, dlse, out, row_max, row_sum, needs, *args):
         _empty_like(x, x.shape[-1]) if need else None
         for x, need in zip((problem.query, problem.key, problem.value), needs[:3], strict=True)
     ]
-    dbias = _FUSED[backend].backward(problem, out, row_max, row_sum, dout, dlse, *gradients, needs[3])
+    if out.numel() > 0 and problem.key.shape[2] > 0:
+        dbias = _FUSED[backend].backward(problem, out, row_max, row_sum, dout, dlse, *gradients, needs[3])
+    else:
+        dbias = torch.zeros_like(problem.bias) if needs[3] and problem.bias is not None else None
+        for gradient in gradients:
+            if gradient is not None:
+                gradient.zero_()
     return tuple(out.new_empty(0) if gradient is None else gradient for gradient in (*gradients, dbias))
 
 

@@ -139,8 +139,6 @@ def backward(
     needs_dbias: bool,
 ) -> Tensor | None:
     """Writes the gradients that are not None, and returns that of the table if it is needed; see `tob_backward`."""
-    if problem.query.shape[2] == 0 or problem.key.shape[2] == 0:
-        return _zero_gradients(problem, dquery, dkey, dvalue, needs_dbias)
     call = _Call(problem)
     stats = _RowStats(row_max.data_ptr(), row_sum.data_ptr())
     dlse = None if dlse is None else dlse.to(row_max.dtype).contiguous()
@@ -158,15 +156,6 @@ def backward(
     return None if dbias is None else call.fold(dbias)
 
 
-def _zero_gradients(
-    problem: Problem, dquery: Tensor | None, dkey: Tensor | None, dvalue: Tensor | None, needs_dbias: bool
-) -> Tensor | None:
-    for gradient in (dquery, dkey, dvalue):
-        if gradient is not None:
-            gradient.zero_()
-    return torch.zeros_like(problem.bias) if needs_dbias and problem.bias is not None else None
-
-
 class _Call:
     """The C struct of a problem, and the tensors that its pointers need alive."""
 
@@ -176,7 +165,7 @@ class _Call:
         heads_kv, len_k, dim_v = value.shape[1:]
         self._source = problem
         self._lo, self._hi = table.reachable_offsets(len_q, len_k, problem.query_start)
-        self.bias = self._per_offset_bias() if len_q + len_k > 0 else None
+        self.bias = self._per_offset_bias()
         mask = problem.key_padding_mask
         self._key_mask = None if mask is None else mask.contiguous()
         self.problem = _Problem(

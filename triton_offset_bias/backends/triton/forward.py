@@ -1,0 +1,132 @@
+"""The forward pass: for each block of queries, one sweep over the keys with a running softmax.
+
+    S = scale Q K^T + bias      m = max S      l = sum exp(S - m)      O = exp(S - m) V / l      lse = m + log l
+
+FlashAttention-2 (Dao 2023, arXiv:2307.08691), algorithm 1, with exponentials of base 2.
+"""
+
+import triton
+import triton.language as tl
+
+from triton_offset_bias.backends.triton.tiles import (
+    LN_2,
+    NO_SCORE,
+    block_ranges,
+    kept_keys,
+    load_tile,
+    offset_0,
+    product,
+    score_tile,
+    store_tile,
+    tile_ptrs,
+)
+
+
+@triton.jit
+def _attend(
+    acc, l_i, m_i, q, k_ptrs, v_ptrs, stride_kn, stride_vn, key_mask_ptr, strip_ptr,
+    begin, end, start_m, len_k, far_bias, scale_log2, band_lo, band_hi,
+    HEAD_DIM: tl.constexpr, HEAD_DIM_V: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, EVEN_N: tl.constexpr, HAS_BIAS: tl.constexpr,
+    HAS_MASK: tl.constexpr, IS_NEAR: tl.constexpr, USE_ASM: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Adds the keys [begin, end) to the running softmax; all of them near, or all far with one bias."""
+    rows = tl.arange(0, BLOCK_M)
+    columns = -tl.arange(0, BLOCK_N)
+    unit = 1.0 if IS_NEAR and HAS_BIAS else scale_log2  # from what score_tile gives to bits
+    for start_n in range(begin, end, BLOCK_N):
+        start_n = tl.multiple_of(start_n, BLOCK_N)
+        offs_n = start_n + tl.arange(0, BLOCK_N)
+        step = start_n.to(tl.int64)
+        k = load_tile(k_ptrs + step * stride_kn, offs_n, len_k, EVEN_N, HEAD_DIM, BLOCK_D)  # (BLOCK_N, BLOCK_D)
+        keep = kept_keys(key_mask_ptr, offs_n, len_k, HAS_MASK)[None, :]
+        s = score_tile(
+            q, k.T, strip_ptr + (start_m - start_n), rows, columns, keep, scale_log2,
+            band_lo - (start_m - start_n), band_hi - (start_m - start_n),
+            HAS_BIAS, IS_NEAR, HAS_MASK or not EVEN_N, USE_ASM, PRECISION,
+        )  # (BLOCK_M, BLOCK_N)  # fmt: skip
+        m_new = tl.maximum(m_i, tl.max(s, 1) * unit + far_bias)
+        p = tl.math.exp2(s * unit - (m_new - far_bias)[:, None])
+        alpha = tl.math.exp2(m_i - m_new)
+        l_i = l_i * alpha + tl.sum(p, 1)
+        acc = acc * alpha[:, None]
+        v = load_tile(v_ptrs + step * stride_vn, offs_n, len_k, EVEN_N, HEAD_DIM_V, BLOCK_DV)  # (BLOCK_N, BLOCK_DV)
+        acc = product(p.to(v.dtype), v, acc, PRECISION)
+        m_i = m_new
+    return acc, l_i, m_i
+
+
+@triton.jit
+def forward_kernel(
+    q_ptr, k_ptr, v_ptr, strip_ptr, key_mask_ptr,
+    out_ptr, row_max_ptr, row_sum_ptr, lse_ptr,
+    stride_qb, stride_qh, stride_qm, stride_qd,
+    stride_kb, stride_kh, stride_kn, stride_kd,
+    stride_vb, stride_vh, stride_vn, stride_vd,
+    stride_ob, stride_oh, stride_om, stride_od,
+    stride_sb, stride_sh,
+    num_heads, group, len_q, len_k,
+    band_lo, band_hi, near_lo, near_hi, scale_log2,
+    HEAD_DIM: tl.constexpr, HEAD_DIM_V: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
+    EVEN_N: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_MASK: tl.constexpr,
+    FAR_LEFT: tl.constexpr, NEAR: tl.constexpr, FAR_RIGHT: tl.constexpr,
+    USE_ASM: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """A block of queries of one head. q (B, H, M, D), k and v (B, H // group, N, D or DV), out as q; row_* (B, H, M).
+
+    row_max and row_sum are in bits; lse is in nats. The longest rows of causal attention start first.
+    """
+    num_blocks = tl.cdiv(len_q, BLOCK_M)
+    block = num_blocks - 1 - tl.program_id(0) % num_blocks
+    head = tl.program_id(0) // num_blocks
+    b = (head // num_heads).to(tl.int64)
+    h = (head % num_heads).to(tl.int64)
+    start_m = block * BLOCK_M
+    offs_m = start_m + tl.arange(0, BLOCK_M)
+    offs_n = tl.arange(0, BLOCK_N)
+    q_ptr += b * stride_qb + h * stride_qh
+    k_ptr += b * stride_kb + h // group * stride_kh
+    v_ptr += b * stride_vb + h // group * stride_vh
+    k_ptrs = tile_ptrs(k_ptr, offs_n, stride_kn, stride_kd, BLOCK_D)
+    v_ptrs = tile_ptrs(v_ptr, offs_n, stride_vn, stride_vd, BLOCK_DV)
+    if HAS_BIAS:
+        strip_ptr = offset_0(strip_ptr, b, h, stride_sb, stride_sh, len_k)
+    if HAS_MASK:
+        key_mask_ptr += b * len_k
+    q_ptrs = tile_ptrs(q_ptr, offs_m.to(tl.int64), stride_qm, stride_qd, BLOCK_D)
+    q = load_tile(q_ptrs, offs_m, len_q, False, HEAD_DIM, BLOCK_D)  # (BLOCK_M, BLOCK_D)
+    m_i = tl.full([BLOCK_M], NO_SCORE, tl.float32)  # bits
+    l_i = tl.zeros([BLOCK_M], tl.float32)
+    acc = tl.zeros([BLOCK_M, BLOCK_DV], tl.float32)
+
+    edges = block_ranges(start_m, len_k, band_lo, band_hi, near_lo, near_hi, BLOCK_M, BLOCK_N)
+    for part in tl.static_range(3):
+        if (FAR_LEFT, NEAR, FAR_RIGHT)[part]:
+            far_bias = 0.0
+            if HAS_BIAS and part != 1:
+                far_bias = tl.load(strip_ptr + (near_hi, near_hi, near_lo)[part])
+            acc, l_i, m_i = _attend(
+                acc, l_i, m_i, q, k_ptrs, v_ptrs, stride_kn, stride_vn, key_mask_ptr, strip_ptr,
+                edges[part], edges[part + 1], start_m, len_k, far_bias, scale_log2, band_lo, band_hi,
+                HEAD_DIM, HEAD_DIM_V, BLOCK_D, BLOCK_DV, BLOCK_M, BLOCK_N, EVEN_N, HAS_BIAS, HAS_MASK, part == 1,
+                USE_ASM, PRECISION,
+            )  # fmt: skip
+
+    is_empty = l_i == 0.0
+    acc = acc / tl.where(is_empty, 1.0, l_i)[:, None]
+    out_ptr += b * stride_ob + h * stride_oh
+    store_tile(
+        tile_ptrs(out_ptr, offs_m.to(tl.int64), stride_om, stride_od, BLOCK_DV),
+        acc,
+        offs_m,
+        len_q,
+        HEAD_DIM_V,
+        BLOCK_DV,
+    )
+    row = head.to(tl.int64) * len_q + offs_m
+    mask_m = offs_m < len_q
+    tl.store(row_max_ptr + row, m_i, mask=mask_m)
+    tl.store(row_sum_ptr + row, l_i, mask=mask_m)
+    lse = (m_i + tl.math.log2(tl.where(is_empty, 1.0, l_i))) * LN_2
+    tl.store(lse_ptr + row, tl.where(is_empty, float("-inf"), lse), mask=mask_m)

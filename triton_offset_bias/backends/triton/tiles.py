@@ -1,0 +1,151 @@
+"""What forward and backward share: block ranges, tiles of rows, of scores and of bias, and the sum along diagonals.
+
+Kernels count offsets from the first query and key: ``offset = i - j``, without `query_start`. They read the bias from a
+*strip*: one fp32 number for every such offset of a head, in bits (times log2 e), -inf where causality or the window
+forbids the offset, padded by STRIP_PAD so that tiles may overhang the score matrix on every side. Clamp, causal mask
+and window therefore cost no instruction.
+
+The keys that a block of queries attends to fall into three ranges: far left | near | far right. Near tiles look up the
+strip; far tiles lie wholly beyond the end of the table, see one bias, and are plain attention.
+"""
+
+import triton
+import triton.language as tl
+
+LN_2 = tl.constexpr(0.6931471805599453)
+# A running maximum before any score: finite, so that -inf - it is -inf, and no more than any finite score.
+STRIP_PAD = tl.constexpr(256)  # twice the largest block
+NO_SCORE = tl.constexpr(-3.4028234663852886e38)
+
+
+@triton.jit
+def block_ranges(start, length, band_lo, band_hi, near_lo, near_hi, BLOCK: tl.constexpr, BLOCK_OTHER: tl.constexpr):
+    """Where the blocks of `length` others begin, turn near, turn far again, and end; all multiples of BLOCK_OTHER.
+
+    For the block of queries at `start` the others are keys. For a block of keys they are queries: there the offset
+    counts backwards, so the bounds are passed negated and swapped.
+    """
+    begin = tl.maximum(start - band_hi, 0) // BLOCK_OTHER * BLOCK_OTHER
+    end = tl.minimum(start + BLOCK - band_lo, length)
+    end = tl.maximum(tl.cdiv(end, BLOCK_OTHER) * BLOCK_OTHER, begin)
+    near = tl.maximum(start + 1 - near_hi, 0) // BLOCK_OTHER * BLOCK_OTHER
+    near = tl.minimum(tl.maximum(near, begin), end)
+    far = tl.cdiv(tl.maximum(start + BLOCK - 1 - near_lo, 0), BLOCK_OTHER) * BLOCK_OTHER
+    far = tl.minimum(tl.maximum(far, near), end)
+    return begin, near, far, end
+
+
+@triton.jit
+def offset_0(strip_ptr, b, h, stride_sb, stride_sh, len_k):
+    """Pointer to offset 0 in the strip of a head."""
+    return strip_ptr + b * stride_sb + h * stride_sh + (STRIP_PAD + len_k - 1)
+
+
+@triton.jit
+def tile_ptrs(ptr, offs, stride, stride_d, BLOCK_D: tl.constexpr):
+    """Pointers to the rows `offs`: (BLOCK, BLOCK_D)."""
+    return ptr + offs[:, None] * stride + tl.arange(0, BLOCK_D)[None, :] * stride_d
+
+
+@triton.jit
+def load_tile(ptrs, offs, length, IS_EVEN: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr):
+    """Rows `offs` of a matrix, 0 past its `length` rows and its HEAD_DIM columns."""
+    offs_d = tl.arange(0, BLOCK_D)
+    if HEAD_DIM == BLOCK_D:
+        if IS_EVEN:
+            return tl.load(ptrs)
+        else:
+            return tl.load(ptrs, mask=offs[:, None] < length, other=0.0)
+    elif IS_EVEN:
+        return tl.load(ptrs, mask=offs_d[None, :] < HEAD_DIM, other=0.0)
+    else:
+        return tl.load(ptrs, mask=(offs[:, None] < length) & (offs_d[None, :] < HEAD_DIM), other=0.0)
+
+
+@triton.jit
+def store_tile(ptrs, tile, offs, length, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr):
+    """Writes the rows and columns that exist."""
+    mask = (offs[:, None] < length) & (tl.arange(0, BLOCK_D)[None, :] < HEAD_DIM)
+    tl.store(ptrs, tile.to(ptrs.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def bias_tile(strip_ptr, rows, columns, USE_ASM: tl.constexpr):
+    """strip[rows + columns], (R, C): element by element in the layout of the scores.
+
+    With the address split into a row's and a column's part, LLVM sees which elements share a diagonal and loads each
+    value once; through inline assembly because `tl.load` would be converted to another layout first.
+    """
+    if USE_ASM:
+        ptrs = (strip_ptr + rows.to(tl.int64))[:, None] + columns.to(tl.int64)[None, :]
+        return tl.inline_asm_elementwise(
+            "ld.global.nc.f32 $0, [$1];", "=f,l", [ptrs], dtype=tl.float32, is_pure=True, pack=1
+        )
+    else:
+        return tl.load(strip_ptr + (rows[:, None] + columns[None, :]))
+
+
+@triton.jit
+def product(a, b, acc, PRECISION: tl.constexpr):
+    """a @ b + acc in float32; "upcast" is for Triton's interpreter, whose dot takes bfloat16 for integers."""
+    if PRECISION == "upcast":
+        return tl.dot(a.to(tl.float32), b.to(tl.float32), acc, input_precision="ieee")
+    else:
+        return tl.dot(a, b, acc, input_precision=PRECISION)
+
+
+@triton.jit
+def score_tile(
+    a, b, strip_ptr, rows, columns, keep, scale_log2, band_lo, band_hi,
+    HAS_BIAS: tl.constexpr, IS_NEAR: tl.constexpr, HAS_KEEP: tl.constexpr, USE_ASM: tl.constexpr,
+    PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Scores, (R, C): in bits and with the bias if near and there is one, else still to be multiplied by scale_log2.
+
+    The offset of an element is rows + columns. `keep` says which keys to attend to, where HAS_KEEP.
+    """
+    s = product(a, b, None, PRECISION)
+    if IS_NEAR:
+        if HAS_BIAS:
+            s = s * scale_log2 + bias_tile(strip_ptr, rows, columns, USE_ASM)
+        else:
+            offset = rows[:, None] + columns[None, :]
+            s = tl.where((offset >= band_lo) & (offset <= band_hi), s, float("-inf"))
+    if HAS_KEEP:
+        s = tl.where(keep, s, float("-inf"))
+    return s
+
+
+@triton.jit
+def kept_keys(key_mask_ptr, offs_n, len_k, HAS_MASK: tl.constexpr):
+    """Which of the keys `offs_n` exist and are not padding, (BLOCK_N,)."""
+    if HAS_MASK:
+        return tl.load(key_mask_ptr + offs_n, mask=offs_n < len_k, other=0) != 0
+    else:
+        return offs_n < len_k
+
+
+@triton.jit
+def sum_diagonals(previous, current, BLOCK: tl.constexpr):
+    """Sums along the diagonals of two square tiles side by side: (BLOCK,).
+
+    Element c is the sum over rows r of [previous | current][r, BLOCK + r - c]: the part of offset c in `current`, and
+    the part of the same diagonal that came before. One trip through shared memory turns diagonals into columns. The
+    image there is made of 4 x 8 sub-tiles, for which neither the stores from the dot's layout nor the loads along
+    diagonals meet in a bank, and whose addresses are linear in the coordinates of sub-tiles.
+    """
+    BLOCKS: tl.constexpr = BLOCK // 8
+    pair = tl.reshape(tl.join(previous, current), (BLOCK // 4, 4, BLOCKS, 8, 2))
+    image = tl.reshape(tl.permute(pair, (0, 4, 2, 1, 3)), (2 * BLOCK * BLOCK,))
+    # Row r = 8 r8 + 4 r4 + r1 and element c = 8 c8 + c1; the column BLOCK + r - c = 8 (BLOCKS - 1 + r8 - c8) + within.
+    r8 = tl.arange(0, BLOCKS)[:, None, None, None, None]
+    r4 = tl.arange(0, 2)[None, :, None, None, None]
+    c8 = tl.arange(0, BLOCKS)[None, None, :, None, None]
+    r1 = tl.arange(0, 4)[None, None, None, :, None]
+    c1 = tl.arange(0, 8)[None, None, None, None, :]
+    within = 8 + 4 * r4 + r1 - c1  # 1 to 15
+    row = (2 * r8 + r4) * (2 * BLOCKS * 32) + r1 * 8
+    index = row + (BLOCKS - 1 + r8 - c8) * 32 + ((within >> 3) * 32 + (within & 7))
+    skewed = tl.gather(image, tl.reshape(index, (BLOCK * BLOCK,)), 0)
+    skewed = tl.reshape(skewed, (BLOCK // 4, BLOCKS, 4, 8))
+    return tl.reshape(tl.sum(tl.sum(skewed, 0), 1), (BLOCK,))
