@@ -4,9 +4,10 @@ VENV ?= .venv
 RUN := $(VENV)/bin/python
 INSTALLED := $(VENV)/.installed
 OPTIONS ?=
+PTXEMU ?= $(wildcard ../shared/tools/ptxemu)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test lint fmt bench plots ci clean
+.PHONY: help setup demo test test-interpreted test-emulated compile-kernels lint fmt bench plots ci clean
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -18,6 +19,16 @@ demo: $(INSTALLED)  ## train a small language model on real text, with a table a
 
 test: $(INSTALLED)  ## run the tests
 	$(RUN) -m pytest $(OPTIONS)
+
+test-interpreted: $(INSTALLED)  ## run the tests on the GPU kernels in Triton's interpreter (no GPU needed)
+	TRITON_INTERPRET=1 $(RUN) -m pytest -n auto -k triton $(OPTIONS)
+
+test-emulated: $(INSTALLED)  ## run the compiled GPU kernels in a PTX emulator (PTXEMU=its folder; no GPU needed)
+	@if test -z "$(PTXEMU)"; then echo "make test-emulated needs PTXEMU=FOLDER, the PTX emulator's; nothing was run"; else \
+	for arch in 80 90; do PTXEMU=$(PTXEMU) PTXEMU_ARCH=$$arch $(RUN) -m pytest tests/test_emulated.py $(OPTIONS) || exit 1; done; fi
+
+compile-kernels: $(INSTALLED)  ## compile the GPU kernels for every target, and hold registers and spills against the budget
+	$(RUN) -m bench.compile_kernels $(OPTIONS)
 
 lint: $(INSTALLED)  ## ruff, mypy and clang-format
 	$(RUN) -m ruff format --check .

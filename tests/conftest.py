@@ -1,7 +1,19 @@
-"""Fixtures that every test may use."""
+"""Fixtures that every test may use.
+
+`PTXEMU=FOLDER` makes the PTX emulator in that folder Triton's device, as an NVIDIA GPU of `PTXEMU_ARCH` (80 or 90).
+"""
+
+import os
+import sys
 
 import pytest
 import torch
+
+if "PTXEMU" in os.environ:
+    sys.path.insert(0, os.environ["PTXEMU"])
+    import triton_offline
+
+    triton_offline.install(arch=int(os.environ.get("PTXEMU_ARCH", "80")))
 
 from triton_offset_bias.dispatch import BACKENDS
 
@@ -11,6 +23,12 @@ AVAILABLE = [name for name, module in BACKENDS.items() if not module.unavailable
 @pytest.fixture(params=AVAILABLE)
 def backend(request: pytest.FixtureRequest) -> str:
     """Each backend that can serve CPU tensors here, by name."""
+    return request.param
+
+
+@pytest.fixture(params=[name for name in AVAILABLE if name != "triton"])
+def precise_backend(request: pytest.FixtureRequest) -> str:
+    """Those of them that serve float64 and never round an intermediate to half: tensor cores do not."""
     return request.param
 
 

@@ -74,7 +74,7 @@ def test_the_gpu_backend_does_not_serve_tensors_on_the_cpu(inputs):
 
 def test_an_unknown_backend_is_an_error_that_lists_the_known_ones(inputs):
     """A typing mistake must not mean "auto"."""
-    with pytest.raises(ValueError, match=r"`backend` .*'auto', 'triton', 'cpp', 'reference', got 'tritn'"):
+    with pytest.raises(ValueError, match=r"`backend` .*'auto', 'cpp', 'triton', 'reference', got 'tritn'"):
         offset_bias_attention(*inputs, backend="tritn")
 
 

@@ -32,12 +32,12 @@ def _inputs64(case: Case) -> tuple[list[torch.Tensor], dict]:
 
 @pytest.mark.parametrize("return_lse", [False, True])
 @pytest.mark.parametrize("case", CHECKED, ids=lambda case: case.reason)
-def test_gradients_are_finite_differences_in_float64(backend, case, return_lse):
+def test_gradients_are_finite_differences_in_float64(precise_backend, case, return_lse):
     """torch's own check, of the output alone and together with the log-sum-exp."""
     inputs, options = _inputs64(case)
 
     def attend(*inputs: torch.Tensor):
-        result = offset_bias_attention(*inputs, **options, return_lse=return_lse, backend=backend)
+        result = offset_bias_attention(*inputs, **options, return_lse=return_lse, backend=precise_backend)
         # A row without keys has the constant -inf, which finite differences cannot subtract.
         return (result[0], result[1].masked_fill(result[1] == float("-inf"), 0)) if return_lse else result
 
@@ -86,17 +86,17 @@ SUMS = [
 
 
 @pytest.mark.parametrize("case", SUMS, ids=lambda case: case.reason)
-def test_the_tables_gradient_sums_to_that_of_the_log_sum_exp(backend, case):
+def test_the_tables_gradient_sums_to_that_of_the_log_sum_exp(precise_backend, case):
     """Every row of dS sums to dLSE: where "zero" drops no offset, a head's dbias sums to its dLSE's sum, or to 0."""
     lengths = (130, 110) if case.lengths == (29, 31) else case.lengths
     call = build(replace(case, lengths=lengths, dtype=torch.float64, bias_dtype=torch.float64))
-    dbias = results_of(call, backend).dbias
+    dbias = results_of(call, precise_backend).dbias
     expected = torch.zeros(case.heads[0]).double() if call.dlse is None else call.dlse.sum((0, 2))
     assert dbias.abs().max() > 0.1
     torch.testing.assert_close(dbias.sum(-1), expected, rtol=0, atol=1e-12)
 
 
-def test_a_constant_added_to_the_table_changes_nothing_but_lse(backend):
+def test_a_constant_added_to_the_table_changes_nothing_but_lse(precise_backend):
     """Softmax does not see it: equal output and gradients, and a log-sum-exp that is larger by the constant."""
     case = Case(
         "shifted",
@@ -107,9 +107,9 @@ def test_a_constant_added_to_the_table_changes_nothing_but_lse(backend):
         options={"is_causal": True, "query_start": 5},
     )
     call = build(case)
-    before = results_of(call, backend)
+    before = results_of(call, precise_backend)
     call.bias = (call.bias.detach() + 3.0).requires_grad_()
-    after = results_of(call, backend)
+    after = results_of(call, precise_backend)
     for name in ("out", "dq", "dk", "dv", "dbias"):
         torch.testing.assert_close(getattr(after, name), getattr(before, name), rtol=0, atol=1e-12)
     torch.testing.assert_close(after.lse, before.lse + 3.0, rtol=0, atol=1e-12)

@@ -89,14 +89,14 @@ def test_under_autocast_the_output_has_the_dtype_of_sdpa_and_the_table_stays_flo
     assert all(torch.equal(*pair) for pair in zip(gradients, expected, strict=True))
 
 
-def test_under_autocast_float64_stays_float64_as_in_sdpa(backend):
+def test_under_autocast_float64_stays_float64_as_in_sdpa(precise_backend):
     """Autocast leaves double precision alone, and so does the table's path."""
     q, k, v = (torch.randn(1, 2, 9, 8, dtype=torch.float64) for _ in range(3))
     bias = torch.randn(2, 17, dtype=torch.float64)
-    expected = offset_bias_attention(q, k, v, bias, backend=backend)
+    expected = offset_bias_attention(q, k, v, bias, backend=precise_backend)
     with torch.autocast("cpu", torch.bfloat16):
         assert F.scaled_dot_product_attention(q, k, v).dtype == torch.float64
-        out = offset_bias_attention(q, k, v, bias, backend=backend)
+        out = offset_bias_attention(q, k, v, bias, backend=precise_backend)
     assert torch.equal(out, expected)
 
 

@@ -5,7 +5,6 @@ device is the CPU.
 """
 
 import contextlib
-import functools
 import math
 from typing import Any
 
@@ -16,9 +15,15 @@ from triton_offset_bias.problem import Problem
 
 try:
     import triton
+    import triton.language as tl
 
-    from triton_offset_bias.backends.triton import backward as kernels
     from triton_offset_bias.backends.triton import configs, strip
+    from triton_offset_bias.backends.triton.backward import (
+        dbias_kernel,
+        dkey_dvalue_kernel,
+        dquery_kernel,
+        prepare_kernel,
+    )
     from triton_offset_bias.backends.triton.forward import forward_kernel
 
     _WHY_NOT = ""
@@ -71,12 +76,13 @@ def forward(problem: Problem, out: Tensor, lse: Tensor, row_max: Tensor, row_sum
     call = _Call(problem)
     config = configs.forward_config(_target(), problem.query.dtype, call.block_d)
     with _device_of(out):
-        forward_kernel[_grid(problem.query, config.block)](
+        forward_kernel[_grid(problem.query, config.block_m)](
             *call.inputs, call.strip_arg, call.mask_arg,
             out, row_max, row_sum, lse,
-            *call.input_strides, *out.stride(), *call.strip_strides,
+            *call.input_strides, *_strides(out), *call.strip_strides,
             *call.sizes, *call.bounds, call.scale_log2,
-            EVEN_N=call.len_k % config.block_n == 0, **call.constants, **call.parts, **config.keywords(),
+            EVEN_N=call.len_k % config.block_n == 0, **call.constants, **call.parts,
+            BLOCK_M=config.block_m, BLOCK_N=config.block_n, **config.options,
         )  # fmt: skip
 
 
@@ -94,85 +100,85 @@ def backward(
 ) -> Tensor | None:
     """Writes the gradients that are not None, and returns that of the table if it is needed."""
     call = _Call(problem)
-    needs_dbias = needs_dbias and call.strip is not None
+    has_atomics = needs_dbias and not problem.deterministic
     with _device_of(out):
         rows = _prepare(call, out, row_max, row_sum, dout, dlse)
-        dstrip = None
-        if needs_dbias and problem.deterministic:
-            dstrip = _sum_diagonals_of_tiles(call, dout, rows)
-        elif needs_dbias:
-            dstrip = torch.zeros_like(call.strip)
-        if dquery is not None or (needs_dbias and not problem.deterministic):
-            _sweep_keys(call, dout, rows, dquery, None if problem.deterministic else dstrip)
+        dstrip = None if call.strip is None or not has_atomics else torch.zeros_like(call.strip)
+        if dquery is not None or dstrip is not None:
+            _sweep_keys(call, dout, rows, dquery, dstrip)
         if dkey is not None or dvalue is not None:
             _sweep_queries(call, dout, rows, dkey, dvalue)
+        if call.strip is not None and needs_dbias and problem.deterministic:
+            dstrip = _sum_diagonals_of_tiles(call, dout, rows)
     return None if dstrip is None else strip.fold_strip(problem, dstrip)
 
 
 def _prepare(
     call: "_Call", out: Tensor, row_max: Tensor, row_sum: Tensor, dout: Tensor, dlse: Tensor | None
-) -> tuple[Tensor, Tensor]:
-    """The rows' log-sum-exp in bits, and delta, both (B, H, M) float32."""
-    lse_bits, delta = torch.empty_like(row_max), torch.empty_like(row_max)
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Each (B, H, M) float32: the log-sum-exp in bits, of which the log of the sum may be held apart, and delta."""
+    lse_bits, log_sum, delta = (torch.empty_like(row_max) for _ in range(3))
     dlse = None if dlse is None else dlse.float().contiguous()
-    kernels.prepare_kernel[_grid(out, _PREPARE_ROWS)](
+    prepare_kernel[_grid(out, _PREPARE_ROWS)](
         out, dout, _or_dummy(dlse, out), row_max, row_sum,
-        lse_bits, delta,
-        *out.stride(), *dout.stride(),
+        lse_bits, log_sum, delta,
+        *_strides(out), *_strides(dout),
         call.num_heads, call.len_q,
-        HEAD_DIM_V=out.shape[3], BLOCK_DV=_padded(out), HAS_DLSE=dlse is not None, BLOCK_M=_PREPARE_ROWS,
+        HEAD_DIM_V=out.shape[3], BLOCK_DV=_padded(out), HAS_DLSE=dlse is not None,
+        SPLIT_LSE=call.split_lse, BLOCK_M=_PREPARE_ROWS, enable_fp_fusion=True,
     )  # fmt: skip
-    return lse_bits, delta
+    return lse_bits, log_sum, delta
 
 
 def _sweep_keys(
-    call: "_Call", dout: Tensor, rows: tuple[Tensor, Tensor], dquery: Tensor | None, dstrip: Tensor | None
+    call: "_Call", dout: Tensor, rows: tuple[Tensor, Tensor, Tensor], dquery: Tensor | None, dstrip: Tensor | None
 ) -> None:
     """dQ, and the diagonals of dS added to `dstrip`; each where it is not None."""
-    config = configs.dquery_config(_target(), dout.dtype, call.block_d)
+    config = configs.backward_config(_target(), dout.dtype, call.block_d)
     written = _or_dummy(dquery, dout)
-    kernels.dquery_kernel[_grid(call.query, config.block)](
+    dquery_kernel[_grid(call.query, config.block_m)](
         *call.inputs, dout, call.strip_arg, call.mask_arg, *rows,
         written, _or_dummy(dstrip, dout),
-        *call.input_strides, *dout.stride(), *written.stride(), *call.strip_strides,
+        *call.input_strides, *_strides(dout), *_strides(written), *call.strip_strides,
         *call.sizes, *call.bounds, call.scale, call.scale_log2,
-        EVEN_N=call.len_k % config.block == 0, HAS_DQ=dquery is not None, HAS_DBIAS=dstrip is not None,
-        **call.constants, **call.parts, **config.keywords(),
+        EVEN_N=call.len_k % config.block_m == 0, HAS_DQ=dquery is not None,
+        DBIAS="none" if dstrip is None else configs.DBIAS,
+        SPLIT_LSE=call.split_lse, **call.constants, **call.parts, BLOCK=config.block_m, **config.options,
     )  # fmt: skip
     if dquery is not None and call.query is not call.problem.query:
         dquery.mul_(call.query_factor)
 
 
 def _sweep_queries(
-    call: "_Call", dout: Tensor, rows: tuple[Tensor, Tensor], dkey: Tensor | None, dvalue: Tensor | None
+    call: "_Call", dout: Tensor, rows: tuple[Tensor, Tensor, Tensor], dkey: Tensor | None, dvalue: Tensor | None
 ) -> None:
     """dK and dV, each where it is not None."""
-    config = configs.dkey_dvalue_config(_target(), dout.dtype, call.block_d)
+    config = configs.backward_config(_target(), dout.dtype, call.block_d)
     written = _or_dummy(dkey, dout), _or_dummy(dvalue, dout)
-    kernels.dkey_dvalue_kernel[_grid(call.problem.key, config.block)](
+    dkey_dvalue_kernel[_grid(call.problem.key, config.block_m)](
         *call.inputs, dout, call.strip_arg, call.mask_arg, *rows,
         *written,
-        *call.input_strides, *dout.stride(), *written[0].stride(), *written[1].stride(), *call.strip_strides,
+        *call.input_strides, *_strides(dout), *_strides(written[0]), *_strides(written[1]), *call.strip_strides,
         *call.sizes, *call.bounds, call.scale, call.scale_log2,
-        EVEN_M=call.len_q % config.block == 0, HAS_DK=dkey is not None, HAS_DV=dvalue is not None,
-        **call.constants, **call.parts, **config.keywords(),
+        EVEN_M=call.len_q % config.block_m == 0, HAS_DK=dkey is not None, HAS_DV=dvalue is not None,
+        SPLIT_LSE=call.split_lse, **call.constants, **call.parts, BLOCK=config.block_m, **config.options,
     )  # fmt: skip
 
 
-def _sum_diagonals_of_tiles(call: "_Call", dout: Tensor, rows: tuple[Tensor, Tensor]) -> Tensor:
+def _sum_diagonals_of_tiles(call: "_Call", dout: Tensor, rows: tuple[Tensor, Tensor, Tensor]) -> Tensor:
     """The gradient of the strip in one order of sums."""
     assert call.strip is not None
-    config = configs.dbias_config(_target(), dout.dtype, call.block_d)
+    config = configs.backward_config(_target(), dout.dtype, call.block_d)
     bias_batch, bias_heads = call.strip.shape[:2]
-    block, tiles_n = config.block, -(-call.len_k // config.block)
+    block, tiles_n = config.block_m, -(-call.len_k // config.block_m)
     diagonals = -(-call.len_q // block) + tiles_n - 1
     parts = call.strip.new_empty(bias_batch, bias_heads, diagonals, 2, block)
-    kernels.dbias_kernel[(bias_batch * bias_heads * diagonals,)](
+    dbias_kernel[(bias_batch * bias_heads * diagonals,)](
         *call.inputs, dout, call.strip_arg, call.mask_arg, *rows,
         parts,
-        *call.input_strides, *dout.stride(), *call.strip_strides,
+        *call.input_strides, *_strides(dout), *call.strip_strides,
         dout.shape[0], *call.sizes, bias_batch, bias_heads, call.bounds.band_lo, call.bounds.band_hi, call.scale_log2,
-        **call.constants, **config.keywords(),
+        SPLIT_LSE=call.split_lse, **call.constants, BLOCK=config.block_m, **config.options,
     )  # fmt: skip
     dstrip = parts.new_zeros(bias_batch, bias_heads, diagonals + 1, block)
     dstrip[:, :, :-1] += parts[:, :, :, 0]
@@ -199,18 +205,14 @@ class _Call:
         self.bounds = strip.bounds_of(problem)
         self.parts = {"HAS_BIAS": problem.bias is not None, **self.bounds.parts(self.len_q, self.len_k)}
         self.inputs = (self.query, key, value)
-        self.input_strides = (*self.query.stride(), *key.stride(), *value.stride())
+        self.input_strides = (*_strides(self.query), *_strides(key), *_strides(value))
         self.strip = strip.build_strip(problem)
         self.strip_arg = _or_dummy(self.strip, query)
-        self.strip_strides = (0, 0)
-        if self.strip is not None:
-            self.strip_strides = tuple(
-                0 if size == 1 else stride
-                for size, stride in zip(self.strip.shape, self.strip.stride()[:2], strict=False)
-            )
+        self.strip_strides = (0, 0) if self.strip is None else self.strip.expand(*query.shape[:2], -1).stride()[:2]
         mask = problem.key_padding_mask
         self.mask_arg = query if mask is None else mask.contiguous().view(torch.uint8)
         self.block_d = max(_padded(query), _padded(value))
+        self.split_lse = query.dtype == torch.float32
         self.constants: dict[str, Any] = {
             "HEAD_DIM": query.shape[3],
             "HEAD_DIM_V": value.shape[3],
@@ -234,6 +236,16 @@ def _or_dummy(tensor: Tensor | None, dummy: Tensor) -> Tensor:
     return dummy if tensor is None else tensor
 
 
+def _strides(x: Tensor) -> tuple[Any, ...]:
+    """Strides of a (B, H, L, D) tensor for a launch.
+
+    The rows' is compiled into the kernel, where it comes from heads and head dim and not from lengths or batch: it
+    saves the registers that hold pointers.
+    """
+    b, h, row, d = x.stride()
+    return b, h, tl.constexpr(row) if row <= 4 * x.shape[1] * x.shape[3] else row, d
+
+
 def _padded(x: Tensor) -> int:
     """The head dim as the kernels' tiles have it: a power of two, at least 16."""
     return max(16, triton.next_power_of_2(x.shape[3]))
@@ -244,11 +256,11 @@ def _grid(x: Tensor, block: int) -> tuple[int]:
     return (x.shape[0] * x.shape[1] * -(-x.shape[2] // block),)
 
 
-@functools.cache
 def _interprets() -> bool:
     return not isinstance(forward_kernel, triton.JITFunction)
 
 
+@torch.compiler.assume_constant_result
 def _target() -> str:
     """What the kernels are compiled for here: "interpreter", "cuda:90", "hip:gfx942"; empty if there is nothing."""
     if _interprets():
@@ -260,6 +272,7 @@ def _target() -> str:
     return f"{target.backend}:{target.arch}"
 
 
+@torch.compiler.assume_constant_result
 def _device_types() -> tuple[str, ...]:
     """The types of the devices whose tensors Triton can work on here."""
     if _interprets():

@@ -16,6 +16,7 @@ from triton_offset_bias.backends.triton.tiles import (
     kept_keys,
     load_tile,
     offset_0,
+    probabilities,
     product,
     score_tile,
     store_tile,
@@ -27,13 +28,17 @@ from triton_offset_bias.backends.triton.tiles import (
 @triton.jit
 def prepare_kernel(
     out_ptr, dout_ptr, dlse_ptr, row_max_ptr, row_sum_ptr,
-    lse_bits_ptr, delta_ptr,
+    lse_bits_ptr, log_sum_ptr, delta_ptr,
     stride_ob, stride_oh, stride_om, stride_od,
     stride_gb, stride_gh, stride_gm, stride_gd,
     num_heads, len_q,
-    HEAD_DIM_V: tl.constexpr, BLOCK_DV: tl.constexpr, HAS_DLSE: tl.constexpr, BLOCK_M: tl.constexpr,
+    HEAD_DIM_V: tl.constexpr, BLOCK_DV: tl.constexpr, HAS_DLSE: tl.constexpr, SPLIT_LSE: tl.constexpr,
+    BLOCK_M: tl.constexpr,
 ):  # fmt: skip
-    """delta, and the log-sum-exp in bits, +inf for a row that attends to nothing: its P and dS are then 0."""
+    """delta, and the log-sum-exp in bits, +inf for a row that attends to nothing: its P and dS are then 0.
+
+    SPLIT_LSE: lse_bits holds the maximum alone, and log_sum the rest, which float32 would lose in adding them.
+    """
     num_blocks = tl.cdiv(len_q, BLOCK_M)
     head = tl.program_id(0) // num_blocks
     b = (head // num_heads).to(tl.int64)
@@ -53,22 +58,28 @@ def prepare_kernel(
         delta -= tl.load(dlse_ptr + row, mask=mask_m, other=0.0)
     row_sum = tl.load(row_sum_ptr + row, mask=mask_m, other=0.0)
     is_empty = row_sum == 0.0
-    lse_bits = tl.load(row_max_ptr + row, mask=mask_m, other=0.0) + tl.math.log2(tl.where(is_empty, 1.0, row_sum))
+    log_sum = tl.math.log2(tl.where(is_empty, 1.0, row_sum))
+    lse_bits = tl.load(row_max_ptr + row, mask=mask_m, other=0.0)
+    if SPLIT_LSE:
+        tl.store(log_sum_ptr + row, log_sum, mask=mask_m)
+    else:
+        lse_bits += log_sum
     tl.store(lse_bits_ptr + row, tl.where(is_empty, float("inf"), lse_bits), mask=mask_m)
     tl.store(delta_ptr + row, tl.where(is_empty, 0.0, delta), mask=mask_m)
 
 
 @triton.jit
 def _sweep_keys(
-    dq, far_sum, q, dout, lse, delta, k_ptrs, v_ptrs, stride_kn, stride_vn, key_mask_ptr, strip_ptr, dstrip_ptr,
-    begin, end, start_m, len_k, scale_log2, band_lo, band_hi,
+    dq, far_sum, q, dout, lse, log_sum, delta, k_ptrs, v_ptrs, stride_kn, stride_vn, key_mask_ptr,
+    strip_ptr, dstrip_ptr, begin, end, start_m, len_k, scale_log2, band_lo, band_hi,
     HEAD_DIM: tl.constexpr, HEAD_DIM_V: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
-    BLOCK: tl.constexpr, EVEN_N: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_DBIAS: tl.constexpr,
+    BLOCK: tl.constexpr, EVEN_N: tl.constexpr, HAS_BIAS: tl.constexpr, DBIAS: tl.constexpr,
     HAS_MASK: tl.constexpr, IS_NEAR: tl.constexpr, USE_ASM: tl.constexpr, PRECISION: tl.constexpr,
+    SPLIT_LSE: tl.constexpr,
 ):  # fmt: skip
     """dQ of a block of queries from the keys [begin, end); near, their diagonals go to dstrip, else into far_sum."""
-    rows = tl.arange(0, BLOCK)
-    columns = -tl.arange(0, BLOCK)
+    rows = tl.arange(0, BLOCK).to(tl.int64)
+    columns = -tl.arange(0, BLOCK).to(tl.int64)
     unit = 1.0 if IS_NEAR and HAS_BIAS else scale_log2  # from what score_tile gives to bits
     previous = tl.zeros([BLOCK, BLOCK], tl.float32)
     for start_n in range(begin, end, BLOCK):
@@ -83,18 +94,20 @@ def _sweep_keys(
             band_lo - (start_m - start_n), band_hi - (start_m - start_n),
             HAS_BIAS, IS_NEAR, HAS_MASK or not EVEN_N, USE_ASM, PRECISION,
         )  # (BLOCK, BLOCK)  # fmt: skip
-        p = tl.math.exp2(s * unit - lse[:, None])
+        p = probabilities(s * unit, lse[:, None], log_sum[:, None], SPLIT_LSE)
         dp = product(dout, v.T, None, PRECISION)
         ds = p * (dp - delta[:, None])
-        if HAS_DBIAS:
-            if IS_NEAR:
-                diagonals = sum_diagonals(previous, ds, BLOCK)
-                tl.atomic_add(dstrip_ptr + (start_m - start_n) + tl.arange(0, BLOCK), diagonals, sem="relaxed")
-                previous = ds
-            else:
-                far_sum += tl.sum(ds, 1)
+        if DBIAS != "none" and not IS_NEAR:
+            far_sum += ds
+        elif DBIAS == "diagonals":
+            diagonals = sum_diagonals(previous, ds, BLOCK)
+            tl.atomic_add(dstrip_ptr + (start_m - start_n) + tl.arange(0, BLOCK), diagonals, sem="relaxed")
+            previous = ds
+        elif DBIAS == "elements":
+            ptrs = dstrip_ptr + (start_m - start_n) + (rows[:, None] + columns[None, :])
+            tl.atomic_add(ptrs, ds, sem="relaxed")
         dq = product(ds.to(k.dtype), k, dq, PRECISION)
-    if HAS_DBIAS and IS_NEAR:
+    if DBIAS == "diagonals" and IS_NEAR:
         diagonals = sum_diagonals(previous, tl.zeros([BLOCK, BLOCK], tl.float32), BLOCK)
         tl.atomic_add(dstrip_ptr + (start_m - end) + tl.arange(0, BLOCK), diagonals, sem="relaxed")
     return dq, far_sum
@@ -102,7 +115,7 @@ def _sweep_keys(
 
 @triton.jit
 def dquery_kernel(
-    q_ptr, k_ptr, v_ptr, dout_ptr, strip_ptr, key_mask_ptr, lse_bits_ptr, delta_ptr,
+    q_ptr, k_ptr, v_ptr, dout_ptr, strip_ptr, key_mask_ptr, lse_bits_ptr, log_sum_ptr, delta_ptr,
     dq_ptr, dstrip_ptr,
     stride_qb, stride_qh, stride_qm, stride_qd,
     stride_kb, stride_kh, stride_kn, stride_kd,
@@ -113,12 +126,15 @@ def dquery_kernel(
     num_heads, group, len_q, len_k,
     band_lo, band_hi, near_lo, near_hi, scale, scale_log2,
     HEAD_DIM: tl.constexpr, HEAD_DIM_V: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
-    EVEN_N: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_DQ: tl.constexpr, HAS_DBIAS: tl.constexpr,
+    EVEN_N: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_DQ: tl.constexpr, DBIAS: tl.constexpr,
     HAS_MASK: tl.constexpr, FAR_LEFT: tl.constexpr, NEAR: tl.constexpr, FAR_RIGHT: tl.constexpr,
-    USE_ASM: tl.constexpr, PRECISION: tl.constexpr,
+    USE_ASM: tl.constexpr, PRECISION: tl.constexpr, SPLIT_LSE: tl.constexpr,
     BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """A block of queries of one head: dQ, and its part of dbias. Tensors as in forward_kernel, dout and dq as q."""
+    """A block of queries of one head: dQ, and its part of dbias. Tensors as in forward_kernel, dout and dq as q.
+
+    DBIAS: "none" | "diagonals", BLOCK atomic adds a near tile | "elements", one for every score.
+    """
     num_blocks = tl.cdiv(len_q, BLOCK)
     start_m = (num_blocks - 1 - tl.program_id(0) % num_blocks) * BLOCK
     head = tl.program_id(0) // num_blocks
@@ -134,7 +150,7 @@ def dquery_kernel(
     dout_ptr += b * stride_gb + h * stride_gh
     if HAS_BIAS:
         strip_ptr = offset_0(strip_ptr, b, h, stride_sb, stride_sh, len_k)
-    if HAS_DBIAS:
+    if DBIAS != "none":
         dstrip_ptr = offset_0(dstrip_ptr, b, h, stride_sb, stride_sh, len_k)
     if HAS_MASK:
         key_mask_ptr += b * len_k
@@ -146,6 +162,7 @@ def dquery_kernel(
     dout = load_tile(dout_ptrs, offs_m, len_q, False, HEAD_DIM_V, BLOCK_DV)  # (BLOCK, BLOCK_DV)
     row = head.to(tl.int64) * len_q + offs_m
     lse = tl.load(lse_bits_ptr + row, mask=mask_m, other=float("inf"))
+    log_sum = tl.load(log_sum_ptr + row, mask=mask_m, other=0.0) if SPLIT_LSE else lse
     delta = tl.load(delta_ptr + row, mask=mask_m, other=0.0)
     dq = tl.zeros([BLOCK, BLOCK_D], tl.float32)
 
@@ -153,18 +170,18 @@ def dquery_kernel(
     for part in tl.static_range(3):
         if (FAR_LEFT, NEAR, FAR_RIGHT)[part]:
             far_end = (near_hi, near_hi, near_lo)[part]
-            far_sum = tl.zeros([BLOCK], tl.float32)
+            far_sum = tl.zeros([BLOCK, BLOCK], tl.float32)  # a sum for every element: no exchange between threads
             shifted = lse
             if HAS_BIAS and part != 1:
                 shifted = lse - tl.load(strip_ptr + far_end)
             dq, far_sum = _sweep_keys(
-                dq, far_sum, q, dout, shifted, delta, k_ptrs, v_ptrs, stride_kn, stride_vn, key_mask_ptr,
+                dq, far_sum, q, dout, shifted, log_sum, delta, k_ptrs, v_ptrs, stride_kn, stride_vn, key_mask_ptr,
                 strip_ptr, dstrip_ptr, edges[part], edges[part + 1], start_m, len_k, scale_log2, band_lo, band_hi,
-                HEAD_DIM, HEAD_DIM_V, BLOCK_D, BLOCK_DV, BLOCK, EVEN_N, HAS_BIAS, HAS_DBIAS, HAS_MASK, part == 1,
-                USE_ASM, PRECISION,
+                HEAD_DIM, HEAD_DIM_V, BLOCK_D, BLOCK_DV, BLOCK, EVEN_N, HAS_BIAS, DBIAS, HAS_MASK, part == 1,
+                USE_ASM, PRECISION, SPLIT_LSE,
             )  # fmt: skip
-            if HAS_DBIAS and part != 1:
-                tl.atomic_add(dstrip_ptr + far_end, tl.sum(far_sum, 0), sem="relaxed")
+            if DBIAS != "none" and part != 1:
+                tl.atomic_add(dstrip_ptr + far_end, tl.sum(tl.sum(far_sum, 1), 0), sem="relaxed")
 
     if HAS_DQ:
         dq_ptr += b * stride_dqb + h * stride_dqh
@@ -174,15 +191,15 @@ def dquery_kernel(
 
 @triton.jit
 def _sweep_queries(
-    dk, dv, k, v, keep, q_ptrs, dout_ptrs, stride_qm, stride_gm, lse_ptr, delta_ptr, strip_ptr,
+    dk, dv, k, v, keep, q_ptrs, dout_ptrs, stride_qm, stride_gm, lse_ptr, log_sum_ptr, delta_ptr, strip_ptr,
     begin, end, start_n, len_q, far_bias, scale_log2, band_lo, band_hi,
     HEAD_DIM: tl.constexpr, HEAD_DIM_V: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
     BLOCK: tl.constexpr, EVEN_M: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_MASK: tl.constexpr,
-    IS_NEAR: tl.constexpr, USE_ASM: tl.constexpr, PRECISION: tl.constexpr,
+    IS_NEAR: tl.constexpr, USE_ASM: tl.constexpr, PRECISION: tl.constexpr, SPLIT_LSE: tl.constexpr,
 ):  # fmt: skip
     """dK and dV of a block of keys from the queries [begin, end); scores are transposed, (keys, queries)."""
-    rows = -tl.arange(0, BLOCK)
-    columns = tl.arange(0, BLOCK)
+    rows = -tl.arange(0, BLOCK).to(tl.int64)
+    columns = tl.arange(0, BLOCK).to(tl.int64)
     unit = 1.0 if IS_NEAR and HAS_BIAS else scale_log2  # from what score_tile gives to bits
     for start_m in range(begin, end, BLOCK):
         start_m = tl.multiple_of(start_m, BLOCK)
@@ -192,16 +209,18 @@ def _sweep_queries(
         dout = load_tile(dout_ptrs + step * stride_gm, offs_m, len_q, EVEN_M, HEAD_DIM_V, BLOCK_DV)
         if EVEN_M:
             lse = tl.load(lse_ptr + offs_m)
+            log_sum = tl.load(log_sum_ptr + offs_m) if SPLIT_LSE else lse
             delta = tl.load(delta_ptr + offs_m)
         else:
             lse = tl.load(lse_ptr + offs_m, mask=offs_m < len_q, other=float("inf"))
+            log_sum = tl.load(log_sum_ptr + offs_m, mask=offs_m < len_q, other=0.0) if SPLIT_LSE else lse
             delta = tl.load(delta_ptr + offs_m, mask=offs_m < len_q, other=0.0)
         s = score_tile(
             k, q.T, strip_ptr + (start_m - start_n), rows, columns, keep[:, None], scale_log2,
             band_lo - (start_m - start_n), band_hi - (start_m - start_n),
             HAS_BIAS, IS_NEAR, HAS_MASK, USE_ASM, PRECISION,
         )  # (BLOCK, BLOCK)  # fmt: skip
-        p = tl.math.exp2(s * unit - (lse - far_bias)[None, :])
+        p = probabilities(s * unit, (lse - far_bias)[None, :], log_sum[None, :], SPLIT_LSE)
         dv = product(p.to(dout.dtype), dout, dv, PRECISION)
         dp = product(v, dout.T, None, PRECISION)
         ds = p * (dp - delta[None, :])
@@ -211,7 +230,7 @@ def _sweep_queries(
 
 @triton.jit
 def dkey_dvalue_kernel(
-    q_ptr, k_ptr, v_ptr, dout_ptr, strip_ptr, key_mask_ptr, lse_bits_ptr, delta_ptr,
+    q_ptr, k_ptr, v_ptr, dout_ptr, strip_ptr, key_mask_ptr, lse_bits_ptr, log_sum_ptr, delta_ptr,
     dk_ptr, dv_ptr,
     stride_qb, stride_qh, stride_qm, stride_qd,
     stride_kb, stride_kh, stride_kn, stride_kd,
@@ -225,7 +244,7 @@ def dkey_dvalue_kernel(
     HEAD_DIM: tl.constexpr, HEAD_DIM_V: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
     EVEN_M: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_DK: tl.constexpr, HAS_DV: tl.constexpr,
     HAS_MASK: tl.constexpr, FAR_LEFT: tl.constexpr, NEAR: tl.constexpr, FAR_RIGHT: tl.constexpr,
-    USE_ASM: tl.constexpr, PRECISION: tl.constexpr,
+    USE_ASM: tl.constexpr, PRECISION: tl.constexpr, SPLIT_LSE: tl.constexpr,
     BLOCK: tl.constexpr,
 ):  # fmt: skip
     """A block of keys of one key head, against every query head that shares it: dK and dV."""
@@ -263,11 +282,12 @@ def dkey_dvalue_kernel(
                 if HAS_BIAS and part != 1:
                     far_bias = tl.load(head_strip_ptr + (near_lo, near_lo, near_hi)[part])
                 dk, dv = _sweep_queries(
-                    dk, dv, k, v, keep, q_ptrs, dout_ptrs, stride_qm, stride_gm, lse_bits_ptr + row, delta_ptr + row,
+                    dk, dv, k, v, keep, q_ptrs, dout_ptrs, stride_qm, stride_gm, lse_bits_ptr + row, log_sum_ptr + row,
+                    delta_ptr + row,
                     head_strip_ptr, edges[part], edges[part + 1],
                     start_n, len_q, far_bias, scale_log2, band_lo, band_hi,
                     HEAD_DIM, HEAD_DIM_V, BLOCK_D, BLOCK_DV, BLOCK, EVEN_M, HAS_BIAS, HAS_MASK, part == 1,
-                    USE_ASM, PRECISION,
+                    USE_ASM, PRECISION, SPLIT_LSE,
                 )  # fmt: skip
 
     if HAS_DK:
@@ -280,7 +300,7 @@ def dkey_dvalue_kernel(
 
 @triton.jit
 def dbias_kernel(
-    q_ptr, k_ptr, v_ptr, dout_ptr, strip_ptr, key_mask_ptr, lse_bits_ptr, delta_ptr,
+    q_ptr, k_ptr, v_ptr, dout_ptr, strip_ptr, key_mask_ptr, lse_bits_ptr, log_sum_ptr, delta_ptr,
     parts_ptr,
     stride_qb, stride_qh, stride_qm, stride_qd,
     stride_kb, stride_kh, stride_kn, stride_kd,
@@ -290,7 +310,7 @@ def dbias_kernel(
     batch, num_heads, group, len_q, len_k, bias_batch, bias_heads,
     band_lo, band_hi, scale_log2,
     HEAD_DIM: tl.constexpr, HEAD_DIM_V: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
-    HAS_MASK: tl.constexpr, USE_ASM: tl.constexpr, PRECISION: tl.constexpr,
+    HAS_MASK: tl.constexpr, USE_ASM: tl.constexpr, PRECISION: tl.constexpr, SPLIT_LSE: tl.constexpr,
     BLOCK: tl.constexpr,
 ):  # fmt: skip
     """One diagonal of tiles of one row of the table: the sums along its diagonals, in a fixed order.
@@ -302,20 +322,20 @@ def dbias_kernel(
     num_n = tl.cdiv(len_k, BLOCK)
     num_diagonals = num_m + num_n - 1
     diagonal = tl.program_id(0) % num_diagonals
-    bias_row = (tl.program_id(0) // num_diagonals).to(tl.int64)
+    bias_row = tl.program_id(0) // num_diagonals
     distance = diagonal - (num_n - 1)
     shift = distance * BLOCK
-    first_b = bias_row // bias_heads if bias_batch > 1 else 0
+    first_b = bias_row // bias_heads  # 0 if all sequences share the table; so with heads
     first_h = bias_row % bias_heads
-    num_b = 1 if bias_batch > 1 else batch
-    num_h = 1 if bias_heads > 1 else num_heads
+    num_b = batch // bias_batch
+    num_h = num_heads // bias_heads
     first_m = tl.maximum(distance, 0)
     tiles = tl.minimum(num_m - first_m, num_n - (first_m - distance))
     if (shift + BLOCK - 1 < band_lo) | (shift - BLOCK + 1 > band_hi):
         tiles = 0
     rows = tl.arange(0, BLOCK)
     total = tl.zeros([BLOCK, BLOCK], tl.float32)
-    strip_ptr = offset_0(strip_ptr, bias_row // bias_heads, first_h, stride_sb, stride_sh, len_k) + shift
+    strip_ptr = offset_0(strip_ptr, first_b.to(tl.int64), first_h.to(tl.int64), stride_sb, stride_sh, len_k) + shift
     for i in range(0, num_b * num_h * tiles):
         head = i // tiles
         b = (first_b + head // num_h).to(tl.int64)
@@ -334,13 +354,14 @@ def dbias_kernel(
         dout = load_tile(dout_ptrs, offs_m, len_q, False, HEAD_DIM_V, BLOCK_DV)
         row = (b * num_heads + h) * len_q + offs_m
         lse = tl.load(lse_bits_ptr + row, mask=offs_m < len_q, other=float("inf"))
+        log_sum = tl.load(log_sum_ptr + row, mask=offs_m < len_q, other=0.0) if SPLIT_LSE else lse
         delta = tl.load(delta_ptr + row, mask=offs_m < len_q, other=0.0)
         keep = kept_keys(key_mask_ptr + b * len_k if HAS_MASK else key_mask_ptr, offs_n, len_k, HAS_MASK)[None, :]
         s = score_tile(
-            q, k.T, strip_ptr, rows, -rows, keep, scale_log2, band_lo, band_hi,
+            q, k.T, strip_ptr, rows.to(tl.int64), -rows.to(tl.int64), keep, scale_log2, band_lo, band_hi,
             True, True, True, USE_ASM, PRECISION,
         )  # (BLOCK, BLOCK), bits  # fmt: skip
-        p = tl.math.exp2(s - lse[:, None])
+        p = probabilities(s, lse[:, None], log_sum[:, None], SPLIT_LSE)
         total += p * (product(dout, v.T, None, PRECISION) - delta[:, None])
     none = tl.zeros([BLOCK, BLOCK], tl.float32)
     parts_ptr += tl.program_id(0).to(tl.int64) * (2 * BLOCK)

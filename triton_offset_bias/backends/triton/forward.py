@@ -31,8 +31,8 @@ def _attend(
     HAS_MASK: tl.constexpr, IS_NEAR: tl.constexpr, USE_ASM: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Adds the keys [begin, end) to the running softmax; all of them near, or all far with one bias."""
-    rows = tl.arange(0, BLOCK_M)
-    columns = -tl.arange(0, BLOCK_N)
+    rows = tl.arange(0, BLOCK_M).to(tl.int64)
+    columns = -tl.arange(0, BLOCK_N).to(tl.int64)
     unit = 1.0 if IS_NEAR and HAS_BIAS else scale_log2  # from what score_tile gives to bits
     for start_n in range(begin, end, BLOCK_N):
         start_n = tl.multiple_of(start_n, BLOCK_N)

@@ -71,18 +71,18 @@ def store_tile(ptrs, tile, offs, length, HEAD_DIM: tl.constexpr, BLOCK_D: tl.con
 
 @triton.jit
 def bias_tile(strip_ptr, rows, columns, USE_ASM: tl.constexpr):
-    """strip[rows + columns], (R, C): element by element in the layout of the scores.
+    """strip[rows + columns], (R, C), of int64 rows and columns: element by element in the layout of the scores.
 
     With the address split into a row's and a column's part, LLVM sees which elements share a diagonal and loads each
     value once; through inline assembly because `tl.load` would be converted to another layout first.
     """
+    ptrs = (strip_ptr + rows)[:, None] + columns[None, :]
     if USE_ASM:
-        ptrs = (strip_ptr + rows.to(tl.int64))[:, None] + columns.to(tl.int64)[None, :]
         return tl.inline_asm_elementwise(
             "ld.global.nc.f32 $0, [$1];", "=f,l", [ptrs], dtype=tl.float32, is_pure=True, pack=1
         )
     else:
-        return tl.load(strip_ptr + (rows[:, None] + columns[None, :]))
+        return tl.load(ptrs)
 
 
 @triton.jit
@@ -109,11 +109,20 @@ def score_tile(
         if HAS_BIAS:
             s = s * scale_log2 + bias_tile(strip_ptr, rows, columns, USE_ASM)
         else:
-            offset = rows[:, None] + columns[None, :]
+            offset = (rows[:, None] + columns[None, :]).to(tl.int32)
             s = tl.where((offset >= band_lo) & (offset <= band_hi), s, float("-inf"))
     if HAS_KEEP:
         s = tl.where(keep, s, float("-inf"))
     return s
+
+
+@triton.jit
+def probabilities(s, lse, log_sum, SPLIT_LSE: tl.constexpr):
+    """P from scores in bits; `lse` is all of the log-sum-exp, or without the log of the sum."""
+    if SPLIT_LSE:
+        return tl.math.exp2((s - lse) - log_sum)
+    else:
+        return tl.math.exp2(s - lse)
 
 
 @triton.jit

@@ -1,0 +1,115 @@
+"""``python -m bench.compile_kernels``: compiles the GPU kernels for every target, without a GPU.
+
+Prints registers, bytes of spills and shared memory of every variant, and fails where one needs more than the budget in
+bench/kernel_budget.csv allows, or more shared memory than the target has. `--update` writes the budget anew.
+"""
+
+import argparse
+import re
+import subprocess
+import tempfile
+from pathlib import Path
+
+import pandas as pd
+import triton
+from tqdm import tqdm
+
+from bench.kernel_variants import SHARED_MEMORY, TARGETS, Variant, shipped_variants
+
+BUDGET = Path(__file__).parent / "kernel_budget.csv"
+KEY = ["triton", "target", "kernel", "dtype", "head_dim", "schedule", "form"]
+LIMITED = ["registers", "spills", "shared"]
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Compiles, prints the table, and compares it with the budget."""
+    parser = argparse.ArgumentParser("python -m bench.compile_kernels", description=__doc__)
+    parser.add_argument("--target", nargs="+", choices=TARGETS, default=list(TARGETS), help="default: all")
+    parser.add_argument("--update", action="store_true", help="write the budget instead of comparing with it")
+    options = parser.parse_args(arguments)
+    variants = [variant for target in options.target for variant in shipped_variants(target)]
+    rows = pd.DataFrame([_row(variant) for variant in tqdm(variants, desc="compiling", unit="kernel")])
+    print(rows.to_string(index=False))
+    failures = _over_shared_memory(rows)
+    budget = pd.read_csv(BUDGET) if BUDGET.exists() else rows.iloc[:0]
+    if options.update:
+        kept = budget.merge(rows[KEY], on=KEY, how="left", indicator=True)
+        kept = kept[kept["_merge"] == "left_only"].drop(columns="_merge")
+        pd.concat([kept, rows]).sort_values(KEY).to_csv(BUDGET, index=False)
+    else:
+        failures += _over_budget(rows, budget)
+    if failures:
+        raise SystemExit("\n".join(failures))
+    print(f"\n{len(rows)} kernels compiled, all within the budget")
+
+
+def _row(variant: Variant) -> dict[str, object]:
+    compiled = variant.compile()
+    usage = _ptxas_usage(compiled, variant) if "ptx" in compiled.asm else _amd_usage(compiled.asm["amdgcn"])
+    return {
+        "triton": triton.__version__,
+        "target": variant.target,
+        "kernel": variant.kernel,
+        "dtype": str(variant.dtype).removeprefix("torch."),
+        "head_dim": variant.head_dim,
+        "schedule": variant.schedule,
+        "form": "ragged, masked" if variant.changes else "even",
+        **usage,
+        "shared": compiled.metadata.shared,
+    }
+
+
+def _ptxas_usage(compiled, variant: Variant) -> dict[str, int]:
+    """Registers a thread, and bytes of its spills stored and loaded, by ptxas."""
+    arch = TARGETS[variant.target].arch
+    tools = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+    ptxas = tools / ("ptxas-blackwell" if arch >= 100 and (tools / "ptxas-blackwell").exists() else "ptxas")
+    with tempfile.TemporaryDirectory() as folder:
+        source = Path(folder) / "kernel.ptx"
+        source.write_text(compiled.asm["ptx"])
+        command = [ptxas, "-v", f"--gpu-name=sm_{arch}{'a' * (arch >= 90)}", source, "-o", Path(folder) / "out"]
+        printed = subprocess.run(command, capture_output=True, text=True, check=True).stderr
+    numbers = {what: int(found[1]) for what, found in _find(printed).items()}
+    return {"registers": numbers["registers"], "spills": numbers["stores"] + numbers["loads"]}
+
+
+def _find(printed: str) -> dict[str, re.Match[str]]:
+    patterns = {
+        "registers": r"Used (\d+) registers",
+        "stores": r"(\d+) bytes spill stores",
+        "loads": r"(\d+) bytes spill loads",
+    }
+    return {what: match for what, pattern in patterns.items() if (match := re.search(pattern, printed))}
+
+
+def _amd_usage(assembly: str) -> dict[str, int]:
+    """Vector registers, and how many of them are spilled."""
+    counts = {what: re.search(rf"\.{what}:\s*(\d+)", assembly) for what in ("vgpr_count", "vgpr_spill_count")}
+    return {
+        "registers": int(counts["vgpr_count"][1]) if counts["vgpr_count"] else -1,
+        "spills": int(counts["vgpr_spill_count"][1]) if counts["vgpr_spill_count"] else -1,
+    }
+
+
+def _over_shared_memory(rows: pd.DataFrame) -> list[str]:
+    over = rows[rows["shared"] > rows["target"].map(SHARED_MEMORY)]
+    return [f"does not fit: {_name(row)}: {row.shared} bytes of shared memory" for row in over.itertuples()]
+
+
+def _over_budget(rows: pd.DataFrame, budget: pd.DataFrame) -> list[str]:
+    both = rows.merge(budget, on=KEY, suffixes=("", "_budget"), how="left")
+    failures = []
+    for row in both.itertuples():
+        for what in LIMITED:
+            allowed = getattr(row, f"{what}_budget")
+            if not getattr(row, what) <= allowed:
+                failures.append(f"over budget: {_name(row)}: {what} {getattr(row, what)}, allowed {allowed}")
+    return failures
+
+
+def _name(row) -> str:
+    return f"{row.target} {row.kernel} {row.dtype} {row.head_dim} {row.schedule}, {row.form}"
+
+
+if __name__ == "__main__":
+    main()

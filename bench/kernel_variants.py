@@ -1,0 +1,148 @@
+"""Every form in which the GPU kernels ship, as something that can be compiled without a GPU."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from triton_offset_bias.backends.triton import configs
+from triton_offset_bias.backends.triton.backward import dbias_kernel, dkey_dvalue_kernel, dquery_kernel
+from triton_offset_bias.backends.triton.forward import forward_kernel
+
+TARGETS = {
+    **{f"sm_{arch}": GPUTarget("cuda", arch, 32) for arch in (80, 86, 89, 90, 100, 120)},
+    **{arch: GPUTarget("hip", arch, 64) for arch in ("gfx942", "gfx950")},
+}
+# Bytes of shared memory that a block may have.
+SHARED_MEMORY = {
+    **{"sm_80": 166912, "sm_86": 101376, "sm_89": 101376, "sm_90": 232448, "sm_100": 232448, "sm_120": 101376},
+    **{"gfx942": 65536, "gfx950": 163840},
+}
+DTYPES = {torch.float16: "fp16", torch.bfloat16: "bf16", torch.float32: "fp32"}
+KERNELS = {
+    "forward": forward_kernel,
+    "dquery": dquery_kernel,
+    "dkey_dvalue": dkey_dvalue_kernel,
+    "dbias": dbias_kernel,
+}
+_FLOATS = ("scale", "scale_log2")
+_FP32_POINTERS = ("strip", "dstrip", "lse", "lse_bits", "log_sum", "delta", "row_max", "row_sum", "parts")
+# Which of the loops far left | near | far right a bias needs.
+SCHEDULES = {
+    "none": {"HAS_BIAS": False, "FAR_LEFT": True, "NEAR": False, "FAR_RIGHT": False},
+    "none, causal": {"HAS_BIAS": False, "FAR_LEFT": True, "NEAR": True, "FAR_RIGHT": False},
+    "covering": {"HAS_BIAS": True, "FAR_LEFT": False, "NEAR": True, "FAR_RIGHT": False},
+    "clamped": {"HAS_BIAS": True, "FAR_LEFT": True, "NEAR": True, "FAR_RIGHT": True},
+    "clamped, causal": {"HAS_BIAS": True, "FAR_LEFT": True, "NEAR": True, "FAR_RIGHT": False},
+}
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One kernel with its constants, for one target.
+
+    Attributes:
+        kernel: key of `KERNELS`.
+        target: key of `TARGETS`.
+        dtype: of the tensors.
+        head_dim: of queries, keys and values.
+        schedule: key of `SCHEDULES`: which tiles there are, and whether they have a bias.
+        changes: constants that differ from the usual: all gradients, even lengths, no mask.
+        config: the launch configuration, if it is not the shipped one.
+    """
+
+    kernel: str
+    target: str
+    dtype: torch.dtype
+    head_dim: int
+    schedule: str = "clamped"
+    changes: dict[str, Any] = field(default_factory=dict)
+    config: configs.Config | None = None
+
+    @property
+    def launch(self) -> configs.Config:
+        """Block sizes and options of the launch."""
+        if self.config is not None:
+            return self.config
+        target = TARGETS[self.target]
+        choose = configs.forward_config if self.kernel == "forward" else configs.backward_config
+        return choose(f"{target.backend}:{target.arch}", self.dtype, self.block_d)
+
+    @property
+    def block_d(self) -> int:
+        """The head dim as tiles have it."""
+        return max(16, triton.next_power_of_2(self.head_dim))
+
+    def constants(self) -> dict[str, Any]:
+        """The kernel's constexprs, and what a launch compiles in as if it were one."""
+        config = self.launch
+        values = {
+            **{"HEAD_DIM": self.head_dim, "HEAD_DIM_V": self.head_dim, "BLOCK_D": self.block_d},
+            **{"BLOCK_DV": self.block_d, "EVEN_M": True, "EVEN_N": True, "HAS_MASK": False},
+            **{"HAS_DQ": True, "HAS_DK": True, "HAS_DV": True, "PRECISION": "ieee"},
+            "SPLIT_LSE": self.dtype == torch.float32,
+            "USE_ASM": TARGETS[self.target].backend == "cuda",
+            "DBIAS": configs.DBIAS if SCHEDULES[self.schedule]["HAS_BIAS"] else "none",
+            **{"BLOCK": config.block_m, "BLOCK_M": config.block_m, "BLOCK_N": config.block_n},
+            **SCHEDULES[self.schedule],
+            **self.changes,
+        }
+        parameters = KERNELS[self.kernel].params
+        row_strides = [p.name for p in parameters if p.name.startswith("stride_") and p.name[-1] in "mn"]
+        unit_strides = [p.name for p in parameters if p.name.startswith("stride_") and p.name[-1] == "d"]
+        return {
+            **{p.name: values[p.name] for p in parameters if p.is_constexpr},
+            **dict.fromkeys(row_strides, self.head_dim),
+            **dict.fromkeys(unit_strides, 1),
+            "group": 1,
+        }
+
+    def types(self) -> dict[str, str]:
+        """Type of every other argument."""
+        kernel, constants = KERNELS[self.kernel], self.constants()
+        return {p.name: self._type(p.name) for p in kernel.params if p.name not in constants}
+
+    def _type(self, name: str) -> str:
+        if name.endswith("_ptr"):
+            stem = name.removesuffix("_ptr")
+            return "*u8" if stem == "key_mask" else "*fp32" if stem in _FP32_POINTERS else f"*{DTYPES[self.dtype]}"
+        return "fp32" if name in _FLOATS else "i32"
+
+    def divisible(self) -> list[str]:
+        """Integer arguments that are multiples of 16, as they are for even lengths and aligned tensors."""
+        strides = [n for n in self.types() if n.startswith("stride_") and not n.startswith("stride_s")]
+        evens = {"EVEN_M": "len_q", "EVEN_N": "len_k"}
+        constants = self.constants()
+        return strides + [name for flag, name in evens.items() if constants.get(flag, True)]
+
+    def compile(self):
+        """Compiles it, and gives Triton's compiled kernel."""
+        kernel, constants, types, even = KERNELS[self.kernel], self.constants(), self.types(), self.divisible()
+        signature, attributes = {}, {}
+        for i, parameter in enumerate(kernel.params):
+            name = parameter.name
+            signature[name] = "constexpr" if name in constants else types[name]
+            if name.endswith("_ptr") or name in even:
+                attributes[(i,)] = [["tt.divisibility", 16]]
+        source = ASTSource(kernel, signature, constants, attributes)
+        return triton.compile(source, target=TARGETS[self.target], options=self.launch.options)
+
+
+def shipped_variants(target: str) -> Iterator[Variant]:
+    """The variants that are held against the budget: every kernel, dtype, size of head dim and kind of schedule."""
+    ragged = {"EVEN_M": False, "EVEN_N": False, "HAS_MASK": True}
+    for kernel in KERNELS:
+        for head_dim in (64, 128, 256):
+            yield Variant(kernel, target, torch.bfloat16, head_dim)
+        yield Variant(kernel, target, torch.bfloat16, 80, changes=ragged)
+        yield Variant(kernel, target, torch.float16, 64)
+        yield Variant(kernel, target, torch.float32, 64)
+        yield Variant(kernel, target, torch.float32, 128)
+        if kernel != "dbias":
+            yield Variant(kernel, target, torch.bfloat16, 64, "none")
+            yield Variant(kernel, target, torch.bfloat16, 64, "covering")
+            yield Variant(kernel, target, torch.bfloat16, 64, "none, causal", changes=ragged)

@@ -1,0 +1,91 @@
+"""The GPU kernels as compiled, executed without a GPU: values, races, bounds and uninitialised shared memory.
+
+`make test-emulated` runs this file. The emulator raises at the first race, access out of bounds or read of shared
+memory that nobody wrote.
+"""
+
+import os
+
+import pytest
+import torch
+from cases import Case, assert_matches_oracle, build, results_of
+
+pytestmark = [
+    pytest.mark.skipif("PTXEMU" not in os.environ, reason="PTXEMU names no folder with the PTX emulator"),
+    pytest.mark.filterwarnings(
+        "ignore::pytest.PytestUnraisableExceptionWarning"
+    ),  # files that the emulator leaves open
+]
+
+BF16, FP16 = torch.bfloat16, torch.float16
+CASES = [
+    Case("far tiles on both sides", (200, 200), (64, 64), batch=1, columns=81, dtype=BF16),
+    Case("causal, longer keys", (150, 170), (64, 64), batch=1, dtype=BF16, options={"is_causal": True}),
+    Case("even lengths", (256, 256), (64, 64), batch=1, columns=33, dtype=FP16, through_lse=True),
+    Case("no bias, causal", (256, 256), (64, 64), batch=1, bias=None, dtype=BF16, options={"is_causal": True}),
+    Case("no bias", (70, 300), (32, 64), batch=1, bias=None, dtype=BF16),
+    Case(
+        "grouped heads, window, holes, odd head dims",
+        (150, 150),
+        (80, 48),
+        heads=(4, 2),
+        dtype=BF16,
+        mask="holes",
+        options={"window_size": (60, 30)},
+    ),
+    Case("one query", (1, 130), (64, 64), bias="BHN", columns=21, dtype=BF16),
+    Case(
+        "zero beyond a shared head", (130, 100), (64, 64), bias="1N", columns=31, dtype=BF16, options={"beyond": "zero"}
+    ),
+    Case(
+        "transposed, negative scale", (90, 70), (64, 64), layout="transposed BLHD", dtype=BF16, options={"scale": -0.2}
+    ),
+    Case("float32", (70, 90), (64, 64), batch=1, columns=41),
+    Case("head dim 128", (130, 130), (128, 128), batch=1, columns=41, dtype=BF16),
+    Case("head dim 256", (70, 130), (256, 256), batch=1, heads=(1, 1), columns=41, dtype=FP16),
+]
+DETERMINISTIC = [
+    Case("a table for all", (200, 140), (64, 64), columns=21, dtype=FP16, options={"deterministic": True}),
+    Case(
+        "causal, grouped, a table a sequence",
+        (100, 170),
+        (64, 64),
+        heads=(2, 1),
+        bias="B1N",
+        dtype=BF16,
+        options={"deterministic": True, "is_causal": True},
+    ),
+]
+
+
+@pytest.mark.usefixtures("poisoned_memory")
+@pytest.mark.parametrize("case", [*CASES, *DETERMINISTIC], ids=lambda case: case.reason)
+def test_compiled_kernels_are_as_accurate_as_plain_pytorch(case):
+    """Output, log-sum-exp and all gradients of the compiled code."""
+    call = build(case)
+    assert_matches_oracle(call, results_of(call, "triton"))
+
+
+@pytest.mark.parametrize("case", DETERMINISTIC, ids=lambda case: case.reason)
+def test_deterministic_gradients_do_not_depend_on_the_order_of_programs(case):
+    """Bitwise equal when the programs run in another order, and there is no atomic add."""
+    import triton_offline
+
+    expected = results_of(build(case), "triton")
+    for seed in (1, 2):
+        with triton_offline.options(seed=seed):
+            got = results_of(build(case), "triton")
+        for name in ("out", "lse", "dq", "dk", "dv", "dbias"):
+            assert torch.equal(getattr(got, name), getattr(expected, name)), name
+    assert all(stats.atom_bytes == 0 for _, stats in triton_offline.LAUNCHES[-5:])
+
+
+def test_a_tile_adds_once_a_diagonal_not_once_a_score():
+    """Atomic lanes per score of the dQ kernel are at most 1 / 32; a kernel that adds every score has 1."""
+    import triton_offline
+
+    call = build(Case("covering", (512, 512), (64, 64), batch=1, heads=(1, 1), dtype=BF16))
+    results_of(call, "triton")
+    ((_, stats),) = [launch for launch in triton_offline.LAUNCHES[-4:] if launch[0] == "dquery_kernel"]
+    lanes = sum(count for name, count in stats.lanes_by_class.items() if name.startswith(("red", "atom")))
+    assert 0 < lanes <= 512 * 512 / 32
