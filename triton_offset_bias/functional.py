@@ -104,7 +104,8 @@ def offset_bias_attention(
         query_positions: (Lq,) or (B, Lq) integers; offset is then ``query_positions[i] - key_positions[j]``.
         key_positions: (Lk,) or (B, Lk) integers.
         deterministic: bitwise equal gradients in repeated runs; None follows
-            ``torch.are_deterministic_algorithms_enabled()``. The CPU engine always is.
+            ``torch.are_deterministic_algorithms_enabled()``. The CPU engine always is. On a GPU it costs two more
+            matrix products; without it the table's gradient, alone, may differ in rounding.
         return_lse: also return the log-sum-exp of every row of scores.
         backend: "auto", "triton", "cpp" or "reference". A named backend serves the call or raises; it never falls back.
 
