@@ -63,7 +63,8 @@ def _ptxas_usage(compiled, variant: Variant) -> dict[str, int]:
     """Registers a thread, and bytes of its spills stored and loaded, by ptxas."""
     arch = TARGETS[variant.target].arch
     tools = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
-    ptxas = tools / ("ptxas-blackwell" if arch >= 100 and (tools / "ptxas-blackwell").exists() else "ptxas")
+    newest = tools / "ptxas-blackwell"
+    ptxas = newest if arch >= 90 and newest.exists() else tools / "ptxas"
     with tempfile.TemporaryDirectory() as folder:
         source = Path(folder) / "kernel.ptx"
         source.write_text(compiled.asm["ptx"])

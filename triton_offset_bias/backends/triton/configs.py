@@ -11,7 +11,7 @@ import torch
 # How dbias is gathered: one atomic add for each diagonal of a tile ("diagonals"), or for each score ("elements").
 DBIAS = "diagonals"
 
-# Their MMA reads shared memory and works on 64 rows a warp group: wider tiles fit into the registers.
+# With two stages or wider tiles, ptxas serialises their asynchronous matrix products (C7511, C7515).
 _WGMMA = ("cuda:90", "cuda:100")
 _LITTLE_SHARED_MEMORY = ("cuda:86", "cuda:89", "cuda:120")  # 99 KiB a block
 
@@ -40,10 +40,10 @@ def forward_config(target: str, dtype: torch.dtype, block_d: int) -> Config:
     if target.startswith("hip"):
         return Config(128, 64, 4, 1) if block_d <= 128 else Config(64, 32, 4, 1)
     if block_d > 128:
-        return Config(64, 32, 4, 2) if target in _LITTLE_SHARED_MEMORY else Config(128, 32, 8, 2)
+        return Config(64, 32, 4, 2) if target in _LITTLE_SHARED_MEMORY else Config(128, 32, 8, 3)
     if block_d > 64:
-        return Config(128, 128, 8, 2)
-    return Config(128, 128, 4, 2) if target in _WGMMA else Config(128, 64, 4, 3)
+        return Config(128, 64, 8, 3) if target in _WGMMA else Config(128, 128, 8, 2)
+    return Config(128, 64, 4, 3)
 
 
 def backward_config(target: str, dtype: torch.dtype, block_d: int) -> Config:
@@ -52,4 +52,4 @@ def backward_config(target: str, dtype: torch.dtype, block_d: int) -> Config:
         return Config(64, 64, 4, 1)
     if dtype == torch.float32 or block_d > 128:
         return Config(32, 32, 4, 1)
-    return Config(64, 64, 4, 1 if target.startswith("hip") else 2)
+    return Config(64, 64, 4, 3 if target in _WGMMA else 1 if target.startswith("hip") else 2)

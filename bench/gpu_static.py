@@ -1,0 +1,157 @@
+"""``python -m bench.gpu_static``: the GPU kernels' code, measured without a GPU.
+
+Modelled cycles, never timings: a tool disassembles the compiled kernels and converts the instructions of their inner
+loops into cycles a streaming multiprocessor needs for 4096 scores, by the pipe that is slowest, and with the matrix
+products and the rest one after the other ("serial"). Kinds of tiles: `floor` (the same kernel without a bias), `far`,
+`near`, and `naive` (near, with one atomic add for every score). With an emulator, executed instructions and atomic adds
+are counted too.
+"""
+
+import argparse
+import importlib
+import os
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import matplotlib as mpl
+import pandas as pd
+import torch
+import triton
+from matplotlib import pyplot as plt
+from tqdm import tqdm
+
+from bench.kernel_variants import KERNELS, Variant
+from bench.plots import DENSE, ELSE, OURS, STYLE
+from bench.rows import ROOT
+
+mpl.use("Agg")
+TARGETS = ("sm_80", "sm_90")
+HEAD_DIMS = (64, 128)
+PASSES = {"forward": ("forward",), "backward": ("dquery", "dkey_dvalue")}
+LENGTH, CLAMP = 1024, 128  # of the executed counts
+COLORS = {"far": ELSE, "near": OURS, "naive": DENSE}
+PIPES = {"max": "slowest pipe", "ser": "serial"}
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Measures, writes the CSV and the plot, and prints the ratios to the floor."""
+    parser = argparse.ArgumentParser("python -m bench.gpu_static", description=__doc__)
+    parser.add_argument("--sassmeter", default="../shared/tools/sassmeter", help="folder of sassmeter.py")
+    parser.add_argument("--ptxemu", default="../shared/tools/ptxemu", help="folder of the emulator (optional)")
+    parser.add_argument("--output", type=Path, default=ROOT / "bench" / "results" / "gpu_static.csv", help="the CSV")
+    options = parser.parse_args(arguments)
+    if not (Path(options.sassmeter) / "sassmeter.py").exists():
+        raise SystemExit(f"`--sassmeter` must be the folder of sassmeter.py, got {options.sassmeter}")
+    sys.path.append(options.sassmeter)
+    variants = list(_variants())
+    rows = [row for kind, v in tqdm(variants, desc="modelled", unit="kernel") for row in _modelled(kind, v)]
+    if (Path(options.ptxemu) / "triton_offline.py").exists():
+        sys.path.append(options.ptxemu)
+        rows += [row for target in tqdm(TARGETS, desc="executed") for row in _executed(target)]
+    table = pd.DataFrame(rows)
+    table.to_csv(options.output, index=False)
+    print(summary(table).to_string())
+    draw(table, options.output.with_suffix(".png"))
+    print(f"\nwrote {options.output} and {options.output.with_suffix('.png')}")
+
+
+def _variants() -> Iterator[tuple[str, Variant]]:
+    for target in TARGETS:
+        for head_dim in HEAD_DIMS:
+            for kernel in ("forward", "dquery", "dkey_dvalue"):
+                yield "floor", Variant(kernel, target, torch.bfloat16, head_dim, "none")
+                yield "clamped", Variant(kernel, target, torch.bfloat16, head_dim, "clamped")
+            naive = {"DBIAS": "elements"}
+            yield "naive", Variant("dquery", target, torch.bfloat16, head_dim, "covering", naive)
+
+
+def _modelled(kind: str, variant: Variant) -> list[dict[str, Any]]:
+    """Cycles for 4096 scores in each of a kernel's loops."""
+    config = variant.launch
+    tile = (config.block_m, config.block_n, variant.head_dim)
+    spec = {
+        **{"name": variant.kernel, "fn": KERNELS[variant.kernel], "types": variant.types()},
+        **{"const": variant.constants(), "num_warps": config.num_warps, "num_stages": config.num_stages},
+        **{"tile": tile, "div16": variant.divisible(), "opts": {"enable_fp_fusion": True}},
+    }
+    loops = importlib.import_module("sassmeter").measure(spec, int(variant.target[3:]))
+    kinds = ("far", "near") if kind == "clamped" else (kind,)  # the third loop is far again
+    return [
+        _row(variant.target, variant.kernel, variant.head_dim, kind, f"modelled cycles, {name}", loop["cyc"][pipe])
+        for kind, loop in zip(kinds, loops, strict=False)
+        for pipe, name in PIPES.items()
+    ] + [
+        _row(variant.target, variant.kernel, variant.head_dim, kind, "spills in the loop", loop["cnt"].get("spill", 0))
+        for kind, loop in zip(kinds, loops, strict=False)
+    ]
+
+
+def _executed(target: str) -> Iterator[dict[str, Any]]:
+    """Warp instructions, and atomic adds per score, of every kernel at L = 1024, in the emulator."""
+    emulator = importlib.import_module("triton_offline")
+    emulator.install(arch=int(target[3:]))
+    from triton_offset_bias import offset_bias_attention
+
+    q, k, v = (torch.randn(1, 1, LENGTH, 64, dtype=torch.bfloat16, requires_grad=True) for _ in range(3))
+    table = torch.randn(1, 2 * CLAMP + 1, requires_grad=True)
+    for kind, bias in (("floor", None), ("clamped", table)):
+        offset_bias_attention(q, k, v, bias, backend="triton").sum().backward()
+        for name, stats in emulator.LAUNCHES[-4:]:
+            kernel = name.removesuffix("_kernel")
+            yield _row(target, kernel, 64, kind, "executed warp instructions", stats.warp_insts)
+            atomics = sum(n for what, n in stats.lanes_by_class.items() if what.startswith(("red", "atom")))
+            yield _row(target, kernel, 64, kind, "atomic adds per score", atomics / LENGTH**2)
+
+
+def _row(target: str, kernel: str, head_dim: int, kind: str, metric: str, value: float) -> dict[str, Any]:
+    versions = {"dtype": "bfloat16", "triton": triton.__version__}
+    return {
+        "target": target,
+        "kernel": kernel,
+        "D": head_dim,
+        "tile": kind,
+        "metric": metric,
+        "value": value,
+        **versions,
+    }
+
+
+def summary(table: pd.DataFrame) -> pd.DataFrame:
+    """Sums over the kernels of each pass, and their ratios to the floor."""
+    lines = []
+    for (target, head_dim), rows in table.groupby(["target", "D"]):
+        for name, kernels in PASSES.items():
+            chosen = rows[rows.kernel.isin(kernels)]
+            for metric, values in chosen.groupby("metric", sort=False):
+                totals = values.groupby("tile").value.sum()
+                if "naive" in totals:  # only dQ differs
+                    totals["naive"] += values[(values.kernel == "dkey_dvalue") & (values.tile == "near")].value.sum()
+                for kind, total in totals.items():
+                    ratio = total / totals["floor"] if totals.get("floor") else float("nan")
+                    lines.append((target, head_dim, name, metric, kind, round(total, 4), round(ratio, 3)))
+    columns = ["target", "D", "pass", "metric", "tile", "total", "over floor"]
+    return pd.DataFrame(lines, columns=columns).set_index(columns[:5])
+
+
+def draw(table: pd.DataFrame, path: Path) -> None:
+    """Modelled cycles of a tile above those without a bias, as bars."""
+    plt.rcParams.update(STYLE)
+    lines = summary(table).reset_index().sort_values(["pass", "target", "D"], ascending=[False, True, True])
+    figure, axes = plt.subplots(1, len(PIPES), figsize=(9, 3.4), sharey=True, layout="constrained")
+    for axis, pipe in zip(axes, PIPES.values(), strict=True):
+        chosen = lines[(lines.metric == f"modelled cycles, {pipe}") & (lines.tile != "floor")]
+        labels = chosen["pass"] + ", " + chosen.target + ", D=" + chosen.D.astype(str)
+        percent = chosen.assign(label=labels, percent=100 * (chosen["over floor"] - 1))
+        wide = percent.pivot(index="label", columns="tile", values="percent").loc[labels.unique()]
+        wide[["far", "near", "naive"]].plot.barh(ax=axis, width=0.8, ylabel="", color=COLORS, legend=axis is axes[0])
+        axis.invert_yaxis()
+        axis.set_title(f"modelled, {pipe}")
+        axis.set_xlabel("cycles above those without a bias, %")
+    figure.savefig(path)
+
+
+if __name__ == "__main__":
+    os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")  # the model compiles by itself
+    main()
