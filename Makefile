@@ -7,7 +7,7 @@ OPTIONS ?=
 PTXEMU ?= $(wildcard ../shared/tools/ptxemu)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-interpreted test-emulated compile-kernels lint fmt bench plots ci clean
+.PHONY: help setup demo test test-interpreted test-emulated compile-kernels gpu-static lint fmt bench plots ci clean
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -29,6 +29,9 @@ test-emulated: $(INSTALLED)  ## run the compiled GPU kernels in a PTX emulator (
 
 compile-kernels: $(INSTALLED)  ## compile the GPU kernels for every target, and hold registers and spills against the budget
 	$(RUN) -m bench.compile_kernels $(OPTIONS)
+
+gpu-static: $(INSTALLED)  ## model the GPU kernels' cycles from their compiled code (needs sassmeter, see --help)
+	$(RUN) -m bench.gpu_static $(OPTIONS)
 
 lint: $(INSTALLED)  ## ruff, mypy and clang-format
 	$(RUN) -m ruff format --check .
