@@ -4,10 +4,12 @@ VENV ?= .venv
 RUN := $(VENV)/bin/python
 INSTALLED := $(VENV)/.installed
 OPTIONS ?=
+SANITIZER ?=
+OLDEST_TRITON := $(VENV)/triton-3.6.0
 PTXEMU ?= $(wildcard ../shared/tools/ptxemu)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-interpreted test-emulated compile-kernels gpu-static lint fmt bench plots ci clean
+.PHONY: help setup demo test test-interpreted test-emulated test-gpu compile-kernels gpu-static lint fmt bench plots ci clean
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -27,8 +29,12 @@ test-emulated: $(INSTALLED)  ## run the compiled GPU kernels in a PTX emulator (
 	@if test -z "$(PTXEMU)"; then echo "make test-emulated needs PTXEMU=FOLDER, the PTX emulator's; nothing was run"; else \
 	for arch in 80 90; do PTXEMU=$(PTXEMU) PTXEMU_ARCH=$$arch $(RUN) -m pytest tests/test_emulated.py $(OPTIONS) || exit 1; done; fi
 
-compile-kernels: $(INSTALLED)  ## compile the GPU kernels for every target, and hold registers and spills against the budget
+test-gpu: $(INSTALLED)  ## run the tests on CUDA tensors (SANITIZER="compute-sanitizer --tool memcheck" checks memory as well)
+	TEST_DEVICE=cuda $(SANITIZER) $(RUN) -m pytest $(OPTIONS)
+
+compile-kernels: $(INSTALLED) $(OLDEST_TRITON)  ## compile the GPU kernels for every target, newest and oldest Triton, within a budget of registers and spills
 	$(RUN) -m bench.compile_kernels $(OPTIONS)
+	PYTHONPATH=$(OLDEST_TRITON) $(RUN) -m bench.compile_kernels $(OPTIONS)
 
 gpu-static: $(INSTALLED)  ## model the GPU kernels' cycles from their compiled code (needs sassmeter, see --help)
 	$(RUN) -m bench.gpu_static $(OPTIONS)
@@ -61,3 +67,6 @@ $(INSTALLED): pyproject.toml constraints.txt setup.py $(wildcard csrc_ref/*)
 	@echo "Installing dependencies and compiling the engine (a few minutes the first time) ..."
 	$(RUN) -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable ".[dev]"
 	touch $@
+
+$(OLDEST_TRITON):
+	$(RUN) -m pip install --quiet --disable-pip-version-check --no-deps --target $@ triton==3.6.0

@@ -1,13 +1,16 @@
 """``python -m bench.compile_kernels``: compiles the GPU kernels for every target, without a GPU.
 
-Prints registers, bytes of spills and shared memory of every variant, and fails where one needs more than the budget in
-bench/kernel_budget.csv allows, or more shared memory than the target has. `--update` writes the budget anew.
+Prints registers, bytes of spills, ptxas' complaints about serialised matrix products, and shared memory of every
+variant, and fails where one needs more than the budget in bench/kernel_budget.csv allows, or more shared memory than
+the target has. `--update` writes the budget anew.
 """
 
 import argparse
+import os
 import re
 import subprocess
 import tempfile
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
 import pandas as pd
@@ -18,17 +21,20 @@ from bench.kernel_variants import SHARED_MEMORY, TARGETS, Variant, shipped_varia
 
 BUDGET = Path(__file__).parent / "kernel_budget.csv"
 KEY = ["triton", "target", "kernel", "dtype", "head_dim", "schedule", "form"]
-LIMITED = ["registers", "spills", "shared"]
+LIMITED = ["registers", "spills", "serialised", "shared"]
 
 
 def main(arguments: list[str] | None = None) -> None:
     """Compiles, prints the table, and compares it with the budget."""
     parser = argparse.ArgumentParser("python -m bench.compile_kernels", description=__doc__)
     parser.add_argument("--target", nargs="+", choices=TARGETS, default=list(TARGETS), help="default: all")
+    parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="processes at work (default: all cores)")
     parser.add_argument("--update", action="store_true", help="write the budget instead of comparing with it")
     options = parser.parse_args(arguments)
     variants = [variant for target in options.target for variant in shipped_variants(target)]
-    rows = pd.DataFrame([_row(variant) for variant in tqdm(variants, desc="compiling", unit="kernel")])
+    with ProcessPoolExecutor(options.jobs) as pool:
+        compiled = pool.map(_row, variants)
+        rows = pd.DataFrame(list(tqdm(compiled, total=len(variants), desc="compiling", unit="kernel")))
     print(rows.to_string(index=False))
     failures = _over_shared_memory(rows)
     budget = pd.read_csv(BUDGET) if BUDGET.exists() else rows.iloc[:0]
@@ -60,7 +66,7 @@ def _row(variant: Variant) -> dict[str, object]:
 
 
 def _ptxas_usage(compiled, variant: Variant) -> dict[str, int]:
-    """Registers a thread, and bytes of its spills stored and loaded, by ptxas."""
+    """Registers a thread, bytes of its spills stored and loaded, and complaints C75xx, by ptxas."""
     arch = TARGETS[variant.target].arch
     tools = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
     newest = tools / "ptxas-blackwell"
@@ -71,7 +77,11 @@ def _ptxas_usage(compiled, variant: Variant) -> dict[str, int]:
         command = [ptxas, "-v", f"--gpu-name=sm_{arch}{'a' * (arch >= 90)}", source, "-o", Path(folder) / "out"]
         printed = subprocess.run(command, capture_output=True, text=True, check=True).stderr
     numbers = {what: int(found[1]) for what, found in _find(printed).items()}
-    return {"registers": numbers["registers"], "spills": numbers["stores"] + numbers["loads"]}
+    return {
+        "registers": numbers["registers"],
+        "spills": numbers["stores"] + numbers["loads"],
+        "serialised": len(re.findall(r"\(C75\d\d\)", printed)),
+    }
 
 
 def _find(printed: str) -> dict[str, re.Match[str]]:
@@ -89,6 +99,7 @@ def _amd_usage(assembly: str) -> dict[str, int]:
     return {
         "registers": int(counts["vgpr_count"][1]) if counts["vgpr_count"] else -1,
         "spills": int(counts["vgpr_spill_count"][1]) if counts["vgpr_spill_count"] else -1,
+        "serialised": 0,
     }
 
 

@@ -10,7 +10,9 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from triton_offset_bias.backends.triton import configs
-from triton_offset_bias.backends.triton.backward import dbias_kernel, dkey_dvalue_kernel, dquery_kernel
+from triton_offset_bias.backends.triton.backward import dquery_kernel
+from triton_offset_bias.backends.triton.backward_bias import dbias_kernel
+from triton_offset_bias.backends.triton.backward_keys import dkey_dvalue_kernel
 from triton_offset_bias.backends.triton.forward import forward_kernel
 
 TARGETS = {
@@ -28,6 +30,12 @@ KERNELS = {
     "dquery": dquery_kernel,
     "dkey_dvalue": dkey_dvalue_kernel,
     "dbias": dbias_kernel,
+}
+CONFIGS = {
+    "forward": configs.forward_config,
+    "dquery": configs.dquery_config,
+    "dkey_dvalue": configs.dkey_dvalue_config,
+    "dbias": configs.dquery_config,
 }
 _FLOATS = ("scale", "scale_log2")
 _FP32_POINTERS = ("strip", "dstrip", "lse", "lse_bits", "log_sum", "delta", "row_max", "row_sum", "parts")
@@ -68,14 +76,24 @@ class Variant:
         """Block sizes and options of the launch."""
         if self.config is not None:
             return self.config
+        return CONFIGS[self.kernel](self._target, self.dtype, self.block_d)
+
+    @property
+    def _target(self) -> str:
         target = TARGETS[self.target]
-        choose = configs.forward_config if self.kernel == "forward" else configs.backward_config
-        return choose(f"{target.backend}:{target.arch}", self.dtype, self.block_d)
+        return f"{target.backend}:{target.arch}"
 
     @property
     def block_d(self) -> int:
         """The head dim as tiles have it."""
         return max(16, triton.next_power_of_2(self.head_dim))
+
+    @property
+    def _schedule(self) -> dict[str, bool]:
+        chosen = SCHEDULES[self.schedule]
+        if chosen["HAS_BIAS"] and configs.needs_far_loop(self._target):
+            return {**chosen, "FAR_LEFT": True, "FAR_RIGHT": True}
+        return chosen
 
     def constants(self) -> dict[str, Any]:
         """The kernel's constexprs, and what a launch compiles in as if it were one."""
@@ -84,11 +102,12 @@ class Variant:
             **{"HEAD_DIM": self.head_dim, "HEAD_DIM_V": self.head_dim, "BLOCK_D": self.block_d},
             **{"BLOCK_DV": self.block_d, "EVEN_M": True, "EVEN_N": True, "HAS_MASK": False},
             **{"HAS_DQ": True, "HAS_DK": True, "HAS_DV": True, "PRECISION": "ieee"},
+            "BIAS_IN_ACC": configs.is_bias_in_acc(self._target, self.dtype, self.head_dim**-0.5),
             "SPLIT_LSE": self.dtype == torch.float32,
             "USE_ASM": TARGETS[self.target].backend == "cuda",
             "DBIAS": configs.DBIAS if SCHEDULES[self.schedule]["HAS_BIAS"] else "none",
             **{"BLOCK": config.block_m, "BLOCK_M": config.block_m, "BLOCK_N": config.block_n},
-            **SCHEDULES[self.schedule],
+            **self._schedule,
             **self.changes,
         }
         parameters = KERNELS[self.kernel].params

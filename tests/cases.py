@@ -46,11 +46,12 @@ class Call:
 
 def build(case: Case, seed: int = 0) -> Call:
     """The tensors of a case, the same ones every time."""
-    draw = torch.Generator().manual_seed(seed)
+    draw = torch.Generator("cpu").manual_seed(seed)
     (len_q, len_k), (dim, dim_v), (heads_q, heads_kv) = case.lengths, case.dims, case.heads
 
     def tensor(*shape: int, dtype: torch.dtype = case.dtype) -> Tensor:
-        return torch.randn(shape, generator=draw, dtype=torch.float64).float().to(dtype)
+        values = torch.randn(shape, generator=draw, dtype=torch.float64, device="cpu").float()
+        return values.to(torch.get_default_device(), dtype)
 
     q = lay_out(tensor(case.batch, heads_q, len_q, dim), case.layout)
     k = lay_out(tensor(case.batch, heads_kv, len_k, dim), case.layout)
@@ -87,6 +88,12 @@ def lay_out(x: Tensor, layout: str) -> Tensor:
         return x[:, :1].clone().expand(x.shape)
     if layout == "negated view":
         return torch.complex(torch.zeros_like(x), -x).conj().imag
+    if layout == "rows 2**26 elements apart":
+        assert x.shape[:2] == (1, 1)
+        memory = torch.UntypedStorage(
+            2**26 * x.shape[2] * x.element_size(), device=x.device
+        )  # of which little is touched
+        return torch.empty(0, dtype=x.dtype).set_(memory, 0, x.shape, (0, 0, 2**26, 1)).copy_(x)
     assert layout == "contiguous"
     return x
 

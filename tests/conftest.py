@@ -1,6 +1,7 @@
 """Fixtures that every test may use.
 
 `PTXEMU=FOLDER` makes the PTX emulator in that folder Triton's device, as an NVIDIA GPU of `PTXEMU_ARCH` (80 or 90).
+`TEST_DEVICE=cuda` puts every tensor that a test makes on that device; tests of the CPU engine are left out.
 """
 
 import os
@@ -17,7 +18,18 @@ if "PTXEMU" in os.environ:
 
 from triton_offset_bias.dispatch import BACKENDS
 
-AVAILABLE = [name for name, module in BACKENDS.items() if not module.unavailable_reasons()]
+DEVICE = os.environ.get("TEST_DEVICE", "cpu")
+torch.set_default_device(DEVICE)
+AVAILABLE = [
+    name for name, module in BACKENDS.items() if not module.unavailable_reasons() and (name != "cpp" or DEVICE == "cpu")
+]
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Leaves out what only a CPU can do when the tensors are elsewhere."""
+    left_out = [item for item in items if DEVICE != "cpu" and item.get_closest_marker("cpu_only")]
+    items[:] = [item for item in items if item not in left_out]
+    config.hook.pytest_deselected(items=left_out)
 
 
 @pytest.fixture(params=AVAILABLE)

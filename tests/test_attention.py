@@ -5,6 +5,7 @@ import os
 import pytest
 import torch
 from cases import Case, assert_matches_oracle, build, results_of
+from conftest import AVAILABLE
 from oracle import NAMES, oracle
 
 from triton_offset_bias import offset_bias_attention
@@ -124,20 +125,46 @@ LAYOUTS = [
     Case("gaps between elements", layout="every other element", dtype=torch.bfloat16),
     Case("one head's memory for all", heads=(4, 4), layout="heads of stride 0"),
     Case("a view with the negative bit", layout="negated view"),
+    Case(
+        "indices beyond 2**31",
+        (37, 41),
+        batch=1,
+        heads=(1, 1),
+        dtype=torch.bfloat16,
+        layout="rows 2**26 elements apart",
+    ),
 ]
 CASES = [*SHAPES, *HEAD_DIMS, *TABLES, *MASKS, *DTYPES, *LAYOUTS]
 
 
+def _is_served(backend: str, case: Case) -> bool:
+    """GPU kernels have no float64, and Triton's interpreter rounds twice where hardware has a fused multiply-add."""
+    return backend != "triton" or not (case.dtype == torch.float64 or (case is LARGE_SCALE and INTERPRETED))
+
+
+SERVED = [
+    pytest.param(backend, case, id=f"{backend}-{case.reason}")
+    for backend in AVAILABLE
+    for case in CASES
+    if _is_served(backend, case)
+]
+
+
 @pytest.mark.usefixtures("poisoned_memory")
-@pytest.mark.parametrize("case", CASES, ids=lambda case: case.reason)
+@pytest.mark.parametrize(("backend", "case"), SERVED)
 def test_every_result_is_as_accurate_as_plain_pytorch(backend, case):
     """Output, log-sum-exp, and the gradients of query, key, value and table."""
-    if backend == "triton" and case.dtype == torch.float64:
-        pytest.skip("the GPU kernels do not serve float64")
-    if backend == "triton" and case is LARGE_SCALE and INTERPRETED:
-        pytest.skip("Triton's interpreter rounds twice where the hardware has a fused multiply-add")
     call = build(case)
     assert_matches_oracle(call, results_of(call, backend))
+
+
+@pytest.mark.parametrize("options", [{}, {"is_causal": True}], ids=str)
+def test_a_float32_tables_gradient_is_right_to_a_hundred_thousandth(backend, options):
+    """Of its largest element, with offsets inside the table and far beyond it."""
+    call = build(Case("float32", (200, 210), (64, 64), columns=61, options=options))
+    truth = oracle(call.q, call.k, call.v, call.bias, **options, dout=call.dout).dbias
+    error = (results_of(call, backend).dbias.double() - truth).abs().max()
+    assert error <= 1e-5 * truth.abs().max()
 
 
 TWO_WITNESSES = [SHAPES[3], HEAD_DIMS[7], TABLES[13], MASKS[2], MASKS[14]]

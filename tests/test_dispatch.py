@@ -30,6 +30,7 @@ def served_by(monkeypatch) -> list[str]:
     return served
 
 
+@pytest.mark.cpu_only
 def test_auto_takes_the_engine_for_tensors_on_the_cpu(inputs, served_by):
     """And its answer is bitwise that of the engine asked for by name."""
     out = offset_bias_attention(*inputs)
@@ -57,6 +58,7 @@ def test_what_only_the_reference_serves_is_served_by_it_alone(inputs, served_by,
     assert served_by == ["reference"]
 
 
+@pytest.mark.cpu_only
 def test_a_named_backend_never_falls_back_and_lists_all_of_its_reasons():
     """One error names the backend and every reason it has."""
     q, k, v = (torch.randn(1, 2, 5, 300) for _ in range(3))

@@ -89,3 +89,27 @@ def test_a_tile_adds_once_a_diagonal_not_once_a_score():
     ((_, stats),) = [launch for launch in triton_offline.LAUNCHES[-4:] if launch[0] == "dquery_kernel"]
     lanes = sum(count for name, count in stats.lanes_by_class.items() if name.startswith(("red", "atom")))
     assert 0 < lanes <= 512 * 512 / 32
+
+
+def test_tuning_picks_the_cheapest_configuration_and_changes_no_result(monkeypatch, tmp_path):
+    """`TRITON_OFFSET_BIAS_AUTOTUNE=1`: the emulator's clock is instructions; what candidates add to dbias goes."""
+    from triton_offset_bias.backends.triton import configs, launch
+    from triton_offset_bias.backends.triton.backward import dquery_kernel
+    from triton_offset_bias.backends.triton.backward_keys import dkey_dvalue_kernel
+    from triton_offset_bias.backends.triton.forward import forward_kernel
+
+    case = Case("tuned", (100, 130), (32, 32), batch=1, heads=(1, 1), columns=41, dtype=FP16)
+    square = [configs.Config(16, 16, 1, 1), configs.Config(32, 32, 4, 1)]
+    monkeypatch.setattr(configs, "CANDIDATES", dict.fromkeys(("forward", "dquery", "dkey_dvalue"), square))
+    monkeypatch.setenv(launch.AUTOTUNE_VARIABLE, "1")
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    launch._tuned.cache_clear()
+    call = build(case)
+    assert_matches_oracle(call, results_of(call, "triton"))
+    for kernel in (forward_kernel, dquery_kernel, dkey_dvalue_kernel):
+        timings = launch._tuned(kernel).configs_timings
+        assert len(timings) == len(square)
+        best = launch._tuned(kernel).best_config
+        assert timings[best] == min(timings.values())
+    assert list(tmp_path.rglob("*.autotune.json"))
+    launch._tuned.cache_clear()

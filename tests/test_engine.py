@@ -17,6 +17,7 @@ from triton_offset_bias import offset_bias_attention
 from triton_offset_bias.backends import cpp
 
 ROOT = Path(__file__).parents[1]
+pytestmark = pytest.mark.cpu_only
 needs_linux = pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 
 SPLIT = [

@@ -54,6 +54,7 @@ def test_a_compiled_call_is_one_graph_with_equal_results(backend, compiler):
     _assert_same(_differentiated(compiled, call), _differentiated(attend, call))
 
 
+@pytest.mark.cpu_only
 def test_one_compiled_graph_serves_all_lengths():
     """With symbolic lengths a new length brings no new compilation, and equal results."""
     counter = CompileCounterWithBackend("aot_eager")
@@ -75,7 +76,7 @@ def test_under_autocast_the_output_has_the_dtype_of_sdpa_and_the_table_stays_flo
     """As if query, key and value had been cast by hand; gradients come back in the dtype of what was given."""
     call = build(Case("autocast", (31, 31), through_lse=True))
     inputs = [call.q, call.k, call.v]
-    with torch.autocast("cpu", dtype):
+    with torch.autocast(torch.get_default_device().type, dtype):
         expected_dtype = F.scaled_dot_product_attention(*inputs).dtype
         out, lse = offset_bias_attention(*inputs, call.bias, return_lse=True, backend=backend)
     assert out.dtype == expected_dtype == dtype
@@ -94,7 +95,7 @@ def test_under_autocast_float64_stays_float64_as_in_sdpa(precise_backend):
     q, k, v = (torch.randn(1, 2, 9, 8, dtype=torch.float64) for _ in range(3))
     bias = torch.randn(2, 17, dtype=torch.float64)
     expected = offset_bias_attention(q, k, v, bias, backend=precise_backend)
-    with torch.autocast("cpu", torch.bfloat16):
+    with torch.autocast(torch.get_default_device().type, torch.bfloat16):
         assert F.scaled_dot_product_attention(q, k, v).dtype == torch.float64
         out = offset_bias_attention(q, k, v, bias, backend=precise_backend)
     assert torch.equal(out, expected)
@@ -168,6 +169,7 @@ def _matching(operator, arguments: dict) -> tuple:
     return tuple(arguments[argument.name] for argument in operator._schema.arguments)
 
 
+@pytest.mark.cpu_only
 @pytest.mark.parametrize("requires_grad", [False, True])
 def test_the_operator_passes_torchs_own_checks(requires_grad):
     """Schema, shape function with strides, registration of autograd, and tracing with symbolic shapes."""

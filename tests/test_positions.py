@@ -9,11 +9,13 @@ from triton_offset_bias import offset_bias_attention
 
 def _gaps(length: int, seed: int) -> torch.Tensor:
     """Increasing positions with gaps: packed documents, or images cut in patches."""
-    return torch.randint(0, 4, (length,), generator=torch.Generator().manual_seed(seed)).cumsum(0)
+    return torch.randint(
+        0, 4, (length,), generator=torch.Generator(torch.get_default_device()).manual_seed(seed)
+    ).cumsum(0)
 
 
 def _shuffled(batch: int, length: int, seed: int) -> torch.Tensor:
-    draw = torch.Generator().manual_seed(seed)
+    draw = torch.Generator(torch.get_default_device()).manual_seed(seed)
     return torch.stack([torch.randperm(2 * length, generator=draw)[:length] - length // 2 for _ in range(batch)])
 
 

@@ -13,13 +13,12 @@ import torch
 from torch import Tensor
 
 from triton_offset_bias import table
+from triton_offset_bias.backends.limits import exceeded_limits
 from triton_offset_bias.problem import Problem
 
 SERVES = "CPU tensors; float16, bfloat16, float32, float64; head dims 1 to 256"
 BUILDS = ("avx512", "avx2", "portable")
 BUILD_VARIABLE = "TRITON_OFFSET_BIAS_BUILD"
-MAX_HEAD_DIM = 256
-MAX_LENGTH = 2**30
 
 _DTYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
 _ERRORS = {1: MemoryError("the CPU engine could not allocate its scratch memory")}
@@ -105,15 +104,7 @@ def unsupported_reasons(problem: Problem) -> list[str]:
     reasons = unavailable_reasons()
     if problem.query.device.type != "cpu":
         reasons.append(f"serves CPU tensors, got {problem.query.device.type}")
-    if problem.query.shape[3] > MAX_HEAD_DIM or problem.value.shape[3] > MAX_HEAD_DIM:
-        reasons.append(f"serves head dims up to {MAX_HEAD_DIM}")
-    if problem.query.shape[2] >= MAX_LENGTH or problem.key.shape[2] >= MAX_LENGTH:
-        reasons.append(f"serves lengths below {MAX_LENGTH}")
-    if problem.dropout_p > 0.0:
-        reasons.append("does not serve dropout yet")
-    if problem.query_positions is not None:
-        reasons.append("does not serve query_positions and key_positions yet")
-    return reasons
+    return reasons + exceeded_limits(problem)
 
 
 def forward(problem: Problem, out: Tensor, lse: Tensor, row_max: Tensor, row_sum: Tensor) -> None:

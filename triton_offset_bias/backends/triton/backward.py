@@ -3,9 +3,9 @@
     P = exp(S - lse)      dP = dO V^T      delta = <dO, O> - dlse      dS = P * (dP - delta)
     dQ = scale dS K      dK = scale dS^T Q      dV = P^T dO      dbias[offset] = sum of dS along the offset's diagonal
 
-FlashAttention-2 (Dao 2023, arXiv:2307.08691), algorithm 2, as one kernel a block of queries (dQ and dbias) and one a
-block of keys (dK and dV), so that only dbias is shared between programs. Its sums are atomic, or, to be deterministic,
-those of a third kernel with one program a diagonal of tiles.
+FlashAttention-2 (Dao 2023, arXiv:2307.08691), algorithm 2, as one kernel a block of queries (dQ and dbias, here) and
+one a block of keys (dK and dV, `backward_keys`), so that only dbias is shared between programs. Its sums are atomic,
+or, to be deterministic, those of a third kernel with one program a diagonal of tiles (`backward_bias`).
 """
 
 import triton
@@ -13,12 +13,15 @@ import triton.language as tl
 
 from triton_offset_bias.backends.triton.tiles import (
     block_ranges,
+    far_bias,
     kept_keys,
+    load_rows,
     load_tile,
     offset_0,
     probabilities,
     product,
     score_tile,
+    score_unit,
     store_tile,
     sum_diagonals,
     tile_ptrs,
@@ -44,12 +47,11 @@ def prepare_kernel(
     b = (head // num_heads).to(tl.int64)
     h = (head % num_heads).to(tl.int64)
     offs_m = tl.program_id(0) % num_blocks * BLOCK_M + tl.arange(0, BLOCK_M)
-    rows = offs_m.to(tl.int64)
     mask_m = offs_m < len_q
     out_ptr += b * stride_ob + h * stride_oh
     dout_ptr += b * stride_gb + h * stride_gh
-    out_ptrs = tile_ptrs(out_ptr, rows, stride_om, stride_od, BLOCK_DV)
-    dout_ptrs = tile_ptrs(dout_ptr, rows, stride_gm, stride_gd, BLOCK_DV)
+    out_ptrs = tile_ptrs(out_ptr, offs_m, stride_om, stride_od, BLOCK_DV)
+    dout_ptrs = tile_ptrs(dout_ptr, offs_m, stride_gm, stride_gd, BLOCK_DV)
     out = load_tile(out_ptrs, offs_m, len_q, False, HEAD_DIM_V, BLOCK_DV).to(tl.float32)  # (BLOCK_M, BLOCK_DV)
     dout = load_tile(dout_ptrs, offs_m, len_q, False, HEAD_DIM_V, BLOCK_DV).to(tl.float32)
     delta = tl.sum(out * dout, 1)
@@ -74,25 +76,25 @@ def _sweep_keys(
     strip_ptr, dstrip_ptr, begin, end, start_m, len_k, scale_log2, band_lo, band_hi,
     HEAD_DIM: tl.constexpr, HEAD_DIM_V: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
     BLOCK: tl.constexpr, EVEN_N: tl.constexpr, HAS_BIAS: tl.constexpr, DBIAS: tl.constexpr,
-    HAS_MASK: tl.constexpr, IS_NEAR: tl.constexpr, USE_ASM: tl.constexpr, PRECISION: tl.constexpr,
-    SPLIT_LSE: tl.constexpr,
+    BIAS_IN_ACC: tl.constexpr, HAS_MASK: tl.constexpr, IS_NEAR: tl.constexpr, USE_ASM: tl.constexpr,
+    PRECISION: tl.constexpr, SPLIT_LSE: tl.constexpr,
 ):  # fmt: skip
     """dQ of a block of queries from the keys [begin, end); near, their diagonals go to dstrip, else into far_sum."""
     rows = tl.arange(0, BLOCK).to(tl.int64)
     columns = -tl.arange(0, BLOCK).to(tl.int64)
-    unit = 1.0 if IS_NEAR and HAS_BIAS else scale_log2  # from what score_tile gives to bits
+    unit = score_unit(scale_log2, HAS_BIAS, BIAS_IN_ACC, IS_NEAR)
     previous = tl.zeros([BLOCK, BLOCK], tl.float32)
     for start_n in range(begin, end, BLOCK):
         start_n = tl.multiple_of(start_n, BLOCK)
         offs_n = start_n + tl.arange(0, BLOCK)
+        shift = start_m - start_n
         step = start_n.to(tl.int64)
         k = load_tile(k_ptrs + step * stride_kn, offs_n, len_k, EVEN_N, HEAD_DIM, BLOCK_D)  # (BLOCK, BLOCK_D)
         v = load_tile(v_ptrs + step * stride_vn, offs_n, len_k, EVEN_N, HEAD_DIM_V, BLOCK_DV)  # (BLOCK, BLOCK_DV)
         keep = kept_keys(key_mask_ptr, offs_n, len_k, HAS_MASK)[None, :]
         s = score_tile(
-            q, k.T, strip_ptr + (start_m - start_n), rows, columns, keep, scale_log2,
-            band_lo - (start_m - start_n), band_hi - (start_m - start_n),
-            HAS_BIAS, IS_NEAR, HAS_MASK or not EVEN_N, USE_ASM, PRECISION,
+            q, k.T, strip_ptr, shift, rows, columns, keep, scale_log2, band_lo, band_hi,
+            HAS_BIAS, BIAS_IN_ACC, IS_NEAR, HAS_MASK or not EVEN_N, USE_ASM, PRECISION,
         )  # (BLOCK, BLOCK)  # fmt: skip
         p = probabilities(s * unit, lse[:, None], log_sum[:, None], SPLIT_LSE)
         dp = product(dout, v.T, None, PRECISION)
@@ -101,10 +103,10 @@ def _sweep_keys(
             far_sum += ds
         elif DBIAS == "diagonals":
             diagonals = sum_diagonals(previous, ds, BLOCK)
-            tl.atomic_add(dstrip_ptr + (start_m - start_n) + tl.arange(0, BLOCK), diagonals, sem="relaxed")
+            tl.atomic_add(dstrip_ptr + shift + tl.arange(0, BLOCK), diagonals, sem="relaxed")
             previous = ds
         elif DBIAS == "elements":
-            ptrs = dstrip_ptr + (start_m - start_n) + (rows[:, None] + columns[None, :])
+            ptrs = dstrip_ptr + shift + (rows[:, None] + columns[None, :])
             tl.atomic_add(ptrs, ds, sem="relaxed")
         dq = product(ds.to(k.dtype), k, dq, PRECISION)
     if DBIAS == "diagonals" and IS_NEAR:
@@ -126,8 +128,8 @@ def dquery_kernel(
     num_heads, group, len_q, len_k,
     band_lo, band_hi, near_lo, near_hi, scale, scale_log2,
     HEAD_DIM: tl.constexpr, HEAD_DIM_V: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
-    EVEN_N: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_DQ: tl.constexpr, DBIAS: tl.constexpr,
-    HAS_MASK: tl.constexpr, FAR_LEFT: tl.constexpr, NEAR: tl.constexpr, FAR_RIGHT: tl.constexpr,
+    EVEN_N: tl.constexpr, HAS_BIAS: tl.constexpr, BIAS_IN_ACC: tl.constexpr, HAS_DQ: tl.constexpr,
+    DBIAS: tl.constexpr, HAS_MASK: tl.constexpr, FAR_LEFT: tl.constexpr, NEAR: tl.constexpr, FAR_RIGHT: tl.constexpr,
     USE_ASM: tl.constexpr, PRECISION: tl.constexpr, SPLIT_LSE: tl.constexpr,
     BLOCK: tl.constexpr,
 ):  # fmt: skip
@@ -142,8 +144,6 @@ def dquery_kernel(
     h = (head % num_heads).to(tl.int64)
     offs_m = start_m + tl.arange(0, BLOCK)
     offs_n = tl.arange(0, BLOCK)
-    rows = offs_m.to(tl.int64)
-    mask_m = offs_m < len_q
     q_ptr += b * stride_qb + h * stride_qh
     k_ptr += b * stride_kb + h // group * stride_kh
     v_ptr += b * stride_vb + h // group * stride_vh
@@ -156,214 +156,34 @@ def dquery_kernel(
         key_mask_ptr += b * len_k
     k_ptrs = tile_ptrs(k_ptr, offs_n, stride_kn, stride_kd, BLOCK_D)
     v_ptrs = tile_ptrs(v_ptr, offs_n, stride_vn, stride_vd, BLOCK_DV)
-    q_ptrs = tile_ptrs(q_ptr, rows, stride_qm, stride_qd, BLOCK_D)
-    dout_ptrs = tile_ptrs(dout_ptr, rows, stride_gm, stride_gd, BLOCK_DV)
+    q_ptrs = tile_ptrs(q_ptr, offs_m, stride_qm, stride_qd, BLOCK_D)
+    dout_ptrs = tile_ptrs(dout_ptr, offs_m, stride_gm, stride_gd, BLOCK_DV)
     q = load_tile(q_ptrs, offs_m, len_q, False, HEAD_DIM, BLOCK_D)  # (BLOCK, BLOCK_D)
     dout = load_tile(dout_ptrs, offs_m, len_q, False, HEAD_DIM_V, BLOCK_DV)  # (BLOCK, BLOCK_DV)
-    row = head.to(tl.int64) * len_q + offs_m
-    lse = tl.load(lse_bits_ptr + row, mask=mask_m, other=float("inf"))
-    log_sum = tl.load(log_sum_ptr + row, mask=mask_m, other=0.0) if SPLIT_LSE else lse
-    delta = tl.load(delta_ptr + row, mask=mask_m, other=0.0)
+    row = head.to(tl.int64) * len_q
+    lse, log_sum, delta = load_rows(
+        lse_bits_ptr + row, log_sum_ptr + row, delta_ptr + row, offs_m, len_q, False, SPLIT_LSE
+    )
     dq = tl.zeros([BLOCK, BLOCK_D], tl.float32)
 
     edges = block_ranges(start_m, len_k, band_lo, band_hi, near_lo, near_hi, BLOCK, BLOCK)
-    for part in tl.static_range(3):
-        if (FAR_LEFT, NEAR, FAR_RIGHT)[part]:
-            far_end = (near_hi, near_hi, near_lo)[part]
+    for part in tl.static_range(4):
+        if (FAR_LEFT, NEAR, FAR_RIGHT, not EVEN_N)[part]:
+            far_end = (near_hi, 0, near_lo, 0)[part]
             far_sum = tl.zeros([BLOCK, BLOCK], tl.float32)  # a sum for every element: no exchange between threads
             shifted = lse
-            if HAS_BIAS and part != 1:
-                shifted = lse - tl.load(strip_ptr + far_end)
+            if part % 2 == 0:
+                shifted = lse - far_bias(strip_ptr, far_end, scale_log2, HAS_BIAS, BIAS_IN_ACC)
             dq, far_sum = _sweep_keys(
                 dq, far_sum, q, dout, shifted, log_sum, delta, k_ptrs, v_ptrs, stride_kn, stride_vn, key_mask_ptr,
                 strip_ptr, dstrip_ptr, edges[part], edges[part + 1], start_m, len_k, scale_log2, band_lo, band_hi,
-                HEAD_DIM, HEAD_DIM_V, BLOCK_D, BLOCK_DV, BLOCK, EVEN_N, HAS_BIAS, DBIAS, HAS_MASK, part == 1,
-                USE_ASM, PRECISION, SPLIT_LSE,
+                HEAD_DIM, HEAD_DIM_V, BLOCK_D, BLOCK_DV, BLOCK, part < 3, HAS_BIAS, DBIAS, BIAS_IN_ACC,
+                HAS_MASK, part % 2 == 1, USE_ASM, PRECISION, SPLIT_LSE,
             )  # fmt: skip
-            if DBIAS != "none" and part != 1:
+            if DBIAS != "none" and part % 2 == 0:
                 tl.atomic_add(dstrip_ptr + far_end, tl.sum(tl.sum(far_sum, 1), 0), sem="relaxed")
 
     if HAS_DQ:
         dq_ptr += b * stride_dqb + h * stride_dqh
-        dq_ptrs = tile_ptrs(dq_ptr, rows, stride_dqm, stride_dqd, BLOCK_D)
+        dq_ptrs = tile_ptrs(dq_ptr, offs_m, stride_dqm, stride_dqd, BLOCK_D)
         store_tile(dq_ptrs, dq * scale, offs_m, len_q, HEAD_DIM, BLOCK_D)
-
-
-@triton.jit
-def _sweep_queries(
-    dk, dv, k, v, keep, q_ptrs, dout_ptrs, stride_qm, stride_gm, lse_ptr, log_sum_ptr, delta_ptr, strip_ptr,
-    begin, end, start_n, len_q, far_bias, scale_log2, band_lo, band_hi,
-    HEAD_DIM: tl.constexpr, HEAD_DIM_V: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
-    BLOCK: tl.constexpr, EVEN_M: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_MASK: tl.constexpr,
-    IS_NEAR: tl.constexpr, USE_ASM: tl.constexpr, PRECISION: tl.constexpr, SPLIT_LSE: tl.constexpr,
-):  # fmt: skip
-    """dK and dV of a block of keys from the queries [begin, end); scores are transposed, (keys, queries)."""
-    rows = -tl.arange(0, BLOCK).to(tl.int64)
-    columns = tl.arange(0, BLOCK).to(tl.int64)
-    unit = 1.0 if IS_NEAR and HAS_BIAS else scale_log2  # from what score_tile gives to bits
-    for start_m in range(begin, end, BLOCK):
-        start_m = tl.multiple_of(start_m, BLOCK)
-        offs_m = start_m + tl.arange(0, BLOCK)
-        step = start_m.to(tl.int64)
-        q = load_tile(q_ptrs + step * stride_qm, offs_m, len_q, EVEN_M, HEAD_DIM, BLOCK_D)  # (BLOCK, BLOCK_D)
-        dout = load_tile(dout_ptrs + step * stride_gm, offs_m, len_q, EVEN_M, HEAD_DIM_V, BLOCK_DV)
-        if EVEN_M:
-            lse = tl.load(lse_ptr + offs_m)
-            log_sum = tl.load(log_sum_ptr + offs_m) if SPLIT_LSE else lse
-            delta = tl.load(delta_ptr + offs_m)
-        else:
-            lse = tl.load(lse_ptr + offs_m, mask=offs_m < len_q, other=float("inf"))
-            log_sum = tl.load(log_sum_ptr + offs_m, mask=offs_m < len_q, other=0.0) if SPLIT_LSE else lse
-            delta = tl.load(delta_ptr + offs_m, mask=offs_m < len_q, other=0.0)
-        s = score_tile(
-            k, q.T, strip_ptr + (start_m - start_n), rows, columns, keep[:, None], scale_log2,
-            band_lo - (start_m - start_n), band_hi - (start_m - start_n),
-            HAS_BIAS, IS_NEAR, HAS_MASK, USE_ASM, PRECISION,
-        )  # (BLOCK, BLOCK)  # fmt: skip
-        p = probabilities(s * unit, (lse - far_bias)[None, :], log_sum[None, :], SPLIT_LSE)
-        dv = product(p.to(dout.dtype), dout, dv, PRECISION)
-        dp = product(v, dout.T, None, PRECISION)
-        ds = p * (dp - delta[None, :])
-        dk = product(ds.to(q.dtype), q, dk, PRECISION)
-    return dk, dv
-
-
-@triton.jit
-def dkey_dvalue_kernel(
-    q_ptr, k_ptr, v_ptr, dout_ptr, strip_ptr, key_mask_ptr, lse_bits_ptr, log_sum_ptr, delta_ptr,
-    dk_ptr, dv_ptr,
-    stride_qb, stride_qh, stride_qm, stride_qd,
-    stride_kb, stride_kh, stride_kn, stride_kd,
-    stride_vb, stride_vh, stride_vn, stride_vd,
-    stride_gb, stride_gh, stride_gm, stride_gd,
-    stride_dkb, stride_dkh, stride_dkn, stride_dkd,
-    stride_dvb, stride_dvh, stride_dvn, stride_dvd,
-    stride_sb, stride_sh,
-    num_heads, group, len_q, len_k,
-    band_lo, band_hi, near_lo, near_hi, scale, scale_log2,
-    HEAD_DIM: tl.constexpr, HEAD_DIM_V: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
-    EVEN_M: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_DK: tl.constexpr, HAS_DV: tl.constexpr,
-    HAS_MASK: tl.constexpr, FAR_LEFT: tl.constexpr, NEAR: tl.constexpr, FAR_RIGHT: tl.constexpr,
-    USE_ASM: tl.constexpr, PRECISION: tl.constexpr, SPLIT_LSE: tl.constexpr,
-    BLOCK: tl.constexpr,
-):  # fmt: skip
-    """A block of keys of one key head, against every query head that shares it: dK and dV."""
-    num_blocks = tl.cdiv(len_k, BLOCK)
-    start_n = tl.program_id(0) % num_blocks * BLOCK
-    head = tl.program_id(0) // num_blocks
-    num_kv_heads = num_heads // group
-    b = (head // num_kv_heads).to(tl.int64)
-    h_kv = (head % num_kv_heads).to(tl.int64)
-    offs_n = start_n + tl.arange(0, BLOCK)
-    offs_m = tl.arange(0, BLOCK)
-    keys = offs_n.to(tl.int64)
-    k_ptrs = tile_ptrs(k_ptr + b * stride_kb + h_kv * stride_kh, keys, stride_kn, stride_kd, BLOCK_D)
-    v_ptrs = tile_ptrs(v_ptr + b * stride_vb + h_kv * stride_vh, keys, stride_vn, stride_vd, BLOCK_DV)
-    k = load_tile(k_ptrs, offs_n, len_k, False, HEAD_DIM, BLOCK_D)  # (BLOCK, BLOCK_D)
-    v = load_tile(v_ptrs, offs_n, len_k, False, HEAD_DIM_V, BLOCK_DV)  # (BLOCK, BLOCK_DV)
-    if HAS_MASK:
-        key_mask_ptr += b * len_k
-    keep = kept_keys(key_mask_ptr, offs_n, len_k, HAS_MASK)
-    dk = tl.zeros([BLOCK, BLOCK_D], tl.float32)
-    dv = tl.zeros([BLOCK, BLOCK_DV], tl.float32)
-
-    edges = block_ranges(start_n, len_q, -band_hi, -band_lo, -near_hi, -near_lo, BLOCK, BLOCK)
-    for g in range(0, group):
-        h = h_kv * group + g
-        q_ptrs = tile_ptrs(q_ptr + b * stride_qb + h * stride_qh, offs_m, stride_qm, stride_qd, BLOCK_D)
-        dout_ptrs = tile_ptrs(dout_ptr + b * stride_gb + h * stride_gh, offs_m, stride_gm, stride_gd, BLOCK_DV)
-        row = (b * num_heads + h) * len_q
-        head_strip_ptr = strip_ptr
-        if HAS_BIAS:
-            head_strip_ptr = offset_0(strip_ptr, b, h, stride_sb, stride_sh, len_k)
-        for part in tl.static_range(3):  # queries go up, so their offsets do: far right of the query comes first
-            if (FAR_RIGHT, NEAR, FAR_LEFT)[part]:
-                far_bias = 0.0
-                if HAS_BIAS and part != 1:
-                    far_bias = tl.load(head_strip_ptr + (near_lo, near_lo, near_hi)[part])
-                dk, dv = _sweep_queries(
-                    dk, dv, k, v, keep, q_ptrs, dout_ptrs, stride_qm, stride_gm, lse_bits_ptr + row, log_sum_ptr + row,
-                    delta_ptr + row,
-                    head_strip_ptr, edges[part], edges[part + 1],
-                    start_n, len_q, far_bias, scale_log2, band_lo, band_hi,
-                    HEAD_DIM, HEAD_DIM_V, BLOCK_D, BLOCK_DV, BLOCK, EVEN_M, HAS_BIAS, HAS_MASK, part == 1,
-                    USE_ASM, PRECISION, SPLIT_LSE,
-                )  # fmt: skip
-
-    if HAS_DK:
-        dk_ptrs = tile_ptrs(dk_ptr + b * stride_dkb + h_kv * stride_dkh, keys, stride_dkn, stride_dkd, BLOCK_D)
-        store_tile(dk_ptrs, dk * scale, offs_n, len_k, HEAD_DIM, BLOCK_D)
-    if HAS_DV:
-        dv_ptrs = tile_ptrs(dv_ptr + b * stride_dvb + h_kv * stride_dvh, keys, stride_dvn, stride_dvd, BLOCK_DV)
-        store_tile(dv_ptrs, dv, offs_n, len_k, HEAD_DIM_V, BLOCK_DV)
-
-
-@triton.jit
-def dbias_kernel(
-    q_ptr, k_ptr, v_ptr, dout_ptr, strip_ptr, key_mask_ptr, lse_bits_ptr, log_sum_ptr, delta_ptr,
-    parts_ptr,
-    stride_qb, stride_qh, stride_qm, stride_qd,
-    stride_kb, stride_kh, stride_kn, stride_kd,
-    stride_vb, stride_vh, stride_vn, stride_vd,
-    stride_gb, stride_gh, stride_gm, stride_gd,
-    stride_sb, stride_sh,
-    batch, num_heads, group, len_q, len_k, bias_batch, bias_heads,
-    band_lo, band_hi, scale_log2,
-    HEAD_DIM: tl.constexpr, HEAD_DIM_V: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
-    HAS_MASK: tl.constexpr, USE_ASM: tl.constexpr, PRECISION: tl.constexpr, SPLIT_LSE: tl.constexpr,
-    BLOCK: tl.constexpr,
-):  # fmt: skip
-    """One diagonal of tiles of one row of the table: the sums along its diagonals, in a fixed order.
-
-    The tiles lie (diagonal - num_n + 1) * BLOCK from the main diagonal. parts (bias_batch, bias_heads, num_m + num_n
-    - 1, 2, BLOCK): the offsets from there minus BLOCK, and those from there on.
-    """
-    num_m = tl.cdiv(len_q, BLOCK)
-    num_n = tl.cdiv(len_k, BLOCK)
-    num_diagonals = num_m + num_n - 1
-    diagonal = tl.program_id(0) % num_diagonals
-    bias_row = tl.program_id(0) // num_diagonals
-    distance = diagonal - (num_n - 1)
-    shift = distance * BLOCK
-    first_b = bias_row // bias_heads  # 0 if all sequences share the table; so with heads
-    first_h = bias_row % bias_heads
-    num_b = batch // bias_batch
-    num_h = num_heads // bias_heads
-    first_m = tl.maximum(distance, 0)
-    tiles = tl.minimum(num_m - first_m, num_n - (first_m - distance))
-    if (shift + BLOCK - 1 < band_lo) | (shift - BLOCK + 1 > band_hi):
-        tiles = 0
-    rows = tl.arange(0, BLOCK)
-    total = tl.zeros([BLOCK, BLOCK], tl.float32)
-    strip_ptr = offset_0(strip_ptr, first_b.to(tl.int64), first_h.to(tl.int64), stride_sb, stride_sh, len_k) + shift
-    for i in range(0, num_b * num_h * tiles):
-        head = i // tiles
-        b = (first_b + head // num_h).to(tl.int64)
-        h = (first_h + head % num_h).to(tl.int64)
-        offs_m = (first_m + i % tiles) * BLOCK + rows
-        offs_n = offs_m - shift
-        queries = offs_m.to(tl.int64)
-        keys = offs_n.to(tl.int64)
-        q_ptrs = tile_ptrs(q_ptr + b * stride_qb + h * stride_qh, queries, stride_qm, stride_qd, BLOCK_D)
-        k_ptrs = tile_ptrs(k_ptr + b * stride_kb + h // group * stride_kh, keys, stride_kn, stride_kd, BLOCK_D)
-        v_ptrs = tile_ptrs(v_ptr + b * stride_vb + h // group * stride_vh, keys, stride_vn, stride_vd, BLOCK_DV)
-        dout_ptrs = tile_ptrs(dout_ptr + b * stride_gb + h * stride_gh, queries, stride_gm, stride_gd, BLOCK_DV)
-        q = load_tile(q_ptrs, offs_m, len_q, False, HEAD_DIM, BLOCK_D)  # (BLOCK, BLOCK_D)
-        k = load_tile(k_ptrs, offs_n, len_k, False, HEAD_DIM, BLOCK_D)
-        v = load_tile(v_ptrs, offs_n, len_k, False, HEAD_DIM_V, BLOCK_DV)  # (BLOCK, BLOCK_DV)
-        dout = load_tile(dout_ptrs, offs_m, len_q, False, HEAD_DIM_V, BLOCK_DV)
-        row = (b * num_heads + h) * len_q + offs_m
-        lse = tl.load(lse_bits_ptr + row, mask=offs_m < len_q, other=float("inf"))
-        log_sum = tl.load(log_sum_ptr + row, mask=offs_m < len_q, other=0.0) if SPLIT_LSE else lse
-        delta = tl.load(delta_ptr + row, mask=offs_m < len_q, other=0.0)
-        keep = kept_keys(key_mask_ptr + b * len_k if HAS_MASK else key_mask_ptr, offs_n, len_k, HAS_MASK)[None, :]
-        s = score_tile(
-            q, k.T, strip_ptr, rows.to(tl.int64), -rows.to(tl.int64), keep, scale_log2, band_lo, band_hi,
-            True, True, True, USE_ASM, PRECISION,
-        )  # (BLOCK, BLOCK), bits  # fmt: skip
-        p = probabilities(s, lse[:, None], log_sum[:, None], SPLIT_LSE)
-        total += p * (product(dout, v.T, None, PRECISION) - delta[:, None])
-    none = tl.zeros([BLOCK, BLOCK], tl.float32)
-    parts_ptr += tl.program_id(0).to(tl.int64) * (2 * BLOCK)
-    tl.store(parts_ptr + rows, sum_diagonals(total, none, BLOCK))
-    tl.store(parts_ptr + BLOCK + rows, sum_diagonals(none, total, BLOCK))

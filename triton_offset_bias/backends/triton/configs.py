@@ -1,4 +1,4 @@
-"""Block sizes, warps and pipeline stages, by target ("cuda:90", "hip:gfx942", "interpreter"), dtype and head dim.
+"""How kernels are launched, by target ("cuda:90", "hip:gfx942", "interpreter"), dtype and head dim.
 
 `block_d` is the head dim padded to a power of two. Chosen by modelled cycles of the compiled code, see docs/gpu.md.
 """
@@ -11,8 +11,10 @@ import torch
 # How dbias is gathered: one atomic add for each diagonal of a tile ("diagonals"), or for each score ("elements").
 DBIAS = "diagonals"
 
-# With two stages or wider tiles, ptxas serialises their asynchronous matrix products (C7511, C7515).
-_WGMMA = ("cuda:90", "cuda:100")
+# Their matrix products are asynchronous. With fewer stages or wider tiles, ptxas serialises those of Hopper (C7511,
+# C7515); those of Blackwell live in a memory of their own, which registers reach by copies.
+_HOPPER, _BLACKWELL = "cuda:90", "cuda:100"
+_ASYNCHRONOUS = (_HOPPER, _BLACKWELL)
 _LITTLE_SHARED_MEMORY = ("cuda:86", "cuda:89", "cuda:120")  # 99 KiB a block
 
 
@@ -31,6 +33,37 @@ class Config:
         return {"num_warps": self.num_warps, "num_stages": self.num_stages, "enable_fp_fusion": True}
 
 
+_SQUARE = [Config(size, size, 4, stages) for size in (32, 64) for stages in (1, 2, 3)]
+# What tuning on the user's machine tries, by kernel; those that the device has no room for lose.
+CANDIDATES = {
+    "forward": [
+        Config(block_m, block_n, warps, stages)
+        for block_m, warps in ((64, 4), (128, 4), (128, 8))
+        for block_n in (32, 64, 128)
+        for stages in (2, 3)
+    ],
+    "dquery": _SQUARE,
+    "dkey_dvalue": [*_SQUARE, Config(32, 64, 4, 3), Config(32, 128, 8, 3), Config(64, 128, 8, 2)],
+}
+
+
+def is_bias_in_acc(target: str, dtype: torch.dtype, scale_log2: float) -> bool:
+    """Whether the matrix product starts from the bias, instead of the bias being added to it.
+
+    It saves an addition a score. But float32 is summed more exactly from 0, a tiny scale would overflow the strip, and
+    without inline assembly the bias would be loaded in another layout.
+    """
+    return target.startswith("cuda") and target != _BLACKWELL and dtype != torch.float32 and scale_log2 > 1e-6
+
+
+def needs_far_loop(target: str) -> bool:
+    """Whether kernels with a bias need a loop over far tiles, even over none, before the one over near tiles.
+
+    In a kernel's first loop ptxas makes asynchronous products wait for the bias (C7515, C7517).
+    """
+    return target == _HOPPER
+
+
 def forward_config(target: str, dtype: torch.dtype, block_d: int) -> Config:
     """The forward kernel's."""
     if target == "interpreter":
@@ -42,14 +75,21 @@ def forward_config(target: str, dtype: torch.dtype, block_d: int) -> Config:
     if block_d > 128:
         return Config(64, 32, 4, 2) if target in _LITTLE_SHARED_MEMORY else Config(128, 32, 8, 3)
     if block_d > 64:
-        return Config(128, 64, 8, 3) if target in _WGMMA else Config(128, 128, 8, 2)
+        return Config(128, 64, 8, 3) if target in _ASYNCHRONOUS else Config(128, 128, 8, 2)
     return Config(128, 64, 4, 3)
 
 
-def backward_config(target: str, dtype: torch.dtype, block_d: int) -> Config:
-    """That of the backward kernels, whose tiles are square."""
+def dquery_config(target: str, dtype: torch.dtype, block_d: int) -> Config:
+    """That of the kernels that sum along diagonals, of dQ and of the deterministic dbias: tiles are square."""
     if target == "interpreter":
         return Config(64, 64, 4, 1)
     if dtype == torch.float32 or block_d > 128:
         return Config(32, 32, 4, 1)
-    return Config(64, 64, 4, 3 if target in _WGMMA else 1 if target.startswith("hip") else 2)
+    return Config(64, 64, 4, 3 if target in _ASYNCHRONOUS else 1 if target.startswith("hip") else 2)
+
+
+def dkey_dvalue_config(target: str, dtype: torch.dtype, block_d: int) -> Config:
+    """That of dK and dV."""
+    if target in _ASYNCHRONOUS and dtype != torch.float32 and 64 < block_d <= 128:
+        return Config(32, 64, 4, 3)  # 64 queries would spill
+    return dquery_config(target, dtype, block_d)

@@ -12,11 +12,13 @@ from triton_offset_bias.backends.triton.tiles import (
     LN_2,
     NO_SCORE,
     block_ranges,
+    far_bias,
     kept_keys,
     load_tile,
     offset_0,
     product,
     score_tile,
+    score_unit,
     store_tile,
     tile_ptrs,
 )
@@ -25,15 +27,16 @@ from triton_offset_bias.backends.triton.tiles import (
 @triton.jit
 def _attend(
     acc, l_i, m_i, q, k_ptrs, v_ptrs, stride_kn, stride_vn, key_mask_ptr, strip_ptr,
-    begin, end, start_m, len_k, far_bias, scale_log2, band_lo, band_hi,
+    begin, end, start_m, len_k, bias, scale_log2, band_lo, band_hi,
     HEAD_DIM: tl.constexpr, HEAD_DIM_V: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, EVEN_N: tl.constexpr, HAS_BIAS: tl.constexpr,
-    HAS_MASK: tl.constexpr, IS_NEAR: tl.constexpr, USE_ASM: tl.constexpr, PRECISION: tl.constexpr,
+    BIAS_IN_ACC: tl.constexpr, HAS_MASK: tl.constexpr, IS_NEAR: tl.constexpr, USE_ASM: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Adds the keys [begin, end) to the running softmax; all of them near, or all far with one bias."""
+    """Adds the keys [begin, end) to the running softmax; all of them near, or all far with one bias, in bits."""
     rows = tl.arange(0, BLOCK_M).to(tl.int64)
     columns = -tl.arange(0, BLOCK_N).to(tl.int64)
-    unit = 1.0 if IS_NEAR and HAS_BIAS else scale_log2  # from what score_tile gives to bits
+    unit = score_unit(scale_log2, HAS_BIAS, BIAS_IN_ACC, IS_NEAR)
     for start_n in range(begin, end, BLOCK_N):
         start_n = tl.multiple_of(start_n, BLOCK_N)
         offs_n = start_n + tl.arange(0, BLOCK_N)
@@ -41,12 +44,12 @@ def _attend(
         k = load_tile(k_ptrs + step * stride_kn, offs_n, len_k, EVEN_N, HEAD_DIM, BLOCK_D)  # (BLOCK_N, BLOCK_D)
         keep = kept_keys(key_mask_ptr, offs_n, len_k, HAS_MASK)[None, :]
         s = score_tile(
-            q, k.T, strip_ptr + (start_m - start_n), rows, columns, keep, scale_log2,
-            band_lo - (start_m - start_n), band_hi - (start_m - start_n),
-            HAS_BIAS, IS_NEAR, HAS_MASK or not EVEN_N, USE_ASM, PRECISION,
+            q, k.T, strip_ptr, start_m - start_n, rows, columns, keep, scale_log2, band_lo, band_hi,
+            HAS_BIAS, BIAS_IN_ACC, IS_NEAR, HAS_MASK or not EVEN_N, USE_ASM, PRECISION,
         )  # (BLOCK_M, BLOCK_N)  # fmt: skip
-        m_new = tl.maximum(m_i, tl.max(s, 1) * unit + far_bias)
-        p = tl.math.exp2(s * unit - (m_new - far_bias)[:, None])
+        row_max = tl.max(s, 1) * unit
+        m_new = tl.maximum(m_i, row_max if IS_NEAR else row_max + bias)
+        p = tl.math.exp2(s * unit - (m_new if IS_NEAR else m_new - bias)[:, None])
         alpha = tl.math.exp2(m_i - m_new)
         l_i = l_i * alpha + tl.sum(p, 1)
         acc = acc * alpha[:, None]
@@ -68,14 +71,14 @@ def forward_kernel(
     num_heads, group, len_q, len_k,
     band_lo, band_hi, near_lo, near_hi, scale_log2,
     HEAD_DIM: tl.constexpr, HEAD_DIM_V: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
-    EVEN_N: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_MASK: tl.constexpr,
+    EVEN_N: tl.constexpr, HAS_BIAS: tl.constexpr, BIAS_IN_ACC: tl.constexpr, HAS_MASK: tl.constexpr,
     FAR_LEFT: tl.constexpr, NEAR: tl.constexpr, FAR_RIGHT: tl.constexpr,
     USE_ASM: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """A block of queries of one head. q (B, H, M, D), k and v (B, H // group, N, D or DV), out as q; row_* (B, H, M).
 
-    row_max and row_sum are in bits; lse is in nats. The longest rows of causal attention start first.
+    row_max is in bits; lse is in nats. The longest rows of causal attention start first.
     """
     num_blocks = tl.cdiv(len_q, BLOCK_M)
     block = num_blocks - 1 - tl.program_id(0) % num_blocks
@@ -94,36 +97,30 @@ def forward_kernel(
         strip_ptr = offset_0(strip_ptr, b, h, stride_sb, stride_sh, len_k)
     if HAS_MASK:
         key_mask_ptr += b * len_k
-    q_ptrs = tile_ptrs(q_ptr, offs_m.to(tl.int64), stride_qm, stride_qd, BLOCK_D)
+    q_ptrs = tile_ptrs(q_ptr, offs_m, stride_qm, stride_qd, BLOCK_D)
     q = load_tile(q_ptrs, offs_m, len_q, False, HEAD_DIM, BLOCK_D)  # (BLOCK_M, BLOCK_D)
     m_i = tl.full([BLOCK_M], NO_SCORE, tl.float32)  # bits
     l_i = tl.zeros([BLOCK_M], tl.float32)
     acc = tl.zeros([BLOCK_M, BLOCK_DV], tl.float32)
 
     edges = block_ranges(start_m, len_k, band_lo, band_hi, near_lo, near_hi, BLOCK_M, BLOCK_N)
-    for part in tl.static_range(3):
-        if (FAR_LEFT, NEAR, FAR_RIGHT)[part]:
-            far_bias = 0.0
-            if HAS_BIAS and part != 1:
-                far_bias = tl.load(strip_ptr + (near_hi, near_hi, near_lo)[part])
+    for part in tl.static_range(4):
+        if (FAR_LEFT, NEAR, FAR_RIGHT, not EVEN_N)[part]:
+            bias = 0.0
+            if part % 2 == 0:
+                bias = far_bias(strip_ptr, (near_hi, 0, near_lo)[part], scale_log2, HAS_BIAS, BIAS_IN_ACC)
             acc, l_i, m_i = _attend(
                 acc, l_i, m_i, q, k_ptrs, v_ptrs, stride_kn, stride_vn, key_mask_ptr, strip_ptr,
-                edges[part], edges[part + 1], start_m, len_k, far_bias, scale_log2, band_lo, band_hi,
-                HEAD_DIM, HEAD_DIM_V, BLOCK_D, BLOCK_DV, BLOCK_M, BLOCK_N, EVEN_N, HAS_BIAS, HAS_MASK, part == 1,
-                USE_ASM, PRECISION,
+                edges[part], edges[part + 1], start_m, len_k, bias, scale_log2, band_lo, band_hi,
+                HEAD_DIM, HEAD_DIM_V, BLOCK_D, BLOCK_DV, BLOCK_M, BLOCK_N, part < 3, HAS_BIAS, BIAS_IN_ACC,
+                HAS_MASK, part % 2 == 1, USE_ASM, PRECISION,
             )  # fmt: skip
 
     is_empty = l_i == 0.0
     acc = acc / tl.where(is_empty, 1.0, l_i)[:, None]
     out_ptr += b * stride_ob + h * stride_oh
-    store_tile(
-        tile_ptrs(out_ptr, offs_m.to(tl.int64), stride_om, stride_od, BLOCK_DV),
-        acc,
-        offs_m,
-        len_q,
-        HEAD_DIM_V,
-        BLOCK_DV,
-    )
+    out_ptrs = tile_ptrs(out_ptr, offs_m, stride_om, stride_od, BLOCK_DV)
+    store_tile(out_ptrs, acc, offs_m, len_q, HEAD_DIM_V, BLOCK_DV)
     row = head.to(tl.int64) * len_q + offs_m
     mask_m = offs_m < len_q
     tl.store(row_max_ptr + row, m_i, mask=mask_m)

@@ -27,7 +27,7 @@ class Bounds(NamedTuple):
     near_hi: int
 
     def parts(self, len_q: int, len_k: int) -> dict[str, bool]:
-        """Which of the kernels' three loops have work: far left | near | far right."""
+        """Which of the kernels' loops over whole tiles have work: far left | near | far right."""
         lowest, highest = 1 - len_k, len_q - 1
         is_flat = self.near_hi < lowest  # one bias for all pairs: all of them are far left
         return {
@@ -61,8 +61,8 @@ def bounds_of(problem: Problem) -> Bounds:
     return Bounds(band_lo, band_hi, max(near_lo, never_lo), min(near_hi, never_hi))
 
 
-def build_strip(problem: Problem) -> Tensor | None:
-    """(1 or B, 1 or H, PAD + Lq + Lk - 1 + PAD) float32: the table at every offset in bits, -inf outside the band.
+def build_strip(problem: Problem, unit: float) -> Tensor | None:
+    """(1 or B, 1 or H, PAD + Lq + Lk - 1 + PAD) float32: the table at every offset times `unit`, -inf outside the band.
 
     Column PAD belongs to the last key's offset from the first query. Finite numbers stay finite: only -inf forbids.
     """
@@ -73,7 +73,7 @@ def build_strip(problem: Problem) -> Tensor | None:
     bias = bias.detach().float().reshape((1,) * (3 - bias.dim()) + bias.shape)
     values = table.per_offset(bias, lo, hi, problem.bias_origin, problem.beyond)
     largest = torch.finfo(torch.float32).max
-    values = torch.where(values.isinf(), values, (values * math.log2(math.e)).clamp(-largest, largest))
+    values = torch.where(values.isinf(), values, (values * unit).clamp(-largest, largest))
     strip = torch.nn.functional.pad(values, (PAD, PAD), value=-math.inf)
     below, above = max(problem.min_offset - lo, 0), max(hi - problem.max_offset, 0)
     if below:
@@ -83,10 +83,10 @@ def build_strip(problem: Problem) -> Tensor | None:
     return strip
 
 
-def fold_strip(problem: Problem, dstrip: Tensor) -> Tensor:
-    """The gradient of the strip as the table's gradient, in its shape and dtype."""
+def fold(problem: Problem, doffsets: Tensor) -> Tensor:
+    """The gradient of every offset, (1 or B, 1 or H, Lq + Lk - 1), as the table's, in its shape and dtype."""
     bias = problem.bias
     assert bias is not None
     lo, _ = table.reachable_offsets(problem.query.shape[2], problem.key.shape[2], problem.query_start)
-    folded = table.fold(dstrip[..., PAD:-PAD], bias.shape[-1], lo, problem.bias_origin, problem.beyond)
+    folded = table.fold(doffsets, bias.shape[-1], lo, problem.bias_origin, problem.beyond)
     return folded.reshape(bias.shape).to(bias.dtype)

@@ -1,38 +1,44 @@
 """What forward and backward share: block ranges, tiles of rows, of scores and of bias, and the sum along diagonals.
 
 Kernels count offsets from the first query and key: ``offset = i - j``, without `query_start`. They read the bias from a
-*strip*: one fp32 number for every such offset of a head, in bits (times log2 e), -inf where causality or the window
-forbids the offset, padded by STRIP_PAD so that tiles may overhang the score matrix on every side. Clamp, causal mask
-and window therefore cost no instruction.
+*strip*: one fp32 number for every such offset of a head, -inf where causality or the window forbids the offset, padded
+by STRIP_PAD so that tiles may overhang the score matrix on every side. Clamp, causal mask and window therefore cost no
+instruction.
 
-The keys that a block of queries attends to fall into three ranges: far left | near | far right. Near tiles look up the
-strip; far tiles lie wholly beyond the end of the table, see one bias, and are plain attention.
+Scores meet the strip in one of two units. BIAS_IN_ACC: the strip counts products (bias / scale) and is what the matrix
+product starts from, which costs nothing more. Else the strip is in bits (bias times log2 e) and is added afterwards.
+
+The keys that a block of queries attends to fall into four ranges: far left | near | far right | rest. Near tiles look
+up the strip; far tiles lie wholly beyond the end of the table, see one bias, and are plain attention. The rest is the
+last tile if the keys do not fill it: a near one, and the only one to ask which keys exist.
 """
 
 import triton
 import triton.language as tl
 
 LN_2 = tl.constexpr(0.6931471805599453)
-# A running maximum before any score: finite, so that -inf - it is -inf, and no more than any finite score.
 STRIP_PAD = tl.constexpr(256)  # twice the largest block
+# A running maximum before any score: finite, so that -inf - it is -inf, and no more than any finite score.
 NO_SCORE = tl.constexpr(-3.4028234663852886e38)
 
 
 @triton.jit
 def block_ranges(start, length, band_lo, band_hi, near_lo, near_hi, BLOCK: tl.constexpr, BLOCK_OTHER: tl.constexpr):
-    """Where the blocks of `length` others begin, turn near, turn far again, and end; all multiples of BLOCK_OTHER.
+    """Where the blocks of `length` others begin, turn near, turn far again, lose their evenness, and end.
 
-    For the block of queries at `start` the others are keys. For a block of keys they are queries: there the offset
-    counts backwards, so the bounds are passed negated and swapped.
+    All are multiples of BLOCK_OTHER; from the fourth on, at most one block is left, which `length` cuts short. For the
+    block of queries at `start` the others are keys. For a block of keys they are queries: there the offset counts
+    backwards, so the bounds are passed negated and swapped.
     """
     begin = tl.maximum(start - band_hi, 0) // BLOCK_OTHER * BLOCK_OTHER
     end = tl.minimum(start + BLOCK - band_lo, length)
     end = tl.maximum(tl.cdiv(end, BLOCK_OTHER) * BLOCK_OTHER, begin)
+    even = tl.maximum(tl.minimum(length // BLOCK_OTHER * BLOCK_OTHER, end), begin)
     near = tl.maximum(start + 1 - near_hi, 0) // BLOCK_OTHER * BLOCK_OTHER
-    near = tl.minimum(tl.maximum(near, begin), end)
+    near = tl.minimum(tl.maximum(near, begin), even)
     far = tl.cdiv(tl.maximum(start + BLOCK - 1 - near_lo, 0), BLOCK_OTHER) * BLOCK_OTHER
-    far = tl.minimum(tl.maximum(far, near), end)
-    return begin, near, far, end
+    far = tl.minimum(tl.maximum(far, near), even)
+    return begin, near, far, even, end
 
 
 @triton.jit
@@ -43,8 +49,8 @@ def offset_0(strip_ptr, b, h, stride_sb, stride_sh, len_k):
 
 @triton.jit
 def tile_ptrs(ptr, offs, stride, stride_d, BLOCK_D: tl.constexpr):
-    """Pointers to the rows `offs`: (BLOCK, BLOCK_D)."""
-    return ptr + offs[:, None] * stride + tl.arange(0, BLOCK_D)[None, :] * stride_d
+    """Pointers to the rows `offs`: (BLOCK, BLOCK_D). A tensor may have more than 2^31 elements, a tile span as many."""
+    return ptr + offs.to(tl.int64)[:, None] * stride + tl.arange(0, BLOCK_D).to(tl.int64)[None, :] * stride_d
 
 
 @triton.jit
@@ -96,24 +102,67 @@ def product(a, b, acc, PRECISION: tl.constexpr):
 
 @triton.jit
 def score_tile(
-    a, b, strip_ptr, rows, columns, keep, scale_log2, band_lo, band_hi,
-    HAS_BIAS: tl.constexpr, IS_NEAR: tl.constexpr, HAS_KEEP: tl.constexpr, USE_ASM: tl.constexpr,
-    PRECISION: tl.constexpr,
+    a, b, strip_ptr, shift, rows, columns, keep, scale_log2, band_lo, band_hi,
+    HAS_BIAS: tl.constexpr, BIAS_IN_ACC: tl.constexpr, IS_NEAR: tl.constexpr, HAS_KEEP: tl.constexpr,
+    USE_ASM: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Scores, (R, C): in bits and with the bias if near and there is one, else still to be multiplied by scale_log2.
+    """Scores, (R, C), to be multiplied by score_unit, and with the bias if near and there is one.
 
-    The offset of an element is rows + columns. `keep` says which keys to attend to, where HAS_KEEP.
+    The offset of an element is shift + rows + columns. `keep` says which keys to attend to, where HAS_KEEP.
     """
-    s = product(a, b, None, PRECISION)
-    if IS_NEAR:
-        if HAS_BIAS:
-            s = s * scale_log2 + bias_tile(strip_ptr, rows, columns, USE_ASM)
+    if IS_NEAR and HAS_BIAS:
+        if BIAS_IN_ACC:
+            s = product(a, b, bias_tile(strip_ptr + shift, rows, columns, USE_ASM), PRECISION)
         else:
+            s = product(a, b, None, PRECISION) * scale_log2 + bias_tile(strip_ptr + shift, rows, columns, USE_ASM)
+    else:
+        s = product(a, b, None, PRECISION)
+        if IS_NEAR:
             offset = (rows[:, None] + columns[None, :]).to(tl.int32)
-            s = tl.where((offset >= band_lo) & (offset <= band_hi), s, float("-inf"))
+            s = tl.where((offset >= band_lo - shift) & (offset <= band_hi - shift), s, float("-inf"))
     if HAS_KEEP:
         s = tl.where(keep, s, float("-inf"))
     return s
+
+
+@triton.jit
+def score_unit(scale_log2, HAS_BIAS: tl.constexpr, BIAS_IN_ACC: tl.constexpr, IS_NEAR: tl.constexpr):
+    """Bits in one of what score_tile gives."""
+    if IS_NEAR and HAS_BIAS and not BIAS_IN_ACC:
+        return 1.0
+    else:
+        return scale_log2
+
+
+@triton.jit
+def far_bias(strip_ptr, offset, scale_log2, HAS_BIAS: tl.constexpr, BIAS_IN_ACC: tl.constexpr):
+    """The one bias of far tiles, in bits: that of `offset`."""
+    if not HAS_BIAS:
+        return 0.0
+    elif BIAS_IN_ACC:
+        return tl.load(strip_ptr + offset) * scale_log2
+    else:
+        return tl.load(strip_ptr + offset)
+
+
+@triton.jit
+def load_rows(
+    lse_bits_ptr, log_sum_ptr, delta_ptr, offs, length, IS_EVEN: tl.constexpr, SPLIT_LSE: tl.constexpr
+):  # fmt: skip
+    """Of queries, the log-sum-exp in bits, of which SPLIT_LSE keeps the log of the sum apart, and delta.
+
+    Past the `length` the log-sum-exp is +inf: P and dS are 0 there.
+    """
+    if IS_EVEN:
+        lse = tl.load(lse_bits_ptr + offs)
+        log_sum = tl.load(log_sum_ptr + offs) if SPLIT_LSE else lse
+        delta = tl.load(delta_ptr + offs)
+    else:
+        mask = offs < length
+        lse = tl.load(lse_bits_ptr + offs, mask=mask, other=float("inf"))
+        log_sum = tl.load(log_sum_ptr + offs, mask=mask, other=0.0) if SPLIT_LSE else lse
+        delta = tl.load(delta_ptr + offs, mask=mask, other=0.0)
+    return lse, log_sum, delta
 
 
 @triton.jit

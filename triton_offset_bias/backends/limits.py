@@ -1,0 +1,20 @@
+"""What the fused backends have in common: the sizes that they serve."""
+
+from triton_offset_bias.problem import Problem
+
+MAX_HEAD_DIM = 256
+MAX_LENGTH = 2**30
+
+
+def exceeded_limits(problem: Problem) -> list[str]:
+    """Reasons not to serve `problem` that hold for every fused backend."""
+    reasons = []
+    if problem.query.shape[3] > MAX_HEAD_DIM or problem.value.shape[3] > MAX_HEAD_DIM:
+        reasons.append(f"serves head dims up to {MAX_HEAD_DIM}")
+    if problem.query.shape[2] >= MAX_LENGTH or problem.key.shape[2] >= MAX_LENGTH:
+        reasons.append(f"serves lengths below {MAX_LENGTH}")
+    if problem.dropout_p > 0.0:
+        reasons.append("does not serve dropout yet")
+    if problem.query_positions is not None:
+        reasons.append("does not serve query_positions and key_positions yet")
+    return reasons

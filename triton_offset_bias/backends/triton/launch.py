@@ -1,0 +1,81 @@
+"""Launches a kernel by its configuration, or by the fastest one where the user asks for that.
+
+`TRITON_OFFSET_BIAS_AUTOTUNE=1` measures the candidates of `configs` on this machine, the first time that a kernel meets
+a head dim, dtype and kind of bias; Triton's cache on disk remembers the result.
+"""
+
+import functools
+import os
+from collections.abc import Callable
+from typing import Any
+
+import triton
+from torch import Tensor
+
+from triton_offset_bias.backends.triton import configs
+
+AUTOTUNE_VARIABLE = "TRITON_OFFSET_BIAS_AUTOTUNE"
+
+# Constants that say whether blocks fill a length: that length, and the block's size.
+_EVEN = {"EVEN_M": "len_q", "EVEN_N": "len_k"}
+
+
+def run_kernel(
+    kernel: Any, config: configs.Config, x: Tensor, axis: str, arguments: tuple[Any, ...], constants: dict[str, Any]
+) -> None:
+    """One program for each block of rows of each head of `x`, (B, H, L, D).
+
+    Args:
+        kernel: a jitted function, whose constants EVEN_*, BLOCK_* come from `config`.
+        config: what is used unless the user asks for tuning.
+        x: the tensor whose rows the programs share out.
+        axis: the name of the constant that says how many rows a program has.
+        arguments: by position.
+        constants: the kernel's other constants.
+    """
+
+    def grid(meta: dict[str, Any]) -> tuple[int]:
+        return (x.shape[0] * x.shape[1] * -(-x.shape[2] // meta[axis]),)
+
+    if os.environ.get(AUTOTUNE_VARIABLE) == "1":
+        _tuned(kernel)[grid](*arguments, **constants, enable_fp_fusion=True)
+    else:
+        _evenness(kernel)[grid](*arguments, **constants, **_blocks(kernel, config), **config.options)
+
+
+def _blocks(kernel: Any, config: configs.Config) -> dict[str, int]:
+    """The kernel's constants that are block sizes; BLOCK is that of square tiles."""
+    sizes = {"BLOCK": config.block_m, "BLOCK_M": config.block_m, "BLOCK_N": config.block_n}
+    return {name: size for name, size in sizes.items() if name in kernel.arg_names}
+
+
+@functools.cache
+def _evenness(kernel: Any) -> Any:
+    """The kernel, with its EVEN_* filled in."""
+
+    def is_even(flag: str) -> Callable[[dict[str, Any]], bool]:
+        block = "BLOCK" if "BLOCK" in kernel.arg_names else flag.replace("EVEN", "BLOCK")
+        return lambda arguments: arguments[_EVEN[flag]] % arguments[block] == 0
+
+    rules = {flag: is_even(flag) for flag in _EVEN if flag in kernel.arg_names}
+    return triton.heuristics(rules)(kernel)
+
+
+@functools.cache
+def _tuned(kernel: Any) -> Any:
+    """The kernel, with its BLOCK_*, warps and stages measured."""
+    name = kernel.__name__.removesuffix("_kernel")
+    candidates = [
+        triton.Config(_blocks(kernel, config), num_warps=config.num_warps, num_stages=config.num_stages)
+        for config in configs.CANDIDATES[name]
+    ]
+    chosen = ("BLOCK", "BLOCK_M", "BLOCK_N", *_EVEN)
+    key = [constant for constant in kernel.arg_names if constant.isupper() and constant not in chosen]
+    tune = triton.autotune(candidates, key, pre_hook=_forget_dbias, cache_results=True)
+    return tune(_evenness(kernel))
+
+
+def _forget_dbias(arguments: dict[str, Any], reset_only: bool = False) -> None:
+    """Before each run of a candidate: what the last one has added to dbias goes."""
+    if arguments.get("DBIAS", "none") != "none":
+        arguments["dstrip_ptr"].zero_()
