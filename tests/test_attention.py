@@ -28,6 +28,8 @@ SHAPES = [
     Case("192 keys and one, causal", (191, 193), batch=2, heads=(8, 8), options={"is_causal": True}),
     Case("fewer queries than keys, causal: bottom-right aligned", (70, 211), options={"is_causal": True}),
     Case("more queries than keys, causal: the first see nothing", (211, 70), options={"is_causal": True}),
+    Case("causal, the first key of a block of 32 seen by one query", (64, 65), options={"is_causal": True}),
+    Case("the last key of a block of 64 seen by one query", (128, 128), options={"window_size": (65, -1)}),
     Case("long", (1031, 1033), (32, 32), batch=1, heads=(1, 1)),
     Case("long, causal", (1031, 1031), batch=1, heads=(2, 2), options={"is_causal": True}, through_lse=True),
     Case("long against short", (1201, 45), batch=1),
