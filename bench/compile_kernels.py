@@ -41,7 +41,7 @@ def main(arguments: list[str] | None = None) -> None:
     if options.update:
         kept = budget.merge(rows[KEY], on=KEY, how="left", indicator=True)
         kept = kept[kept["_merge"] == "left_only"].drop(columns="_merge")
-        pd.concat([kept, rows]).sort_values(KEY).to_csv(BUDGET, index=False)
+        pd.concat([kept, rows]).convert_dtypes().sort_values(KEY).to_csv(BUDGET, index=False)
     else:
         failures += _over_budget(rows, budget)
     if failures:
