@@ -120,10 +120,9 @@ def padding_mask(kind: str, batch: int, length: int) -> Tensor:
 
 
 def results_of(call: Call, backend: str) -> Results:
-    """Output, log-sum-exp and every gradient of a call on a backend."""
-    out, lse = offset_bias_attention(
-        call.q, call.k, call.v, call.bias, **call.options, return_lse=True, backend=backend
-    )
+    """Output, log-sum-exp and every gradient of a call on a backend; not deterministic unless the case asks for it."""
+    options = {"deterministic": False, **call.options}  # poisoned memory turns torch's own switch on
+    out, lse = offset_bias_attention(call.q, call.k, call.v, call.bias, **options, return_lse=True, backend=backend)
     leaves = [x for x in (call.q, call.k, call.v, call.bias) if x is not None]
     outputs, incoming = ([out], [call.dout]) if call.dlse is None else ([out, lse], [call.dout, call.dlse])
     return Results(out, lse, *torch.autograd.grad(outputs, leaves, incoming))
