@@ -5,6 +5,7 @@ from typing import Any
 
 import torch
 from oracle import NAMES, Results, oracle
+from philox import dropout_factors
 from tolerance import assert_accurate
 from torch import Tensor
 
@@ -119,8 +120,12 @@ def padding_mask(kind: str, batch: int, length: int) -> Tensor:
     return torch.stack([mask, ~mask], dim=-1)[..., 0] if kind.endswith("not contiguous") else mask
 
 
+DROPOUT_SEED = 11
+
+
 def results_of(call: Call, backend: str) -> Results:
     """Output, log-sum-exp and every gradient of a call on a backend; not deterministic unless the case asks for it."""
+    torch.manual_seed(DROPOUT_SEED)
     options = {"deterministic": False, **call.options}  # poisoned memory turns torch's own switch on
     out, lse = offset_bias_attention(call.q, call.k, call.v, call.bias, **options, return_lse=True, backend=backend)
     leaves = [x for x in (call.q, call.k, call.v, call.bias) if x is not None]
@@ -132,7 +137,11 @@ def results_of(call: Call, backend: str) -> Results:
 def assert_matches_oracle(call: Call, got: Results) -> None:
     """All six results of `got` obey the tolerance rule."""
     inputs = (call.q, call.k, call.v, call.bias)
-    options = {name: x for name, x in call.options.items() if name != "deterministic"}
+    options = {name: x for name, x in call.options.items() if name not in ("deterministic", "dropout_p")}
+    if "dropout_p" in call.options:
+        torch.manual_seed(DROPOUT_SEED)
+        shape = (*call.q.shape[:3], call.k.shape[2])
+        options["factors"] = dropout_factors(call.options["dropout_p"], shape)
     keywords = {**options, "dout": call.dout, "dlse": call.dlse}
     ref64, same = oracle(*inputs, **keywords), oracle(*inputs, **keywords, dtype=call.q.dtype)
     real = torch.promote_types(call.q.dtype, torch.float32)

@@ -1,9 +1,10 @@
 """The truth: attention with an offset bias and its gradients, dense, written out from the formulas in plain PyTorch.
 
-    S = scale <q, k> + b[i - j]      P = softmax(S)      out = P V      lse = log sum exp S
-    dP = dO V^T      dS = P (dP - <dO, out> + dlse)      dQ = scale dS K      dK = scale dS^T Q      dV = P^T dO
+    S = scale <q, k> + b[i - j]      P = softmax(S)      out = (Z P) V      lse = log sum exp S
+    dP = Z dO V^T      dS = P (dP - <dO, out> + dlse)      dQ = scale dS K      dK = scale dS^T Q      dV = (Z P)^T dO
     db[o] = sum of dS over batch and pairs with i - j = o
 
+Z is 1, or with dropout 0 for the dropped weights and 1 / (1 - p) for the others.
 In float64 it is what results are compared with; in the dtype of the inputs it is what plain PyTorch achieves.
 It shares no code with the package.
 """
@@ -74,8 +75,9 @@ def oracle(
     key_padding_mask: Tensor | None = None,
     query_positions: Tensor | None = None,
     key_positions: Tensor | None = None,
+    factors: Tensor | None = None,
 ) -> Results:
-    """The results in `dtype`; the gradients as well when `dout` is given."""
+    """The results in `dtype`; the gradients as well when `dout` is given. `factors` is dropout's Z, (B, H, Lq, Lk)."""
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     group = q.shape[1] // max(k.shape[1], 1) if enable_gqa else 1
     q, k, v = (x.to(dtype) for x in (q, k, v))
@@ -87,20 +89,21 @@ def oracle(
     if table is not None:
         scores = scores + table.dense(dtype)
     probs, lse = _softmax(scores.masked_fill(~attended, float("-inf")))
-    results = Results(probs @ v, lse)
+    factors = torch.ones((), dtype=dtype) if factors is None else factors.to(dtype)
+    results = Results((factors * probs) @ v, lse)
     if dout is not None:
-        _differentiate(results, q, k, v, probs, dout.to(dtype), dlse, scale, group, table)
+        _differentiate(results, q, k, v, probs, factors, dout.to(dtype), dlse, scale, group, table)
     return results
 
 
-def _differentiate(results, q, k, v, probs, dout, dlse, scale, group, table) -> None:
+def _differentiate(results, q, k, v, probs, factors, dout, dlse, scale, group, table) -> None:
     """Fills in the gradients; `group` query heads share a key head."""
     dlse = torch.zeros_like(results.lse) if dlse is None else dlse.to(dout.dtype)
     row = ((dout * results.out).sum(-1) - dlse).unsqueeze(-1)
-    dscores = probs * (dout @ v.mT - row)
+    dscores = probs * (factors * (dout @ v.mT) - row)
     results.dq = scale * (dscores @ k)
     results.dk = (scale * (dscores.mT @ q)).unflatten(1, (-1, group)).sum(2)
-    results.dv = (probs.mT @ dout).unflatten(1, (-1, group)).sum(2)
+    results.dv = ((factors * probs).mT @ dout).unflatten(1, (-1, group)).sum(2)
     if table is not None:
         results.dbias, results.summed = table.scatter(dscores), table.scatter(dscores.abs())
 

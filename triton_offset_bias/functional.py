@@ -2,7 +2,6 @@
 
 from typing import Literal, overload
 
-import torch
 from torch import Tensor
 
 from triton_offset_bias import ops
@@ -129,19 +128,21 @@ def offset_bias_attention(
         key,
         value,
         bias,
-        dropout_p=dropout_p,
-        is_causal=is_causal,
-        scale=scale,
         enable_gqa=enable_gqa,
-        bias_origin=bias_origin,
-        beyond=beyond,
         query_start=query_start,
-        window_size=window_size,
         key_padding_mask=key_padding_mask,
         query_positions=query_positions,
         key_positions=key_positions,
-        deterministic=deterministic,
-        return_lse=return_lse,
+        options={
+            "dropout_p": dropout_p,
+            "is_causal": is_causal,
+            "scale": scale,
+            "bias_origin": bias_origin,
+            "beyond": beyond,
+            "window_size": window_size,
+            "deterministic": deterministic,
+            "return_lse": return_lse,
+        },
     )
     out, lse = ops.attention(problem, select_backend(problem, backend))
     return (out, lse) if return_lse else out
@@ -237,31 +238,28 @@ def offset_bias_attention_varlen(
     Raises:
         TypeError, ValueError, NotImplementedError: as in `offset_bias_attention`.
     """
-    lengths_q, lengths_k = check_varlen(
-        query, key, value, bias, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, enable_gqa
+    query, key, value = with_autocast(query, key, value)
+    problem = check_varlen(
+        query,
+        key,
+        value,
+        bias,
+        cu_seqlens_q,
+        cu_seqlens_k,
+        max_seqlen_q,
+        max_seqlen_k,
+        enable_gqa=enable_gqa,
+        options={
+            "dropout_p": dropout_p,
+            "is_causal": is_causal,
+            "scale": scale,
+            "bias_origin": bias_origin,
+            "beyond": beyond,
+            "window_size": window_size,
+            "deterministic": deterministic,
+            "return_lse": return_lse,
+        },
     )
-    outs, lses = [], []
-    sequences = zip(query.split(lengths_q), key.split(lengths_k), value.split(lengths_k), strict=True)
-    for index, (q, k, v) in enumerate(sequences):
-        out, lse = offset_bias_attention(
-            q.transpose(0, 1).unsqueeze(0),
-            k.transpose(0, 1).unsqueeze(0),
-            v.transpose(0, 1).unsqueeze(0),
-            bias[index : index + 1] if bias is not None and bias.dim() == 3 else bias,
-            dropout_p=dropout_p,
-            is_causal=is_causal,
-            scale=scale,
-            enable_gqa=enable_gqa,
-            bias_origin=bias_origin,
-            beyond=beyond,
-            window_size=window_size,
-            deterministic=deterministic,
-            return_lse=True,
-            backend=backend,
-        )
-        outs.append(out.squeeze(0).transpose(0, 1))
-        lses.append(lse.squeeze(0))
-    packed_out = torch.cat(outs) if outs else query.new_zeros(0, query.shape[1], value.shape[2])
-    if not return_lse:
-        return packed_out
-    return packed_out, torch.cat(lses, dim=1) if lses else query.new_zeros(query.shape[1], 0, dtype=torch.float32)
+    out, lse = ops.attention(problem, select_backend(problem, backend))
+    out, lse = out.squeeze(0).transpose(0, 1), lse.squeeze(0)
+    return (out, lse) if return_lse else out

@@ -3,8 +3,8 @@
 import torch
 from torch import Tensor
 
-from triton_offset_bias import table
 from triton_offset_bias.backends import cpp, reference, triton
+from triton_offset_bias.data_checks import check_data
 from triton_offset_bias.problem import Problem
 
 _FUSED = {"triton": triton, "cpp": cpp}
@@ -12,10 +12,11 @@ _FUSED = {"triton": triton, "cpp": cpp}
 # The fields of `Problem`, then the backend.
 _PROBLEM = (
     "Tensor query, Tensor key, Tensor value, Tensor? bias, Tensor? key_padding_mask, Tensor? query_positions, "
-    "Tensor? key_positions, float scale, float dropout_p, SymInt query_start, SymInt min_offset, SymInt max_offset, "
-    "SymInt bias_origin, str beyond, bool deterministic, str backend"
+    "Tensor? key_positions, Tensor? cu_seqlens_q, Tensor? cu_seqlens_k, Tensor? seed, float scale, float dropout_p, "
+    "SymInt query_start, SymInt min_offset, SymInt max_offset, SymInt bias_origin, str beyond, bool deterministic, "
+    "SymInt max_seqlen_q, SymInt max_seqlen_k, str backend"
 )
-_NUM_TENSORS = 7
+_NUM_TENSORS = 10
 _library = torch.library.Library("triton_offset_bias", "DEF")
 _library.define(f"attention({_PROBLEM}) -> (Tensor out, Tensor lse, Tensor row_max, Tensor row_sum)")
 _library.define(
@@ -35,7 +36,7 @@ def attention(problem: Problem, backend: str) -> tuple[Tensor, Tensor]:
 def _forward(*args):
     *fields, backend = args
     problem = Problem(*fields)
-    _check_reach_of_data(problem)
+    check_data(problem)
     out, lse, row_max, row_sum = outputs = _new_outputs(problem.query, problem.value)
     if out.numel() > 0 and problem.key.shape[2] > 0:
         _FUSED[backend].forward(problem, *outputs)
@@ -91,17 +92,6 @@ def _empty_like(x: Tensor, dim: int) -> Tensor:
     if x.stride(1) < x.stride(2):
         return x.new_empty(batch, length, heads, dim).transpose(1, 2)
     return x.new_empty(batch, heads, length, dim)
-
-
-def _check_reach_of_data(problem: Problem) -> None:
-    """`beyond="error"` under a mask: which offsets are attended to depends on data, so it is not asked in checks."""
-    if problem.beyond != "error" or problem.bias is None or problem.key_padding_mask is None:
-        return
-    extremes = table.attended_extremes(
-        problem.key_padding_mask, problem.query.shape[2], problem.query_start, problem.min_offset, problem.max_offset
-    )
-    if extremes is not None and problem.query.shape[2] > 0:
-        table.check_reach(problem.bias.shape[-1], problem.bias_origin, *extremes)
 
 
 class _Attention(torch.autograd.Function):

@@ -4,6 +4,8 @@ from typing import NamedTuple
 
 from torch import Tensor
 
+from triton_offset_bias import table
+
 
 class Problem(NamedTuple):
     """One attention call with every argument checked and every default filled in.
@@ -11,6 +13,9 @@ class Problem(NamedTuple):
     Shapes as in `offset_bias_attention`. A key is attended to when `min_offset <= offset <= max_offset` and the padding
     mask allows it. `bias_origin` and `beyond` are meaningless when `bias` is None. The fields, in this order, are the
     arguments of the operators.
+
+    With `cu_seqlens_q` and `cu_seqlens_k` the sequences are packed along the length, and the tensors' batch size is 1;
+    the last query of each lies on its last key, whatever `query_start` says. Only a `bias` may have a batch axis then.
     """
 
     query: Tensor
@@ -20,6 +25,9 @@ class Problem(NamedTuple):
     key_padding_mask: Tensor | None
     query_positions: Tensor | None
     key_positions: Tensor | None
+    cu_seqlens_q: Tensor | None  # (sequences + 1,)
+    cu_seqlens_k: Tensor | None
+    seed: Tensor | None  # () int64: that of the dropped weights; None if there are none
     scale: float
     dropout_p: float
     query_start: int
@@ -28,3 +36,17 @@ class Problem(NamedTuple):
     bias_origin: int
     beyond: str
     deterministic: bool
+    max_seqlen_q: int  # of a sequence
+    max_seqlen_k: int
+
+    @property
+    def num_sequences(self) -> int:
+        """How many there are: the batch size, or that of packed sequences."""
+        return self.query.shape[0] if self.cu_seqlens_q is None else self.cu_seqlens_q.shape[0] - 1
+
+    @property
+    def reachable_offsets(self) -> tuple[int, int]:
+        """The smallest and the largest offset between any query and any key, where there are no positions."""
+        if self.cu_seqlens_q is None:
+            return table.reachable_offsets(self.max_seqlen_q, self.max_seqlen_k, self.query_start)
+        return 1 - self.max_seqlen_q, self.max_seqlen_k - 1

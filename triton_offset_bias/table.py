@@ -113,3 +113,39 @@ def attended_extremes(
     if not bool(used.any()):
         return None
     return int(lowest[used].min()), int(highest[used].max())
+
+
+def attended_extremes_of_positions(
+    query_positions: Tensor, key_positions: Tensor, key_padding_mask: Tensor | None, min_offset: int, max_offset: int
+) -> tuple[int, int] | None:
+    """`attended_extremes` for (Lq,) or (B, Lq) and (Lk,) or (B, Lk) int64 positions."""
+    queries, keys = query_positions, key_positions
+    if key_padding_mask is not None:
+        keys = keys.expand(key_padding_mask.shape)
+    if queries.dim() == 2 or keys.dim() == 2:
+        batch = max(x.shape[0] for x in (queries, keys) if x.dim() == 2)
+        queries, keys = (x.expand(batch, x.shape[-1]).contiguous() for x in (queries, keys))
+    queries = queries.sort().values
+    # Of every key, the first and the last of the sorted queries that may attend to it.
+    first = torch.searchsorted(queries, keys + min_offset)
+    last = torch.searchsorted(queries, keys + max_offset, right=True) - 1
+    used = first <= last
+    if key_padding_mask is not None:
+        used = used & key_padding_mask
+    if not bool(used.any()):
+        return None
+    lowest = queries.gather(-1, first.clamp(max=queries.shape[-1] - 1)) - keys
+    highest = queries.gather(-1, last.clamp(min=0)) - keys
+    return int(lowest[used].min()), int(highest[used].max())
+
+
+def extended(bias: Tensor, origin: int, beyond: str) -> tuple[Tensor, int]:
+    """A table that is always clamped, and the offset of its first column: "zero" becomes a column at each end."""
+    if beyond != "zero":
+        return bias, -origin
+    return torch.nn.functional.pad(bias, (1, 1)), -origin - 1
+
+
+def trimmed(grad: Tensor, beyond: str) -> Tensor:
+    """The transpose of `extended`: the gradient without the columns that were added."""
+    return grad[..., 1:-1] if beyond == "zero" else grad

@@ -8,10 +8,10 @@ It stores every score, works in any float dtype up to float64 (half precision is
 from contextlib import nullcontext
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from triton_offset_bias import table
+from triton_offset_bias import dropout, table
+from triton_offset_bias.data_checks import check_data, sequences
 from triton_offset_bias.problem import Problem
 
 SERVES = "any device; dense, O(Lq x Lk) memory; float16, bfloat16, float32, float64"
@@ -34,16 +34,39 @@ def unsupported_reasons(problem: Problem) -> list[str]:
 
 def attention(problem: Problem) -> tuple[Tensor, Tensor]:
     """Output (B, Hq, Lq, Dv) and log-sum-exp (B, Hq, Lq), both differentiable as often as torch can."""
+    check_data(problem)
     device_type = problem.query.device.type
     has_autocast = torch.amp.is_autocast_available(device_type)
     with torch.autocast(device_type, enabled=False) if has_autocast else nullcontext():
-        out, lse = _attention(problem)
+        out, lse = _attention(problem) if problem.cu_seqlens_q is None else _packed_attention(problem)
     return out.to(problem.query.dtype), lse
 
 
-def _attention(problem: Problem) -> tuple[Tensor, Tensor]:
+def _packed_attention(problem: Problem) -> tuple[Tensor, Tensor]:
+    """Every sequence by itself."""
+    bias, results = problem.bias, []
+    for index, (first_q, first_k, len_q, len_k) in enumerate(sequences(problem)):
+        sequence = problem._replace(
+            query=problem.query.narrow(2, first_q, len_q),
+            key=problem.key.narrow(2, first_k, len_k),
+            value=problem.value.narrow(2, first_k, len_k),
+            bias=bias[index : index + 1] if bias is not None and bias.dim() == 3 else bias,
+            query_start=len_k - len_q,
+        )
+        results.append(_attention(sequence, index))
+    if not results:
+        heads, dim_v = problem.query.shape[1], problem.value.shape[3]
+        compute = torch.promote_types(problem.query.dtype, torch.float32)
+        return problem.query.new_zeros(1, heads, 0, dim_v), problem.query.new_zeros(1, heads, 0, dtype=compute)
+    outs, lses = zip(*results, strict=True)
+    return torch.cat(outs, 2), torch.cat(lses, 2)
+
+
+def _attention(problem: Problem, sequence: int = 0) -> tuple[Tensor, Tensor]:
+    """Of the sequences from `sequence` on, as dropout counts them."""
     compute = torch.promote_types(problem.query.dtype, torch.float32)
-    groups = problem.query.shape[1] // max(problem.key.shape[1], 1)
+    batch, heads, len_q, _ = problem.query.shape
+    groups = heads // max(problem.key.shape[1], 1)
     query = problem.query.to(compute)  # (B, Hq, Lq, D)
     key = problem.key.to(compute).repeat_interleave(groups, dim=1)  # (B, Hq, Lk, D)
     value = problem.value.to(compute).repeat_interleave(groups, dim=1)  # (B, Hq, Lk, Dv)
@@ -66,7 +89,10 @@ def _attention(problem: Problem) -> tuple[Tensor, Tensor]:
     is_empty = row_sum == 0
     row_sum = row_sum.masked_fill(is_empty, 1.0)
     lse = (row_sum.log() + row_max).masked_fill(is_empty, float("-inf")).squeeze(-1)
-    probs = F.dropout(exps / row_sum, problem.dropout_p)
+    probs = exps / row_sum
+    if problem.seed is not None:
+        kept = dropout.kept(problem.seed, problem.dropout_p, sequence, batch, heads, len_q, key.shape[2])
+        probs = probs * kept * dropout.kept_scale(problem.dropout_p)
     return probs @ value, lse
 
 
@@ -83,9 +109,4 @@ def _attended(problem: Problem, offsets: Tensor) -> Tensor:
     attended = (attended if attended.dim() == 3 else attended.unsqueeze(0)).unsqueeze(1)  # (1 or B, 1, Lq, Lk)
     if problem.key_padding_mask is not None:
         attended = attended & problem.key_padding_mask[:, None, None, :]
-    if problem.beyond == "error" and problem.bias is not None and problem.query.numel() and problem.key.numel():
-        used = offsets.expand(attended.shape[0], *offsets.shape[-2:])[attended[:, 0]]
-        if used.numel():
-            lowest, highest = int(used.min()), int(used.max())
-            table.check_reach(problem.bias.shape[-1], problem.bias_origin, lowest, highest)
     return attended

@@ -1,0 +1,66 @@
+"""Checks that have to look at the values of tensors. They are made inside the operators, where tracing does not look.
+
+On a GPU looking means to wait for the device. It is done for `beyond="error"` alone, whose user asks for it; there the
+values of `cu_seqlens_q` and `cu_seqlens_k` are not looked at, as in flash-attn.
+"""
+
+import itertools
+
+from torch import Tensor
+
+from triton_offset_bias import table
+from triton_offset_bias.problem import Problem
+
+
+def check_data(problem: Problem) -> None:
+    """Raises ValueError for sequence bounds that are none, and for attended offsets that "error" forbids."""
+    if problem.cu_seqlens_q is not None and problem.query.device.type == "cpu":
+        sequences(problem)
+    if problem.beyond != "error" or problem.bias is None or not problem.query.numel() or not problem.key.numel():
+        return
+    extremes = _attended_extremes(problem)
+    if extremes is not None:
+        table.check_reach(problem.bias.shape[-1], problem.bias_origin, *extremes)
+
+
+def sequences(problem: Problem) -> list[tuple[int, int, int, int]]:
+    """The first query, first key, number of queries and of keys of every packed sequence."""
+    assert problem.cu_seqlens_q is not None
+    assert problem.cu_seqlens_k is not None
+    bounds_q = _bounds("q", problem.cu_seqlens_q, "query", problem.query, problem.max_seqlen_q)
+    bounds_k = _bounds("k", problem.cu_seqlens_k, "key", problem.key, problem.max_seqlen_k)
+    ranges = zip(itertools.pairwise(bounds_q), itertools.pairwise(bounds_k), strict=True)
+    return [(q, k, q_end - q, k_end - k) for (q, q_end), (k, k_end) in ranges]
+
+
+def _bounds(letter: str, cu_seqlens: Tensor, packed_name: str, packed: Tensor, max_seqlen: int) -> list[int]:
+    name, total = f"cu_seqlens_{letter}", packed.shape[2]
+    bounds = cu_seqlens.tolist()
+    if bounds[0] != 0 or bounds[-1] != total:
+        raise ValueError(
+            f"`{name}` must run from 0 to `{packed_name}`'s total length {total}, got {bounds[0]} to {bounds[-1]}"
+        )
+    lengths = [end - start for start, end in itertools.pairwise(bounds)]
+    if any(length < 0 for length in lengths):
+        raise ValueError(f"`{name}` must never decrease, got {bounds}")
+    longest = max(lengths, default=0)
+    if max_seqlen < longest:
+        raise ValueError(f"`max_seqlen_{letter}` must be at least the longest sequence's {longest}, got {max_seqlen}")
+    return bounds
+
+
+def _attended_extremes(problem: Problem) -> tuple[int, int] | None:
+    """The smallest and the largest offset that some pair attends to; None if none does, or lengths told already."""
+    limits = problem.min_offset, problem.max_offset
+    if problem.cu_seqlens_q is not None:
+        lengths = [(len_q, len_k) for _, _, len_q, len_k in sequences(problem) if len_q and len_k]
+        lowest = max(min((1 - len_q for len_q, _ in lengths), default=1), limits[0])
+        highest = min(max((len_k - 1 for _, len_k in lengths), default=-1), limits[1])
+        return (lowest, highest) if lowest <= highest else None
+    if problem.query_positions is not None and problem.key_positions is not None:
+        return table.attended_extremes_of_positions(
+            problem.query_positions.long(), problem.key_positions.long(), problem.key_padding_mask, *limits
+        )
+    if problem.key_padding_mask is None:
+        return None
+    return table.attended_extremes(problem.key_padding_mask, problem.query.shape[2], problem.query_start, *limits)

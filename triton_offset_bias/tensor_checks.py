@@ -1,0 +1,115 @@
+"""Checks of the tensors of a call: shapes, dtypes and devices, but no values."""
+
+import torch
+from torch import Tensor
+
+from triton_offset_bias.validators import check_flag, check_tensor, shape
+
+FLOAT_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+INTEGER_DTYPES = (torch.int8, torch.int16, torch.int32, torch.int64, torch.uint8)
+
+
+def check_tensors(query: Tensor, key: Tensor, value: Tensor, layout: str, axes: int) -> None:
+    """Raises unless the three are tensors of one floating dtype and device, laid out as `layout` says."""
+    for name, tensor in (("query", query), ("key", key), ("value", value)):
+        check_tensor(name, tensor)
+        if tensor.dim() != axes:
+            raise ValueError(f"`{name}` must have shape {layout}, got shape {shape(tensor)}")
+    if query.dtype not in FLOAT_DTYPES:
+        raise TypeError(f"`query` must be float16, bfloat16, float32 or float64, got {query.dtype}")
+    for name, tensor in (("key", key), ("value", value)):
+        if tensor.dtype != query.dtype:
+            raise TypeError(f"`{name}` must have `query`'s dtype {query.dtype}, got {tensor.dtype}")
+        _check_device(name, tensor, query)
+
+
+def check_sizes(query: Tensor, key: Tensor, value: Tensor, enable_gqa: bool, heads: int, length: int) -> None:
+    """Head dims, lengths and heads; `heads` and `length` are the axes that hold them."""
+    if key.shape[-1] != query.shape[-1]:
+        raise ValueError(f"`key` must have `query`'s head_dim {query.shape[-1]}, got shape {shape(key)}")
+    if value.shape[length] != key.shape[length]:
+        raise ValueError(f"`value` must have `key`'s length {key.shape[length]}, got shape {shape(value)}")
+    if value.shape[heads] != key.shape[heads]:
+        raise ValueError(f"`value` must have `key`'s {key.shape[heads]} heads, got shape {shape(value)}")
+    for name, tensor in (("query", query), ("value", value)):
+        if tensor.shape[-1] < 1:
+            raise ValueError(f"`{name}` must have a head_dim of at least 1, got shape {shape(tensor)}")
+    check_flag("enable_gqa", enable_gqa)
+    heads_q, heads_kv = query.shape[heads], key.shape[heads]
+    if heads_q == heads_kv:
+        return
+    if not enable_gqa:
+        raise ValueError(
+            f"`key` must have `query`'s {heads_q} heads, got shape {shape(key)}; enable_gqa=True shares key heads"
+        )
+    if heads_kv == 0 or heads_q % heads_kv != 0:
+        raise ValueError(
+            f"`key` must have a number of heads that divides `query`'s {heads_q} (enable_gqa=True), "
+            f"got shape {shape(key)}"
+        )
+
+
+def _check_device(name: str, tensor: Tensor, query: Tensor) -> None:
+    if tensor.device != query.device:
+        raise ValueError(f"`{name}` must be on `query`'s device {query.device}, got {tensor.device}")
+
+
+def check_bias(bias: Tensor, query: Tensor, batch: int, num_heads: int) -> None:
+    """Raises unless `bias` is a table for that batch size and number of heads."""
+    check_tensor("bias", bias)
+    if not bias.is_floating_point():
+        raise TypeError(f"`bias` must have a floating-point dtype, got {bias.dtype}")
+    _check_device("bias", bias, query)
+    if bias.dim() not in (1, 2, 3):
+        raise ValueError(f"`bias` must have shape (N,), (H, N) or (B, H, N), got shape {shape(bias)}")
+    if bias.shape[-1] == 0:
+        raise ValueError(f"`bias` must have at least one column, got shape {shape(bias)}")
+    if bias.dim() >= 2 and bias.shape[-2] != 1 and bias.shape[-2] != num_heads:
+        raise ValueError(f"`bias` must have {num_heads} heads or 1, got shape {shape(bias)}")
+    if bias.dim() == 3 and bias.shape[0] != batch:
+        raise ValueError(f"`bias` must have batch size {batch}, got shape {shape(bias)}")
+
+
+def check_key_padding_mask(mask: Tensor, query: Tensor, batch: int, len_k: int) -> None:
+    """Raises unless `mask` is a (batch, len_k) bool tensor."""
+    check_tensor("key_padding_mask", mask)
+    if mask.dtype != torch.bool:
+        raise TypeError(f"`key_padding_mask` must be bool (True = attend), got {mask.dtype}")
+    _check_device("key_padding_mask", mask, query)
+    if mask.dim() != 2 or mask.shape[0] != batch or mask.shape[1] != len_k:
+        raise ValueError(f"`key_padding_mask` must have shape ({batch}, {len_k}), got shape {shape(mask)}")
+
+
+def check_positions(
+    query: Tensor, query_positions: Tensor | None, key_positions: Tensor | None, batch: int, len_q: int, len_k: int
+) -> bool:
+    """Whether there are positions; raises unless they are integers of fitting shapes."""
+    if query_positions is None and key_positions is None:
+        return False
+    for name, positions, length in (
+        ("query_positions", query_positions, len_q),
+        ("key_positions", key_positions, len_k),
+    ):
+        if positions is None:
+            raise ValueError(f"`{name}` must be given too: positions come for queries and keys together, got None")
+        check_tensor(name, positions)
+        if positions.dtype not in INTEGER_DTYPES:
+            raise TypeError(f"`{name}` must have an integer dtype, got {positions.dtype}")
+        _check_device(name, positions, query)
+        if positions.dim() not in (1, 2) or positions.shape[-1] != length:
+            raise ValueError(
+                f"`{name}` must have shape ({length},) or ({batch}, {length}), got shape {shape(positions)}"
+            )
+        if positions.dim() == 2 and positions.shape[0] != batch:
+            raise ValueError(f"`{name}` must have batch size {batch}, got shape {shape(positions)}")
+    return True
+
+
+def check_bounds(name: str, cu_seqlens: Tensor, query: Tensor) -> None:
+    """Raises unless `cu_seqlens` may be the bounds of packed sequences."""
+    check_tensor(name, cu_seqlens)
+    if cu_seqlens.dtype not in (torch.int32, torch.int64):
+        raise TypeError(f"`{name}` must be int32 or int64, got {cu_seqlens.dtype}")
+    if cu_seqlens.dim() != 1 or cu_seqlens.shape[0] < 1:
+        raise ValueError(f"`{name}` must have shape (batch + 1,), got shape {shape(cu_seqlens)}")
+    _check_device(name, cu_seqlens, query)
