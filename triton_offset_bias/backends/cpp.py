@@ -104,6 +104,12 @@ def unsupported_reasons(problem: Problem) -> list[str]:
     reasons = unavailable_reasons()
     if problem.query.device.type != "cpu":
         reasons.append(f"serves CPU tensors, got {problem.query.device.type}")
+    if problem.dropout_p > 0.0:
+        reasons.append("does not serve dropout yet")
+    if problem.cu_seqlens_q is not None:
+        reasons.append("does not serve packed sequences yet")
+    if problem.query_positions is not None:
+        reasons.append("does not serve query_positions and key_positions yet")
     return reasons + exceeded_limits(problem)
 
 

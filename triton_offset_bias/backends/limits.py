@@ -13,10 +13,4 @@ def exceeded_limits(problem: Problem) -> list[str]:
         reasons.append(f"serves head dims up to {MAX_HEAD_DIM}")
     if problem.query.shape[2] >= MAX_LENGTH or problem.key.shape[2] >= MAX_LENGTH:
         reasons.append(f"serves lengths below {MAX_LENGTH}")
-    if problem.dropout_p > 0.0:
-        reasons.append("does not serve dropout yet")
-    if problem.cu_seqlens_q is not None:
-        reasons.append("does not serve packed sequences yet")
-    if problem.query_positions is not None:
-        reasons.append("does not serve query_positions and key_positions yet")
     return reasons

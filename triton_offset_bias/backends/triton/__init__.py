@@ -21,7 +21,8 @@ try:
     from triton_offset_bias.backends.triton.backward import dquery_kernel, prepare_kernel
     from triton_offset_bias.backends.triton.backward_bias import dbias_kernel
     from triton_offset_bias.backends.triton.backward_keys import dkey_dvalue_kernel
-    from triton_offset_bias.backends.triton.call import Call, or_dummy, padded, strides
+    from triton_offset_bias.backends.triton.call import Call, or_dummy, padded
+    from triton_offset_bias.backends.triton.dbias_sum import DbiasSum
     from triton_offset_bias.backends.triton.forward import forward_kernel
     from triton_offset_bias.backends.triton.launch import run_kernel
     from triton_offset_bias.backends.triton.target import device_types, target
@@ -66,13 +67,14 @@ def forward(problem: Problem, out: Tensor, lse: Tensor, row_max: Tensor, row_sum
     call = Call(problem)
     config = configs.forward_config(call.target, problem.query.dtype, call.block_d)
     arguments = (
-        *call.inputs, call.strip_arg, call.mask_arg,
+        *call.inputs,
         out, row_max, row_sum, lse,
-        *call.input_strides, *strides(out), *call.strip_strides,
-        *call.sizes, *call.bounds, call.scale_log2,
+        *call.input_strides, *call.strides(out), *call.shared_strides,
+        *call.sizes, *call.bounds, call.scale_log2, *call.dropout,
     )  # fmt: skip
     with _device_of(out):
-        run_kernel(forward_kernel, config, problem.query, "BLOCK_M", arguments, {**call.constants, **call.loops})
+        blocks = (call.batch * call.num_heads, call.len_q, "BLOCK_M")
+        run_kernel(forward_kernel, config, blocks, arguments, {**call.constants, **call.loops})
 
 
 def backward(
@@ -89,19 +91,18 @@ def backward(
 ) -> Tensor | None:
     """Writes the gradients that are not None, and returns that of the table if it is needed."""
     call = Call(problem)
-    has_atomics = needs_dbias and not problem.deterministic
+    needs_dbias = needs_dbias and call.strip is not None
+    is_by_tiles = needs_dbias and problem.deterministic and problem.query_positions is None
     with _device_of(out):
         rows = _prepare(call, out, row_max, row_sum, dout, dlse)
-        dstrip = None if call.strip is None or not has_atomics else torch.zeros_like(call.strip)
-        if dquery is not None or dstrip is not None:
-            _sweep_keys(call, dout, rows, dquery, dstrip)
+        added = DbiasSum(call, dout, dlse) if needs_dbias and not is_by_tiles else None
+        if dquery is not None or added is not None:
+            _sweep_keys(call, dout, rows, dquery, added)
         if dkey is not None or dvalue is not None:
             _sweep_queries(call, dout, rows, dkey, dvalue)
-        if dstrip is not None:
-            return strip.fold(problem, dstrip[..., strip.PAD : -strip.PAD])
-        if call.strip is not None and needs_dbias:
-            return strip.fold(problem, _sum_diagonals_of_tiles(call, dout, rows))
-    return None
+        if is_by_tiles:
+            return strip.fold_offsets(problem, _sum_diagonals_of_tiles(call, dout, rows))
+        return None if added is None else strip.fold_strip(problem, added.total())
 
 
 def _prepare(
@@ -110,12 +111,12 @@ def _prepare(
     """Each (B, H, M) float32: the log-sum-exp in bits, of which the log of the sum may be held apart, and delta."""
     lse_bits, log_sum, delta = (torch.empty_like(row_max) for _ in range(3))
     dlse = None if dlse is None else dlse.float().contiguous()
-    num_blocks = -(-call.len_q // _PREPARE_ROWS)
-    prepare_kernel[(row_max.shape[0] * row_max.shape[1] * num_blocks,)](
+    batch, heads, length = row_max.shape
+    prepare_kernel[(batch * heads * -(-length // _PREPARE_ROWS),)](
         out, dout, or_dummy(dlse, out), row_max, row_sum,
         lse_bits, log_sum, delta,
-        *strides(out), *strides(dout),
-        call.num_heads, call.len_q,
+        *call.strides(out), *call.strides(dout),
+        heads, length,
         HEAD_DIM_V=out.shape[3], BLOCK_DV=padded(out), HAS_DLSE=dlse is not None,
         SPLIT_LSE=call.split_lse, BLOCK_M=_PREPARE_ROWS, enable_fp_fusion=True,
     )  # fmt: skip
@@ -123,20 +124,19 @@ def _prepare(
 
 
 def _sweep_keys(
-    call: Call, dout: Tensor, rows: tuple[Tensor, Tensor, Tensor], dquery: Tensor | None, dstrip: Tensor | None
+    call: Call, dout: Tensor, rows: tuple[Tensor, Tensor, Tensor], dquery: Tensor | None, added: DbiasSum | None
 ) -> None:
-    """dQ, and the diagonals of dS added to `dstrip`; each where it is not None."""
+    """dQ, and what is added to the strip's gradient; each where it is not None."""
     config = configs.dquery_config(call.target, dout.dtype, call.block_d)
     written = or_dummy(dquery, dout)
     arguments = (
-        *call.inputs, dout, call.strip_arg, call.mask_arg, *rows,
-        written, or_dummy(dstrip, dout),
-        *call.input_strides, *strides(dout), *strides(written), *call.strip_strides,
-        *call.sizes, *call.bounds, call.scale, call.scale_log2,
+        *call.inputs, dout, *rows, *((dout, written, dout) if added is None else (added.unit, written, added.sums)),
+        *call.input_strides, *call.strides(dout), *call.strides(written), *call.shared_strides,
+        *call.sizes, *call.bounds, call.scale, call.scale_log2, *call.dropout,
     )  # fmt: skip
-    outputs = {"HAS_DQ": dquery is not None, "DBIAS": "none" if dstrip is None else configs.DBIAS}
+    outputs = {"HAS_DQ": dquery is not None, "DBIAS": "none" if added is None else added.how}
     constants = {**call.constants, **call.loops, **outputs, "SPLIT_LSE": call.split_lse}
-    run_kernel(dquery_kernel, config, call.query, "BLOCK", arguments, constants)
+    run_kernel(dquery_kernel, config, (call.batch * call.num_heads, call.len_q, "BLOCK"), arguments, constants)
     if dquery is not None and call.query is not call.problem.query:
         dquery.mul_(call.query_factor)
 
@@ -148,36 +148,40 @@ def _sweep_queries(
     config = configs.dkey_dvalue_config(call.target, dout.dtype, call.block_d)
     written = or_dummy(dkey, dout), or_dummy(dvalue, dout)
     arguments = (
-        *call.inputs, dout, call.strip_arg, call.mask_arg, *rows,
+        *call.inputs, dout, *rows,
         *written,
-        *call.input_strides, *strides(dout), *strides(written[0]), *strides(written[1]), *call.strip_strides,
-        *call.sizes, *call.bounds, call.scale, call.scale_log2,
+        *call.input_strides, *call.strides(dout), *call.strides(written[0]), *call.strides(written[1]),
+        *call.shared_strides, *call.sizes, *call.bounds, call.scale, call.scale_log2, *call.dropout,
     )  # fmt: skip
     outputs = {"HAS_DK": dkey is not None, "HAS_DV": dvalue is not None}
     constants = {**call.constants, **call.loops, **outputs, "SPLIT_LSE": call.split_lse}
-    run_kernel(dkey_dvalue_kernel, config, call.problem.key, "BLOCK_N", arguments, constants)
+    blocks = (call.batch * call.problem.key.shape[1], call.len_k, "BLOCK_N")
+    run_kernel(dkey_dvalue_kernel, config, blocks, arguments, constants)
 
 
 def _sum_diagonals_of_tiles(call: Call, dout: Tensor, rows: tuple[Tensor, Tensor, Tensor]) -> Tensor:
-    """The gradient of every offset in one order of sums: (1 or B, 1 or H, Lq + Lk - 1)."""
+    """The gradient of every offset in one order of sums: (1 or B, 1 or H, offsets)."""
     assert call.strip is not None
     config = configs.dquery_config(call.target, dout.dtype, call.block_d)
     bias_batch, bias_heads = call.strip.shape[:2]
-    block, tiles_n = config.block_m, -(-call.len_k // config.block_m)
-    diagonals = -(-call.len_q // block) + tiles_n - 1
-    parts = call.strip.new_empty(bias_batch, bias_heads, diagonals, 2, block)
-    dbias_kernel[(bias_batch * bias_heads * diagonals,)](
-        *call.inputs, dout, call.strip_arg, call.mask_arg, *rows,
+    block = config.block_m
+    lowest, highest = strip.counted_reach(call.problem)
+    first_distance = lowest // block
+    distances = -(-highest // block) - first_distance + 1
+    parts = call.strip.new_empty(bias_batch, bias_heads, distances, 2, block)
+    dbias_kernel[(bias_batch * bias_heads * distances,)](
+        *call.inputs, dout, *rows,
         parts,
-        *call.input_strides, *strides(dout), *call.strip_strides,
-        dout.shape[0], *call.sizes, bias_batch, bias_heads, call.bounds.band_lo, call.bounds.band_hi, call.scale_log2,
+        *call.input_strides, *call.strides(dout), *call.shared_strides,
+        *call.sizes, *call.bounds, call.scale_log2, *call.dropout,
+        call.batch, bias_batch, bias_heads, first_distance, distances,
         SPLIT_LSE=call.split_lse, **call.constants, BLOCK=block, **config.options,
     )  # fmt: skip
-    doffsets = parts.new_zeros(bias_batch, bias_heads, diagonals + 1, block)
+    doffsets = parts.new_zeros(bias_batch, bias_heads, distances + 1, block)
     doffsets[:, :, :-1] += parts[:, :, :, 0]
     doffsets[:, :, 1:] += parts[:, :, :, 1]
-    first = tiles_n * block - (call.len_k - 1)  # column 0 is offset -tiles_n * block
-    return doffsets.flatten(2)[..., first : first + call.len_q + call.len_k - 1]
+    first = lowest - (first_distance - 1) * block
+    return doffsets.flatten(2)[..., first : first + highest - lowest + 1]
 
 
 def _device_of(x: Tensor) -> contextlib.AbstractContextManager:

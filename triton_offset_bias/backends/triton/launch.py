@@ -10,32 +10,35 @@ from collections.abc import Callable
 from typing import Any
 
 import triton
-from torch import Tensor
 
 from triton_offset_bias.backends.triton import configs
 
 AUTOTUNE_VARIABLE = "TRITON_OFFSET_BIAS_AUTOTUNE"
 
-# Constants that say whether blocks fill a length: that length, and the block's size.
+# Constants that say whether blocks fill a length, and that length.
 _EVEN = {"EVEN_M": "len_q", "EVEN_N": "len_k"}
 
 
 def run_kernel(
-    kernel: Any, config: configs.Config, x: Tensor, axis: str, arguments: tuple[Any, ...], constants: dict[str, Any]
+    kernel: Any,
+    config: configs.Config,
+    blocks: tuple[int, int, str],
+    arguments: tuple[Any, ...],
+    constants: dict[str, Any],
 ) -> None:
-    """One program for each block of rows of each head of `x`, (B, H, L, D).
+    """One program for each block of rows of each head.
 
     Args:
         kernel: a jitted function, whose constants EVEN_*, BLOCK_* come from `config`.
         config: what is used unless the user asks for tuning.
-        x: the tensor whose rows the programs share out.
-        axis: the name of the constant that says how many rows a program has.
+        blocks: the number of heads, the rows of each, and the name of the constant that says how many a program has.
         arguments: by position.
         constants: the kernel's other constants.
     """
+    heads, rows, axis = blocks
 
     def grid(meta: dict[str, Any]) -> tuple[int]:
-        return (x.shape[0] * x.shape[1] * -(-x.shape[2] // meta[axis]),)
+        return (heads * -(-rows // meta[axis]),)
 
     if os.environ.get(AUTOTUNE_VARIABLE) == "1":
         _tuned(kernel)[grid](*arguments, **constants, enable_fp_fusion=True)
@@ -55,7 +58,7 @@ def _evenness(kernel: Any) -> Any:
 
     def is_even(flag: str) -> Callable[[dict[str, Any]], bool]:
         block = "BLOCK" if "BLOCK" in kernel.arg_names else flag.replace("EVEN", "BLOCK")
-        return lambda arguments: arguments[_EVEN[flag]] % arguments[block] == 0
+        return lambda arguments: not arguments["IS_PACKED"] and arguments[_EVEN[flag]] % arguments[block] == 0
 
     rules = {flag: is_even(flag) for flag in _EVEN if flag in kernel.arg_names}
     return triton.heuristics(rules)(kernel)

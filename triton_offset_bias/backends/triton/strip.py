@@ -7,49 +7,45 @@ import torch
 from torch import Tensor
 
 from triton_offset_bias import table
-from triton_offset_bias.backends.triton.tiles import STRIP_PAD
+from triton_offset_bias.backends.triton.scores import STRIP_PAD
 from triton_offset_bias.problem import Problem
 
 PAD: int = STRIP_PAD.value  # tiles overhang the score matrix by less than this
 
 
 class Bounds(NamedTuple):
-    """Ranges of offsets counted from the first query and key, in the order in which the kernels take them.
+    """Ranges of offsets, in the order in which the kernels take them.
+
+    Offsets count from the first query and key; of packed sequences, and where tensors give the positions, as the
+    caller counts them.
 
     Attributes:
+        zero: the strip's column of offset 0.
         band_lo, band_hi: pairs outside are not attended to.
         near_lo, near_hi: at offsets <= near_lo the bias does not change any more, nor at offsets >= near_hi.
     """
 
+    zero: int
     band_lo: int
     band_hi: int
     near_lo: int
     near_hi: int
 
-    def parts(self, len_q: int, len_k: int) -> dict[str, bool]:
-        """Which of the kernels' loops over whole tiles have work: far left | near | far right."""
-        lowest, highest = 1 - len_k, len_q - 1
-        is_flat = self.near_hi < lowest  # one bias for all pairs: all of them are far left
-        return {
-            "FAR_LEFT": self.near_hi <= highest,
-            "NEAR": not is_flat,
-            "FAR_RIGHT": not is_flat and self.near_lo >= lowest,
-        }
-
 
 def bounds_of(problem: Problem) -> Bounds:
     """The bounds of a problem with at least one query and one key."""
-    len_q, len_k, start = problem.query.shape[2], problem.key.shape[2], problem.query_start
-    lowest, highest = 1 - len_k, len_q - 1
+    if problem.query_positions is not None:
+        return _bounds_of_positions(problem)
+    start = problem.query_start
+    lowest, highest = counted_reach(problem)
     never_lo, never_hi = lowest - PAD, highest + PAD  # out of the reach of any tile
     band_lo = min(max(problem.min_offset - start, lowest), highest + 1)
     band_hi = max(min(problem.max_offset - start, highest), lowest - 1)
     if problem.bias is None:
         changes_lo, changes_hi = never_hi, never_lo  # nowhere
     else:
-        outside = problem.beyond == "zero"  # there the end itself differs from what is beyond
-        changes_lo = -problem.bias_origin - outside - start
-        changes_hi = problem.bias.shape[-1] - 1 - problem.bias_origin + outside - start
+        first, last = _changing(problem)
+        changes_lo, changes_hi = first - start, last - start
     # An edge of the band that is within reach is a change too, and on its own side everything is near.
     is_cut_below, is_cut_above = band_lo > lowest, band_hi < highest
     near_lo = never_lo if is_cut_below else min(changes_lo, band_hi if is_cut_above else never_hi)
@@ -58,22 +54,42 @@ def bounds_of(problem: Problem) -> Bounds:
         near_lo, near_hi = min(near_lo, highest), max(near_hi, lowest)
     elif near_hi < lowest:  # one bias for all pairs: all are far left, none far right
         near_lo = never_lo
-    return Bounds(band_lo, band_hi, max(near_lo, never_lo), min(near_hi, never_hi))
+    return Bounds(PAD - lowest, band_lo, band_hi, max(near_lo, never_lo), min(near_hi, never_hi))
+
+
+def counted_reach(problem: Problem) -> tuple[int, int]:
+    """The smallest and the largest offset between any query and any key, counted as in `Bounds`."""
+    lowest, highest = problem.reachable_offsets
+    return lowest - problem.query_start, highest - problem.query_start
+
+
+def loops(problem: Problem, bounds: Bounds) -> dict[str, bool]:
+    """Which of the kernels' loops over whole tiles have work: far left | near | far right."""
+    if problem.query_positions is not None:
+        return {"FAR_LEFT": False, "NEAR": True, "FAR_RIGHT": False}
+    lowest, highest = counted_reach(problem)
+    is_flat = bounds.near_hi < lowest  # one bias for all pairs: all of them are far left
+    return {
+        "FAR_LEFT": bounds.near_hi <= highest,
+        "NEAR": not is_flat,
+        "FAR_RIGHT": not is_flat and bounds.near_lo >= lowest,
+    }
 
 
 def build_strip(problem: Problem, unit: float) -> Tensor | None:
-    """(1 or B, 1 or H, PAD + Lq + Lk - 1 + PAD) float32: the table at every offset times `unit`, -inf outside the band.
+    """(1 or B, 1 or H, columns) float32: the table at every offset times `unit`, -inf outside the band.
 
-    Column PAD belongs to the last key's offset from the first query. Finite numbers stay finite: only -inf forbids.
+    With positions, the table alone. Finite numbers stay finite: only -inf forbids.
     """
     bias = problem.bias
     if bias is None:
         return None
-    lo, hi = table.reachable_offsets(problem.query.shape[2], problem.key.shape[2], problem.query_start)
     bias = bias.detach().float().reshape((1,) * (3 - bias.dim()) + bias.shape)
-    values = table.per_offset(bias, lo, hi, problem.bias_origin, problem.beyond)
-    largest = torch.finfo(torch.float32).max
-    values = torch.where(values.isinf(), values, (values * unit).clamp(-largest, largest))
+    if problem.query_positions is not None:
+        values, _ = table.extended(bias, problem.bias_origin, problem.beyond)
+        return _in_units(values, unit).contiguous()
+    lo, hi = problem.reachable_offsets
+    values = _in_units(table.per_offset(bias, lo, hi, problem.bias_origin, problem.beyond), unit)
     strip = torch.nn.functional.pad(values, (PAD, PAD), value=-math.inf)
     below, above = max(problem.min_offset - lo, 0), max(hi - problem.max_offset, 0)
     if below:
@@ -83,10 +99,39 @@ def build_strip(problem: Problem, unit: float) -> Tensor | None:
     return strip
 
 
-def fold(problem: Problem, doffsets: Tensor) -> Tensor:
-    """The gradient of every offset, (1 or B, 1 or H, Lq + Lk - 1), as the table's, in its shape and dtype."""
-    bias = problem.bias
-    assert bias is not None
-    lo, _ = table.reachable_offsets(problem.query.shape[2], problem.key.shape[2], problem.query_start)
-    folded = table.fold(doffsets, bias.shape[-1], lo, problem.bias_origin, problem.beyond)
-    return folded.reshape(bias.shape).to(bias.dtype)
+def fold_strip(problem: Problem, dstrip: Tensor) -> Tensor:
+    """The gradient of a strip as the table's, in its shape and dtype."""
+    if problem.query_positions is None:
+        return fold_offsets(problem, dstrip[..., PAD:-PAD])
+    return _as_table(problem, table.trimmed(dstrip, problem.beyond))
+
+
+def fold_offsets(problem: Problem, doffsets: Tensor) -> Tensor:
+    """The gradient of every reachable offset, (1 or B, 1 or H, offsets), as the table's, in its shape and dtype."""
+    assert problem.bias is not None
+    lo, _ = problem.reachable_offsets
+    folded = table.fold(doffsets, problem.bias.shape[-1], lo, problem.bias_origin, problem.beyond)
+    return _as_table(problem, folded)
+
+
+def _as_table(problem: Problem, grad: Tensor) -> Tensor:
+    assert problem.bias is not None
+    return grad.reshape(problem.bias.shape).to(problem.bias.dtype)
+
+
+def _changing(problem: Problem) -> tuple[int, int]:
+    """The offsets of the table's ends, from which on the bias is the same."""
+    assert problem.bias is not None
+    outside = problem.beyond == "zero"  # there the end itself differs from what is beyond
+    first, last = -problem.bias_origin, problem.bias.shape[-1] - 1 - problem.bias_origin
+    return first - outside, last + outside
+
+
+def _bounds_of_positions(problem: Problem) -> Bounds:
+    first, last = (0, 0) if problem.bias is None else _changing(problem)
+    return Bounds(-first, problem.min_offset, problem.max_offset, first, last)
+
+
+def _in_units(values: Tensor, unit: float) -> Tensor:
+    largest = torch.finfo(torch.float32).max
+    return torch.where(values.isinf(), values, (values * unit).clamp(-largest, largest))

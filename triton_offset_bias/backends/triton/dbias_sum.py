@@ -1,0 +1,47 @@
+"""Where the dQ kernel adds the gradient of the strip, and how that becomes a sum."""
+
+import torch
+from torch import Tensor
+
+from triton_offset_bias import dropout
+from triton_offset_bias.backends.triton import configs
+from triton_offset_bias.backends.triton.call import Call
+
+
+class DbiasSum:
+    """The strip's gradient while it is summed by atomic adds.
+
+    A deterministic sum of gathered biases is one of integers, which has no order: dS counts 1 / unit, a power of two
+    for which no sum of |dS| overflows, and still far finer than float32. For |dS| <= P (|dP| + |delta|), where |dP| is
+    at most Z times the norms of dO's and V's rows, and the rows of P sum to 1.
+
+    Attributes:
+        how: the kernel's DBIAS.
+        sums: as the strip, zeros.
+        unit: () float32, of "fixed" sums.
+    """
+
+    def __init__(self, call: Call, dout: Tensor, dlse: Tensor | None) -> None:
+        assert call.strip is not None
+        problem = call.problem
+        self.how, self.unit = configs.DBIAS, call.strip
+        if problem.query_positions is not None:
+            self.how = "fixed" if problem.deterministic else "elements"
+        if self.how == "fixed":
+            largest = _largest_row(dout) * _largest_row(problem.value) * dropout.kept_scale(problem.dropout_p)
+            largest = 2.1 * largest + (0.0 if dlse is None else dlse.abs().amax())
+            bits = torch.floor(61.0 - torch.log2(largest * (dout.numel() // dout.shape[3])))
+            self.unit = torch.exp2(bits.clamp(-120.0, 120.0)).float()
+        dtype = torch.int64 if self.how == "fixed" else torch.float32
+        self.sums = torch.zeros_like(call.strip, dtype=dtype)
+
+    def total(self) -> Tensor:
+        """The gradient, float32."""
+        if self.how != "fixed":
+            return self.sums
+        return (self.sums.double() / self.unit).float()
+
+
+def _largest_row(x: Tensor) -> Tensor:
+    """The largest Euclidean norm of a row."""
+    return torch.linalg.vector_norm(x, dim=-1, dtype=torch.float32).amax()
