@@ -59,7 +59,7 @@ def _row(variant: Variant) -> dict[str, object]:
         "dtype": str(variant.dtype).removeprefix("torch."),
         "head_dim": variant.head_dim,
         "schedule": variant.schedule,
-        "form": "ragged, masked" if variant.changes else "even",
+        "form": variant.form,
         **usage,
         "shared": compiled.metadata.shared,
     }

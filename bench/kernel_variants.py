@@ -9,6 +9,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
+from triton_offset_bias import dropout
 from triton_offset_bias.backends.triton import configs
 from triton_offset_bias.backends.triton.backward import dquery_kernel
 from triton_offset_bias.backends.triton.backward_bias import dbias_kernel
@@ -37,8 +38,15 @@ CONFIGS = {
     "dkey_dvalue": configs.dkey_dvalue_config,
     "dbias": configs.dquery_config,
 }
-_FLOATS = ("scale", "scale_log2")
-_FP32_POINTERS = ("strip", "dstrip", "lse", "lse_bits", "log_sum", "delta", "row_max", "row_sum", "parts")
+_FLOATS = ("scale", "scale_log2", "kept_scale")
+# Types of what pointers point at, where it is not the tensors' dtype.
+_POINTED_AT = {
+    **dict.fromkeys(("strip", "dstrip", "lse", "lse_bits", "log_sum", "delta"), "fp32"),
+    **dict.fromkeys(("row_max", "row_sum", "parts", "fixed_unit"), "fp32"),
+    **dict.fromkeys(("query_positions", "key_positions", "seed"), "i64"),
+    **dict.fromkeys(("cu_seqlens_q", "cu_seqlens_k"), "i32"),
+    "key_mask": "u8",
+}
 # Which of the loops far left | near | far right a bias needs.
 SCHEDULES = {
     "none": {"HAS_BIAS": False, "FAR_LEFT": True, "NEAR": False, "FAR_RIGHT": False},
@@ -59,7 +67,7 @@ class Variant:
         dtype: of the tensors.
         head_dim: of queries, keys and values.
         schedule: key of `SCHEDULES`: which tiles there are, and whether they have a bias.
-        changes: constants that differ from the usual: all gradients, even lengths, no mask.
+        changes: constants that differ from the usual: all gradients, even lengths, no mask, nothing dropped.
         config: the launch configuration, if it is not the shipped one.
     """
 
@@ -84,6 +92,13 @@ class Variant:
         return f"{target.backend}:{target.arch}"
 
     @property
+    def form(self) -> str:
+        """The changes in words."""
+        named = {"IS_PACKED": "packed", "HAS_POSITIONS": "positions", "DROPOUT_ROUNDS": "dropout"}
+        named = {**named, "HAS_MASK": "ragged, masked"}
+        return ", ".join(word for constant, word in named.items() if self.changes.get(constant)) or "even"
+
+    @property
     def block_d(self) -> int:
         """The head dim as tiles have it."""
         return max(16, triton.next_power_of_2(self.head_dim))
@@ -91,7 +106,7 @@ class Variant:
     @property
     def _schedule(self) -> dict[str, bool]:
         chosen = SCHEDULES[self.schedule]
-        if chosen["HAS_BIAS"] and configs.needs_far_loop(self._target):
+        if chosen["HAS_BIAS"] and configs.needs_far_loop(self._target) and not self.changes.get("HAS_POSITIONS"):
             return {**chosen, "FAR_LEFT": True, "FAR_RIGHT": True}
         return chosen
 
@@ -102,6 +117,7 @@ class Variant:
             **{"HEAD_DIM": self.head_dim, "HEAD_DIM_V": self.head_dim, "BLOCK_D": self.block_d},
             **{"BLOCK_DV": self.block_d, "EVEN_M": True, "EVEN_N": True, "HAS_MASK": False},
             **{"HAS_DQ": True, "HAS_DK": True, "HAS_DV": True, "PRECISION": "ieee"},
+            **{"HAS_POSITIONS": False, "IS_PACKED": False, "DROPOUT_ROUNDS": 0},
             "BIAS_IN_ACC": configs.is_bias_in_acc(self._target, self.dtype, self.head_dim**-0.5),
             "SPLIT_LSE": self.dtype == torch.float32,
             "USE_ASM": TARGETS[self.target].backend == "cuda",
@@ -127,16 +143,15 @@ class Variant:
 
     def _type(self, name: str) -> str:
         if name.endswith("_ptr"):
-            stem = name.removesuffix("_ptr")
-            return "*u8" if stem == "key_mask" else "*fp32" if stem in _FP32_POINTERS else f"*{DTYPES[self.dtype]}"
+            return f"*{_POINTED_AT.get(name.removesuffix('_ptr'), DTYPES[self.dtype])}"
         return "fp32" if name in _FLOATS else "i32"
 
     def divisible(self) -> list[str]:
         """Integer arguments that are multiples of 16, as they are for even lengths and aligned tensors."""
-        strides = [n for n in self.types() if n.startswith("stride_") and not n.startswith("stride_s")]
-        evens = {"EVEN_M": "len_q", "EVEN_N": "len_k"}
+        strides = [n for n in self.types() if n.startswith("stride_") and not n.startswith(("stride_s", "stride_p"))]
+        evens = {"EVEN_M": ["len_q", "rows_q"], "EVEN_N": ["len_k", "rows_k"]}
         constants = self.constants()
-        return strides + [name for flag, name in evens.items() if constants.get(flag, True)]
+        return strides + [name for flag, names in evens.items() if constants.get(flag, True) for name in names]
 
     def compile(self):
         """Compiles it, and gives Triton's compiled kernel."""
@@ -154,6 +169,9 @@ class Variant:
 def shipped_variants(target: str) -> Iterator[Variant]:
     """The variants that are held against the budget: every kernel, dtype, size of head dim and kind of schedule."""
     ragged = {"EVEN_M": False, "EVEN_N": False, "HAS_MASK": True}
+    packed = {"EVEN_M": False, "EVEN_N": False, "IS_PACKED": True}
+    dropping = {"DROPOUT_ROUNDS": dropout.ROUNDS}
+    gathered = {"EVEN_M": False, "EVEN_N": False, "HAS_POSITIONS": True, "DBIAS": "elements"}
     for kernel in KERNELS:
         for head_dim in (64, 128, 256):
             yield Variant(kernel, target, torch.bfloat16, head_dim)
@@ -161,7 +179,10 @@ def shipped_variants(target: str) -> Iterator[Variant]:
         yield Variant(kernel, target, torch.float16, 64)
         yield Variant(kernel, target, torch.float32, 64)
         yield Variant(kernel, target, torch.float32, 128)
+        yield Variant(kernel, target, torch.bfloat16, 64, changes=packed)
+        yield Variant(kernel, target, torch.bfloat16, 64, changes=dropping)
         if kernel != "dbias":
             yield Variant(kernel, target, torch.bfloat16, 64, "none")
             yield Variant(kernel, target, torch.bfloat16, 64, "covering")
             yield Variant(kernel, target, torch.bfloat16, 64, "none, causal", changes=ragged)
+            yield Variant(kernel, target, torch.bfloat16, 64, "covering", changes=gathered)
