@@ -12,13 +12,15 @@ from triton_offset_bias.checks import check_attention
 strip = pytest.importorskip("triton_offset_bias.backends.triton.strip", reason="Triton is not installed")
 
 DEFAULTS = {
-    **{"dropout_p": 0.0, "is_causal": False, "scale": None, "enable_gqa": False, "bias_origin": None},
-    **{"beyond": "clamp", "query_start": None, "window_size": (-1, -1), "key_padding_mask": None},
-    **{"query_positions": None, "key_positions": None, "deterministic": None, "return_lse": False},
+    **{"dropout_p": 0.0, "is_causal": False, "scale": None, "bias_origin": None, "beyond": "clamp"},
+    **{"window_size": (-1, -1), "deterministic": None, "return_lse": False},
 }
 PROBLEMS = {
     "a table that covers all": (20, 24, 47, {}),
     "clamped on both sides": (20, 24, 9, {}),
+    "so long that the strip is cut": (700, 650, 9, {}),
+    "so long that the strip is cut, causal": (700, 650, 9, {"is_causal": True}),
+    "so long that the strip is cut, a window": (650, 700, 1200, {"window_size": (30, 40)}),
     "clamped, nothing beyond": (20, 24, 9, {"beyond": "zero"}),
     "clamped, causal": (20, 24, 9, {"is_causal": True}),
     "a table of future offsets, causal": (20, 24, 5, {"is_causal": True, "bias_origin": 15}),
@@ -39,7 +41,10 @@ PROBLEMS = {
 def _problem(len_q, len_k, columns, options):
     q, k = torch.randn(1, 2, len_q, 8), torch.randn(1, 2, len_k, 8)
     bias = None if columns is None else torch.randn(2, columns)
-    return check_attention(q, k, k, bias, **{**DEFAULTS, **options})
+    query_start = options.get("query_start")
+    masks = {"key_padding_mask": None, "query_positions": None, "key_positions": None}
+    chosen = {**DEFAULTS, **{name: x for name, x in options.items() if name != "query_start"}}
+    return check_attention(q, k, k, bias, enable_gqa=False, query_start=query_start, **masks, options=chosen)
 
 
 def _biases_in_bits(problem, options):
@@ -65,16 +70,17 @@ def test_the_strip_is_the_table_at_every_offset_and_constant_beyond_the_bounds(l
     """What a kernel reads for a pair is its bias; far tiles may use one value; loops that are left out have no work."""
     problem = _problem(len_q, len_k, columns, options)
     expected, bounds = _biases_in_bits(problem, options), strip.bounds_of(problem)
-    values = strip.build_strip(problem, math.log2(math.e))
+    values = strip.build_strip(problem, bounds, math.log2(math.e))
     for offset, bias in expected.items():
         is_attended = bounds.band_lo <= offset <= bounds.band_hi
         assert is_attended == bool((bias > -math.inf).all())
         if values is not None:
-            torch.testing.assert_close(values[0, :, strip.PAD + len_k - 1 + offset], bias)
-    parts = bounds.parts(len_q, len_k)
+            within = min(max(offset, bounds.near_lo - strip.PAD // 2), bounds.near_hi + strip.PAD // 2)
+            torch.testing.assert_close(values[0, :, bounds.zero + within], bias)
+    parts = strip.loops(problem, bounds)
     for name, is_far, end in (
-        ("FAR_LEFT", lambda offset: offset >= bounds.near_hi, max(bounds.near_hi, 1 - len_k)),
-        ("FAR_RIGHT", lambda offset: offset <= bounds.near_lo, min(bounds.near_lo, len_q - 1)),
+        ("FAR_LEFT", lambda offset: bounds.near_hi <= offset <= bounds.band_hi, max(bounds.near_hi, 1 - len_k)),
+        ("FAR_RIGHT", lambda offset: bounds.band_lo <= offset <= bounds.near_lo, min(bounds.near_lo, len_q - 1)),
     ):
         far = [offset for offset in expected if is_far(offset)]
         assert not far or parts[name] or (name == "FAR_RIGHT" and not parts["NEAR"])
@@ -89,4 +95,4 @@ def test_the_gradient_of_every_offset_folds_back_into_the_table():
     lo, hi = table.reachable_offsets(20, 24, 4)
     columns = (torch.arange(lo, hi + 1) + 4).clamp(0, 8)
     expected = torch.bincount(columns, minlength=9).float().expand(2, -1)
-    assert torch.equal(strip.fold(problem, doffsets), expected)
+    assert torch.equal(strip.fold_offsets(problem, doffsets, lo), expected)

@@ -23,9 +23,10 @@ try:
     from triton_offset_bias.backends.triton.backward_keys import dkey_dvalue_kernel
     from triton_offset_bias.backends.triton.call import Call, or_dummy, padded
     from triton_offset_bias.backends.triton.dbias_sum import DbiasSum
+    from triton_offset_bias.backends.triton.decode import combine_kernel, decode_kernel
     from triton_offset_bias.backends.triton.forward import forward_kernel
     from triton_offset_bias.backends.triton.launch import run_kernel
-    from triton_offset_bias.backends.triton.target import device_types, target
+    from triton_offset_bias.backends.triton.target import device_types, multiprocessors, target
 
     _WHY_NOT = ""
 except ImportError as error:  # there is no Triton for this platform
@@ -65,6 +66,9 @@ def unsupported_reasons(problem: Problem) -> list[str]:
 def forward(problem: Problem, out: Tensor, lse: Tensor, row_max: Tensor, row_sum: Tensor) -> None:
     """Writes the output, the log-sum-exp in nats, and the rows' maximum in bits and sum."""
     call = Call(problem)
+    if problem.seed is None and configs.is_decode(call.group * call.len_q, call.len_k):
+        _decode(call, out, lse, row_max, row_sum)
+        return
     config = configs.forward_config(call.target, problem.query.dtype, call.block_d)
     arguments = (
         *call.inputs,
@@ -75,6 +79,32 @@ def forward(problem: Problem, out: Tensor, lse: Tensor, row_max: Tensor, row_sum
     with _device_of(out):
         blocks = (call.batch * call.num_heads, call.len_q, "BLOCK_M")
         run_kernel(forward_kernel, config, blocks, arguments, {**call.constants, **call.loops})
+
+
+def _decode(call: Call, out: Tensor, lse: Tensor, row_max: Tensor, row_sum: Tensor) -> None:
+    """`forward` of few queries, with the keys split among programs."""
+    config = configs.decode_config(out.dtype, call.block_d, call.group * call.len_q)
+    key_heads = call.batch * call.num_heads // call.group
+    splits = configs.num_splits(key_heads, call.len_k, multiprocessors(out.device))
+    rows, counts = (splits, call.batch, call.num_heads, call.len_q), (call.batch, splits)
+    parts = [lse.new_empty(shape, dtype=torch.float32) for shape in ((*rows, out.shape[3]), rows, rows)]
+    arguments = (
+        *call.inputs[:-1],
+        *parts,
+        *call.input_strides, *call.shared_strides,
+        *call.sizes, *call.bounds, call.scale_log2, *counts,
+    )  # fmt: skip
+    constants = {name: x for name, x in call.constants.items() if name != "DROPOUT_ROUNDS"}
+    with _device_of(out):
+        run_kernel(decode_kernel, config, (key_heads * splits, 1, "BLOCK_M"), arguments, {**constants, **call.loops})
+        combine_kernel[(call.batch * call.num_heads * call.len_q,)](
+            *parts, call.inputs[7],
+            out, row_max, row_sum, lse,
+            *call.strides(out),
+            call.num_heads, call.len_q, out.shape[2], *counts,
+            HEAD_DIM_V=out.shape[3], BLOCK_DV=padded(out), IS_PACKED=call.is_packed,
+            BLOCK_S=triton.next_power_of_2(splits), enable_fp_fusion=True,
+        )  # fmt: skip
 
 
 def backward(
@@ -101,8 +131,9 @@ def backward(
         if dkey is not None or dvalue is not None:
             _sweep_queries(call, dout, rows, dkey, dvalue)
         if is_by_tiles:
-            return strip.fold_offsets(problem, _sum_diagonals_of_tiles(call, dout, rows))
-        return None if added is None else strip.fold_strip(problem, added.total())
+            doffsets = _sum_diagonals_of_tiles(call, dout, rows)
+            return strip.fold_offsets(problem, doffsets, problem.reachable_offsets[0])
+        return None if added is None else strip.fold_strip(problem, call.bounds, added.total())
 
 
 def _prepare(

@@ -23,6 +23,7 @@ from triton_offset_bias.backends.triton.scores import (
     probabilities,
     score_tile,
     score_unit,
+    shift_in_strip,
     strip_of_head,
 )
 from triton_offset_bias.backends.triton.tiles import (
@@ -95,6 +96,8 @@ def _sweep_keys(
         start_n = tl.multiple_of(start_n, BLOCK)
         offs_n = start_n + tl.arange(0, BLOCK)
         shift = start_m - start_n
+        if HAS_BIAS and not EVEN_N:
+            shift = shift_in_strip(shift, near_lo, near_hi)
         step = start_n.to(tl.int64)
         k = load_tile(k_ptrs + step * stride_kn, offs_n, len_k, EVEN_N, HEAD_DIM, BLOCK_D)  # (BLOCK, BLOCK_D)
         v = load_tile(v_ptrs + step * stride_vn, offs_n, len_k, EVEN_N, HEAD_DIM_V, BLOCK_DV)  # (BLOCK, BLOCK_DV)
@@ -127,7 +130,8 @@ def _sweep_keys(
         dq = product(ds.to(k.dtype), k, dq, PRECISION)
     if DBIAS == "diagonals" and IS_NEAR:
         diagonals = sum_diagonals(previous, tl.zeros([BLOCK, BLOCK], tl.float32), BLOCK)
-        tl.atomic_add(dstrip_ptr + (start_m - end) + tl.arange(0, BLOCK), diagonals, sem="relaxed")
+        shift = shift_in_strip(start_m - end + BLOCK, near_lo, near_hi) - BLOCK
+        tl.atomic_add(dstrip_ptr + shift + tl.arange(0, BLOCK), diagonals, sem="relaxed")
     return dq, far_sum
 
 

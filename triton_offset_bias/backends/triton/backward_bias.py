@@ -14,6 +14,7 @@ from triton_offset_bias.backends.triton.scores import (
     probabilities,
     score_tile,
     score_unit,
+    shift_in_strip,
     strip_of_head,
 )
 from triton_offset_bias.backends.triton.tiles import load_tile, product, sum_diagonals, tile_ptrs
@@ -95,8 +96,9 @@ def dbias_kernel(
                 lse_bits_ptr + row, log_sum_ptr + row, delta_ptr + row, offs_m, seq_q, False, SPLIT_LSE
             )
             keep = kept_keys(key_mask_ptr + (b * len_k if HAS_MASK else 0), offs_n, seq_k, HAS_MASK)[None, :]
+            strip_shift = shift_in_strip(shift + first, near_lo, near_hi)
             s = score_tile(
-                q, k.T, strip_ptr, shift + first, rows.to(tl.int64), -rows.to(tl.int64), keep, scale_log2,
+                q, k.T, strip_ptr, strip_shift, rows.to(tl.int64), -rows.to(tl.int64), keep, scale_log2,
                 band_lo, band_hi, near_lo, near_hi,
                 HAS_BIAS, BIAS_IN_ACC, True, True, False, USE_ASM, PRECISION,
             )  # (BLOCK, BLOCK)  # fmt: skip

@@ -16,6 +16,7 @@ from triton_offset_bias.backends.triton.scores import (
     probabilities,
     score_tile,
     score_unit,
+    shift_in_strip,
     strip_of_head,
 )
 from triton_offset_bias.backends.triton.tiles import load_tile, product, store_tile, tile_ptrs
@@ -43,8 +44,11 @@ def _sweep_queries(
         lse, log_sum, delta = load_rows(lse_bits_ptr, log_sum_ptr, delta_ptr, offs_m, len_q, EVEN_M, SPLIT_LSE)
         if HAS_POSITIONS:
             columns = position_rows(query_positions_ptr, 0, 0, offs_m, len_q, HAS_POSITIONS)
+        shift = start_m - start_n
+        if HAS_BIAS and not EVEN_M:
+            shift = shift_in_strip(shift, near_lo, near_hi)
         s = score_tile(
-            k, q.T, strip_ptr, start_m - start_n, rows, columns, keep[:, None], scale_log2,
+            k, q.T, strip_ptr, shift, rows, columns, keep[:, None], scale_log2,
             band_lo, band_hi, near_lo, near_hi,
             HAS_BIAS, BIAS_IN_ACC, IS_NEAR, HAS_MASK, HAS_POSITIONS, USE_ASM, PRECISION,
         )  # (BLOCK_N, BLOCK_M)  # fmt: skip

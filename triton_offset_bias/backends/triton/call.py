@@ -29,11 +29,11 @@ class Call:
         self.is_packed = problem.cu_seqlens_q is not None
         self.batch, self.num_heads = problem.num_sequences, query.shape[1]
         self.len_q, self.len_k = problem.max_seqlen_q, problem.max_seqlen_k
-        group = self.num_heads // key.shape[1]
-        self.sizes = (self.num_heads, group, self.len_q, self.len_k, query.shape[2], key.shape[2])
+        self.group = self.num_heads // key.shape[1]
+        self.sizes = (self.num_heads, self.group, self.len_q, self.len_k, query.shape[2], key.shape[2])
         self.bounds = strip.bounds_of(problem)
         is_bias_in_acc = configs.is_bias_in_acc(self.target, query.dtype, self.scale_log2)
-        self.strip = strip.build_strip(problem, 1 / self.scale if is_bias_in_acc else math.log2(math.e))
+        self.strip = strip.build_strip(problem, self.bounds, 1 / self.scale if is_bias_in_acc else math.log2(math.e))
         mask = problem.key_padding_mask
         optional = (
             self.strip, None if mask is None else mask.contiguous().view(torch.uint8),

@@ -33,6 +33,10 @@ class Config:
         return {"num_warps": self.num_warps, "num_stages": self.num_stages, "enable_fp_fusion": True}
 
 
+MAX_DECODE_ROWS = 64  # queries times heads that share a key head
+_MIN_DECODE_KEYS = 512
+_MIN_KEYS_PER_SPLIT, _MAX_SPLITS = 256, 128
+
 _SQUARE = [Config(size, size, 4, stages) for size in (32, 64) for stages in (1, 2, 3)]
 # What tuning on the user's machine tries, by kernel; those that the device has no room for lose.
 CANDIDATES = {
@@ -93,3 +97,20 @@ def dkey_dvalue_config(target: str, dtype: torch.dtype, block_d: int) -> Config:
     if target in _ASYNCHRONOUS and dtype != torch.float32 and 64 < block_d <= 128:
         return Config(32, 64, 4, 3)  # 64 queries would spill
     return dquery_config(target, dtype, block_d)
+
+
+def is_decode(rows: int, keys: int) -> bool:
+    """Whether so few queries, with the heads that share a key head, are better off with their keys split."""
+    return rows <= MAX_DECODE_ROWS and keys >= _MIN_DECODE_KEYS
+
+
+def decode_config(dtype: torch.dtype, block_d: int, rows: int) -> Config:
+    """That of the kernel that takes a split of the keys."""
+    block_m = max(16, 1 << (rows - 1).bit_length())
+    return Config(block_m, 64 if block_d <= 128 and dtype != torch.float32 else 32, 4, 2)
+
+
+def num_splits(key_heads: int, keys: int, multiprocessors: int) -> int:
+    """Into how many parts the keys are split: enough for two programs on every multiprocessor."""
+    wanted = -(-2 * multiprocessors // max(key_heads, 1))
+    return max(1, min(wanted, keys // _MIN_KEYS_PER_SPLIT, _MAX_SPLITS))

@@ -19,6 +19,7 @@ from triton_offset_bias.backends.triton.scores import (
     position_rows,
     score_tile,
     score_unit,
+    shift_in_strip,
     strip_of_head,
 )
 from triton_offset_bias.backends.triton.tiles import load_tile, product, store_tile, tile_ptrs
@@ -49,8 +50,11 @@ def attend(
         keep = kept_keys(key_mask_ptr, offs_n, len_k, HAS_MASK)[None, :]
         if HAS_POSITIONS:
             columns = -position_rows(key_positions_ptr, 0, 0, offs_n, len_k, HAS_POSITIONS)
+        shift = start_m - start_n
+        if HAS_BIAS and not EVEN_N:
+            shift = shift_in_strip(shift, near_lo, near_hi)
         s = score_tile(
-            q, k.T, strip_ptr, start_m - start_n, rows, columns, keep, scale_log2, band_lo, band_hi, near_lo, near_hi,
+            q, k.T, strip_ptr, shift, rows, columns, keep, scale_log2, band_lo, band_hi, near_lo, near_hi,
             HAS_BIAS, BIAS_IN_ACC, IS_NEAR, HAS_MASK or not EVEN_N, HAS_POSITIONS, USE_ASM, PRECISION,
         )  # (BLOCK_M, BLOCK_N)  # fmt: skip
         row_max = tl.max(s, 1) * unit

@@ -40,10 +40,14 @@ def run_kernel(
     def grid(meta: dict[str, Any]) -> tuple[int]:
         return (heads * -(-rows // meta[axis]),)
 
-    if os.environ.get(AUTOTUNE_VARIABLE) == "1":
+    if os.environ.get(AUTOTUNE_VARIABLE) == "1" and _name(kernel) in configs.CANDIDATES:
         _tuned(kernel)[grid](*arguments, **constants, enable_fp_fusion=True)
     else:
         _evenness(kernel)[grid](*arguments, **constants, **_blocks(kernel, config), **config.options)
+
+
+def _name(kernel: Any) -> str:
+    return kernel.__name__.removesuffix("_kernel")
 
 
 def _blocks(kernel: Any, config: configs.Config) -> dict[str, int]:
@@ -67,10 +71,9 @@ def _evenness(kernel: Any) -> Any:
 @functools.cache
 def _tuned(kernel: Any) -> Any:
     """The kernel, with its BLOCK_*, warps and stages measured."""
-    name = kernel.__name__.removesuffix("_kernel")
     candidates = [
         triton.Config(_blocks(kernel, config), num_warps=config.num_warps, num_stages=config.num_stages)
-        for config in configs.CANDIDATES[name]
+        for config in configs.CANDIDATES[_name(kernel)]
     ]
     chosen = ("BLOCK", "BLOCK_M", "BLOCK_N", *_EVEN)
     key = [constant for constant in kernel.arg_names if constant.isupper() and constant not in chosen]

@@ -1,9 +1,9 @@
 """Scores, and how they meet the bias; shared by forward and backward.
 
 Kernels count offsets from the first query and key: ``offset = i - j``, without `query_start`. They read the bias from a
-*strip*: one fp32 number for every such offset of a head, -inf where causality or the window forbids the offset, padded
-by STRIP_PAD so that tiles may overhang the score matrix on every side. Clamp, causal mask and window therefore cost no
-instruction.
+*strip*: one fp32 number for every such offset of a head, -inf where causality or the window forbids the offset. Clamp,
+causal mask and window therefore cost no instruction. The strip ends STRIP_PAD beyond the near offsets, where nothing
+changes any more, or beyond the score matrix, which tiles may overhang on every side.
 
 Where tensors give the positions, an offset is the difference of two of them, and a tile gathers its bias: from a strip
 of the offsets [near_lo, near_hi] alone, the ends of which serve all others. The band is then asked for every pair.
@@ -18,7 +18,8 @@ import triton.language as tl
 from triton_offset_bias.backends.triton.tiles import product
 
 LN_2 = tl.constexpr(0.6931471805599453)
-STRIP_PAD = tl.constexpr(256)  # twice the largest block
+LARGEST_BLOCK = tl.constexpr(128)
+STRIP_PAD = tl.constexpr(256)  # twice that
 # A running maximum before any score: finite, so that -inf - it is -inf, and no more than any finite score.
 NO_SCORE = tl.constexpr(-3.4028234663852886e38)
 
@@ -29,6 +30,12 @@ def strip_of_head(strip_ptr, b, h, stride_sb, stride_sh, zero, HAS_STRIP: tl.con
     if HAS_STRIP:
         strip_ptr += b * stride_sb + h * stride_sh + zero
     return strip_ptr
+
+
+@triton.jit
+def shift_in_strip(shift, near_lo, near_hi):
+    """The distance of a tile from the diagonal, or one in the strip's reach at which its bias is the same."""
+    return tl.minimum(tl.maximum(shift, near_lo - LARGEST_BLOCK), near_hi + LARGEST_BLOCK)
 
 
 @triton.jit
@@ -63,12 +70,14 @@ def score_tile(
 ):  # fmt: skip
     """Scores, (R, C), to be multiplied by score_unit, and with the bias if near and there is one.
 
-    The offset of an element is shift + rows + columns, all int64. `keep` says which keys to attend to, where HAS_KEEP.
+    The offset of an element is shift + rows + columns, all int64. strip_ptr: one for all rows, or one for each. `keep`
+    says which keys to attend to, where HAS_KEEP.
     """
     acc = None
     if IS_NEAR and HAS_BIAS:
         if HAS_POSITIONS:
-            ptrs = strip_ptr + tl.minimum(tl.maximum(rows[:, None] + columns[None, :], near_lo), near_hi)
+            offset = tl.minimum(tl.maximum(rows[:, None] + columns[None, :], near_lo), near_hi)
+            ptrs = (strip_ptr + tl.zeros_like(rows))[:, None] + offset
         else:
             ptrs = (strip_ptr + shift + rows)[:, None] + columns[None, :]
         if BIAS_IN_ACC:

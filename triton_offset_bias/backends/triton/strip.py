@@ -48,13 +48,14 @@ def bounds_of(problem: Problem) -> Bounds:
         changes_lo, changes_hi = first - start, last - start
     # An edge of the band that is within reach is a change too, and on its own side everything is near.
     is_cut_below, is_cut_above = band_lo > lowest, band_hi < highest
-    near_lo = never_lo if is_cut_below else min(changes_lo, band_hi if is_cut_above else never_hi)
-    near_hi = never_hi if is_cut_above else max(changes_hi, band_lo if is_cut_below else never_lo)
+    near_lo = band_lo - 1 if is_cut_below else min(changes_lo, band_hi if is_cut_above else never_hi)
+    near_hi = band_hi + 1 if is_cut_above else max(changes_hi, band_lo if is_cut_below else never_lo)
     if problem.bias is not None:  # the strip is read at the bounds
         near_lo, near_hi = min(near_lo, highest), max(near_hi, lowest)
     elif near_hi < lowest:  # one bias for all pairs: all are far left, none far right
         near_lo = never_lo
-    return Bounds(PAD - lowest, band_lo, band_hi, max(near_lo, never_lo), min(near_hi, never_hi))
+    near_lo, near_hi = max(near_lo, never_lo), min(near_hi, never_hi)
+    return Bounds(PAD - max(lowest, near_lo - PAD), band_lo, band_hi, near_lo, near_hi)
 
 
 def counted_reach(problem: Problem) -> tuple[int, int]:
@@ -70,16 +71,17 @@ def loops(problem: Problem, bounds: Bounds) -> dict[str, bool]:
     lowest, highest = counted_reach(problem)
     is_flat = bounds.near_hi < lowest  # one bias for all pairs: all of them are far left
     return {
-        "FAR_LEFT": bounds.near_hi <= highest,
+        "FAR_LEFT": bounds.near_hi <= min(highest, bounds.band_hi),
         "NEAR": not is_flat,
-        "FAR_RIGHT": not is_flat and bounds.near_lo >= lowest,
+        "FAR_RIGHT": not is_flat and bounds.near_lo >= max(lowest, bounds.band_lo),
     }
 
 
-def build_strip(problem: Problem, unit: float) -> Tensor | None:
+def build_strip(problem: Problem, bounds: Bounds, unit: float) -> Tensor | None:
     """(1 or B, 1 or H, columns) float32: the table at every offset times `unit`, -inf outside the band.
 
-    With positions, the table alone. Finite numbers stay finite: only -inf forbids.
+    Offsets in which no tile looks it up are left out. With positions, the table alone. Finite numbers stay finite: only
+    -inf forbids.
     """
     bias = problem.bias
     if bias is None:
@@ -88,7 +90,7 @@ def build_strip(problem: Problem, unit: float) -> Tensor | None:
     if problem.query_positions is not None:
         values, _ = table.extended(bias, problem.bias_origin, problem.beyond)
         return _in_units(values, unit).contiguous()
-    lo, hi = problem.reachable_offsets
+    lo, hi = _strip_offsets(problem, bounds)
     values = _in_units(table.per_offset(bias, lo, hi, problem.bias_origin, problem.beyond), unit)
     strip = torch.nn.functional.pad(values, (PAD, PAD), value=-math.inf)
     below, above = max(problem.min_offset - lo, 0), max(hi - problem.max_offset, 0)
@@ -99,17 +101,16 @@ def build_strip(problem: Problem, unit: float) -> Tensor | None:
     return strip
 
 
-def fold_strip(problem: Problem, dstrip: Tensor) -> Tensor:
+def fold_strip(problem: Problem, bounds: Bounds, dstrip: Tensor) -> Tensor:
     """The gradient of a strip as the table's, in its shape and dtype."""
     if problem.query_positions is None:
-        return fold_offsets(problem, dstrip[..., PAD:-PAD])
+        return fold_offsets(problem, dstrip[..., PAD:-PAD], _strip_offsets(problem, bounds)[0])
     return _as_table(problem, table.trimmed(dstrip, problem.beyond))
 
 
-def fold_offsets(problem: Problem, doffsets: Tensor) -> Tensor:
-    """The gradient of every reachable offset, (1 or B, 1 or H, offsets), as the table's, in its shape and dtype."""
+def fold_offsets(problem: Problem, doffsets: Tensor, lo: int) -> Tensor:
+    """The gradient of every offset from `lo` on, (1 or B, 1 or H, offsets), as the table's, in its shape and dtype."""
     assert problem.bias is not None
-    lo, _ = problem.reachable_offsets
     folded = table.fold(doffsets, problem.bias.shape[-1], lo, problem.bias_origin, problem.beyond)
     return _as_table(problem, folded)
 
@@ -117,6 +118,13 @@ def fold_offsets(problem: Problem, doffsets: Tensor) -> Tensor:
 def _as_table(problem: Problem, grad: Tensor) -> Tensor:
     assert problem.bias is not None
     return grad.reshape(problem.bias.shape).to(problem.bias.dtype)
+
+
+def _strip_offsets(problem: Problem, bounds: Bounds) -> tuple[int, int]:
+    """The first and the last offset that a strip holds, as the caller counts them."""
+    lo, hi = problem.reachable_offsets
+    start = problem.query_start
+    return max(lo, bounds.near_lo - PAD + start), min(hi, bounds.near_hi + PAD + start)
 
 
 def _changing(problem: Problem) -> tuple[int, int]:

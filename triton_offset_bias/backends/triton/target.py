@@ -31,6 +31,14 @@ def device_types() -> tuple[str, ...]:
     return (triton.runtime.driver.active.get_active_torch_device().type,)
 
 
+@torch.compiler.assume_constant_result
+def multiprocessors(device: torch.device) -> int:
+    """How many programs run side by side, at the least."""
+    if device.type != "cuda":
+        return 108  # an A100's, where the device is none
+    return torch.cuda.get_device_properties(device).multi_processor_count
+
+
 def precision() -> str:
     """How float32 is multiplied; other dtypes have one way."""
     if interprets():
