@@ -17,7 +17,7 @@ CASES = [
     Case("a window, blocks that begin anywhere", (90, 230), columns=21,
          options={"dropout_p": 0.4, "window_size": (50, 20), "query_start": 77}),
     Case("no table", (33, 65), bias=None, options={"dropout_p": 0.25}),
-    Case("one query", (1, 100), heads=(2, 1), options={"dropout_p": 0.25}),
+    Case("one query", (1, 90), heads=(2, 1), options={"dropout_p": 0.25}),
     Case("bfloat16", (70, 70), (32, 24), dtype=BF16, options={"dropout_p": 0.2}),
     Case("deterministic", (70, 50), options={"dropout_p": 0.2, "deterministic": True}),
     Case("positions", (20, 30), columns=21,
