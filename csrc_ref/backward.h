@@ -1,16 +1,16 @@
 // The backward pass: for each block of keys, one sweep over the queries with the scores recomputed.
 //
-//   E = exp2(S - row_max)      P = E / row_sum      dP = dO V^T      delta = <dO, O> - dlse      dS = P * (dP - delta)
-//   dV = P^T dO      dK = scale dS^T Q      dQ = scale dS K      dbias[offset] = sum of dS along the offset's diagonal
+//   E = exp2(S - row_max)    P = E / row_sum    dP = Z * dO V^T    delta = <dO, O> - dlse    dS = P * (dP - delta)
+//   dV = (Z * P)^T dO    dK = scale dS^T Q    dQ = scale dS K    dbias[offset] = sum of dS along the offset's diagonal
 //
 // The division by row_sum is done once a row, on dO and delta: dV = E^T (dO / row_sum), dS = E * (dP - delta) /
-// row_sum.
+// row_sum. So is the multiplication by dropout's kept_scale, on dO: tiles see a Z of 0 and 1.
 //
 // A task owns its block's dK and dV. dQ and dbias are shared by the tasks of a head: they add to them in the order of
 // their blocks, held by OrderedSteps, so every sum has one order whatever the number of threads.
 #pragma once
 
-#include "scores.h"
+#include "dbias.h"
 
 namespace tob {
 
@@ -37,9 +37,7 @@ template <class Real> class Backward {
         dbias(static_cast<Real *>(dbias)) {}
 
   void run() {
-    std::fill_n(dbias_sums.get(), dbias ? bias_rows * bias_columns : 0, 0.0);
     const Scratch<Block> blocks(p.num_threads);
-    const Scratch<Real> local_strips(dbias ? p.num_threads * strip_length : 0);
     const int64_t row_blocks = group * query_tiles;
     OrderedSteps column_order(heads * columns), head_order(heads);
     run_stages(
@@ -49,14 +47,15 @@ template <class Real> class Backward {
          {columns,
           [&](int64_t head, int64_t task, int thread) {
             const int first = int(task) * keys;
-            differentiate({blocks.get()[thread], local_strips.get() + (dbias ? thread * strip_length : 0), column_order,
-                           head * columns + task, head, first, std::min(keys, int(p.len_k) - first)});
+            const int count = std::min(keys, int(p.sequences[head / p.heads_kv].len_k) - first);
+            if (count > 0)
+              differentiate({blocks.get()[thread], thread, column_order, head * columns + task, head, first, count});
           }},
          {row_blocks + 1, [&](int64_t head, int64_t task, int) {
             if (task == 0) sum_dbias(head, head_order);
             else write_dquery(head_of(head, (task - 1) % group), int((task - 1) / group) * kQueries);
           }}});
-    if (dbias) std::copy_n(dbias_sums.get(), bias_rows * bias_columns, dbias);
+    if (dbias) dbias_sums.write(dbias);
   }
 
  private:
@@ -67,6 +66,7 @@ template <class Real> class Backward {
     Real dkey[kMaxKeys * (kMaxDim + P)], dvalue[kMaxKeys * (kMaxDim + P)];                // row-major
     // Tiles of E and dS, with a vector of zeros before and after each row of dS.
     Real exps[kQueries * kTileStride], dscores[(kQueries + 1) * kTileStride];
+    KeptWeights<kQueries, kMaxKeys> kept;
   };
 
   // A query head, and its place in the scratch memory.
@@ -82,7 +82,7 @@ template <class Real> class Backward {
   // One task: the keys [first, first + count) of one key head.
   struct Column {
     Block &block;
-    Real *strip;  // this task's share of a head's dbias, as BiasStrips is laid out
+    int thread;
     OrderedSteps &order;
     int64_t task, head;
     int first, count;
@@ -100,36 +100,48 @@ template <class Real> class Backward {
   // = 0 and delta 0, whatever dlse is there: a loss may well have an infinite slope at lse = -inf. So do rows past the
   // end.
   void prepare(const Head &head, int first) {
-    const int64_t slot = head.slot, base = slot * rows_padded + first,
-                  source = (head.b * p.heads_q + head.h) * p.len_q + first;
-    const int rows = std::min(kQueries, rows_padded - first), count = std::min(rows, int(p.len_q) - first);
-    const Matrix o = matrix_of(out, p.dtype, int(p.dim_v), head.b, head.h);
-    const Matrix g = matrix_of(dout, p.dtype, int(p.dim_v), head.b, head.h);
-    pack_rows(matrix_of(p.query, p.dtype, int(p.dim), head.b, head.h), first, count, rows, Real(p.scale * kLog2E),
-              queries_of(slot) + int64_t(first) * P, int64_t(rows_padded) * P);
+    const tob_sequence &s = p.sequences[head.b];
+    if (dbias_sums.needed() && first == 0) dbias_sums.begin_head(head.slot);
+    if (first >= s.len_q) return;
+    const int64_t slot = head.slot, base = slot * rows_padded + first, source = first_row(head) + first;
+    const int rows = std::min(kQueries, rows_padded - first), count = std::min(rows, int(s.len_q) - first);
+    const Matrix o = matrix_of(out, p.dtype, int(p.dim_v), head.b, head.h, s.first_query);
+    const Matrix g = matrix_of(dout, p.dtype, int(p.dim_v), head.b, head.h, s.first_query);
+    pack_rows(matrix_of(p.query, p.dtype, int(p.dim), head.b, head.h, s.first_query), first, count, rows,
+              Real(p.scale * kLog2E), queries_of(slot) + int64_t(first) * P, int64_t(rows_padded) * P);
     if (dquery.data) std::fill_n(dquery_acc.get() + base * chunks * P, rows * chunks * P, Real(0));
-    if (dbias && first == 0) std::fill_n(dbias_strips.get() + slot * strip_length, strip_length, Real(0));
-    alignas(64) Real o_row[kMaxDim + P], g_row[kMaxDim + P];
+    const Real kept_scale = p.has_dropout ? Real(p.kept_scale) : Real(1);
+    alignas(64) Real g_row[kMaxDim + P];
     for (int r = 0; r < rows; ++r) {
       const Real sum = r < count ? row_sum[source + r] : Real(0);
       const bool empty = sum == 0;
       max.get()[base + r] = empty ? std::numeric_limits<Real>::infinity() : row_max[source + r];
       std::fill_n(g_row, chunks_v * P, Real(0));
       if (r < count) read_row(g, first + r, empty ? Real(1) : 1 / sum, g_row, chunks_v * P);
+      delta.get()[base + r] =
+          empty ? Real(0) : row_delta(o, first + r, g_row) - (dlse ? dlse[source + r] / sum : Real(0));
+      if (p.has_dropout)
+        for (int d = 0; d < chunks_v * P; ++d) g_row[d] *= kept_scale;
       scatter_row(g_row, chunks_v, first + r, douts_of(slot), int64_t(rows_padded) * P);
-      delta.get()[base + r] = 0;
-      if (empty) continue;
-      read_row(o, first + r, Real(1), o_row, chunks_v * P);
-      Vec dot{};
-      for (int d = 0; d < chunks_v * P; d += W) dot += S::load(o_row + d) * S::load(g_row + d);
-      delta.get()[base + r] = S::sum(dot) - (dlse ? dlse[source + r] / sum : Real(0));
     }
+  }
+
+  // <dO, O> of a row, dO as it is given.
+  Real row_delta(const Matrix &o, int64_t index, const Real *g_row) const {
+    alignas(64) Real o_row[kMaxDim + P];
+    read_row(o, index, Real(1), o_row, chunks_v * P);
+    Vec dot{};
+    for (int d = 0; d < chunks_v * P; d += W) dot += S::load(o_row + d) * S::load(g_row + d);
+    return S::sum(dot);
   }
 
   // Pass 2: one block of keys against all of its queries, of every query head that shares the keys.
   void differentiate(Column c) {
     const int64_t b = c.head / p.heads_kv, h = c.head % p.heads_kv;
-    const Matrix k = matrix_of(p.key, p.dtype, int(p.dim), b, h), v = matrix_of(p.value, p.dtype, int(p.dim_v), b, h);
+    const int64_t first_key = p.sequences[b].first_key;
+    const Matrix k = matrix_of(p.key, p.dtype, int(p.dim), b, h, first_key),
+                 v = matrix_of(p.value, p.dtype, int(p.dim_v), b, h, first_key);
+    const Band &band = bands[size_t(b)];
     Block &t = c.block;
     for (int j = 0; j < c.count; j += P) {
       pack_transposed(k, c.first + j, std::min(P, c.count - j), t.key_columns + j * chunks * P);
@@ -148,31 +160,33 @@ template <class Real> class Backward {
     for (int64_t g = 0; g < group; ++g) sweep(c, head_of(c.head, g), g, used, queries);
 
     for (int j = 0; j < c.count && dkey.data; ++j)
-      write_row(matrix_of(dkey, p.dtype, int(p.dim), b, h), c.first + j, Real(kLn2), t.dkey + j * chunks * P);
+      write_row(matrix_of(dkey, p.dtype, int(p.dim), b, h, first_key), c.first + j, Real(kLn2),
+                t.dkey + j * chunks * P);
     for (int j = 0; j < c.count && dvalue.data; ++j)
-      write_row(matrix_of(dvalue, p.dtype, int(p.dim_v), b, h), c.first + j, Real(1), t.dvalue + j * chunks_v * P);
+      write_row(matrix_of(dvalue, p.dtype, int(p.dim_v), b, h, first_key), c.first + j, Real(1),
+                t.dvalue + j * chunks_v * P);
   }
 
   // The queries of one head. In OrderedSteps every tile is a step, and adding up dbias one more.
   void sweep(Column &c, const Head &head, int64_t g, Range used, Range queries) {
     const bool is_first = c.first == 0;
-    if (dbias) std::fill_n(c.strip, strip_length, Real(0));
+    const int64_t len_q = p.sequences[head.b].len_q;
+    if (dbias) dbias_sums.begin_task(c.thread);
     for (int first = round_down(queries.begin, kQueries); first < queries.end; first += kQueries) {
-      const int rows = round_up(std::min(kQueries, int(p.len_q) - first), kTileRows);
+      const int rows = round_up(std::min(kQueries, int(len_q) - first), kTileRows);
       const int64_t step = g * (query_tiles + 1) + first / kQueries;
       fill_tiles(c, head, first, rows, used);
       if (dbias)
-        add_diagonals(c.block.dscores + W, kTileStride, rows, round_up(c.count, P),
-                      c.strip + BiasStrips<Real>::kPad + p.len_q + c.first - first);
+        dbias_sums.add_tile(c.thread, c.block.dscores + W, kTileStride, first, c.first, rows, round_up(c.count, P),
+                            gathered.from(head.b, head.h, first, c.first));
       if (!is_first) c.order.wait(c.task - 1, step);
-      accumulate(c, head.slot, first, rows);
+      accumulate(c, head, first, rows);
       c.order.finish(c.task, step);
     }
     const int64_t last_step = g * (query_tiles + 1) + query_tiles;
     if (dbias) {
       if (!is_first) c.order.wait(c.task - 1, last_step);
-      Real *sum = dbias_strips.get() + head.slot * strip_length;
-      for (int64_t x = 0; x < strip_length; ++x) sum[x] += c.strip[x];
+      dbias_sums.add_task(c.thread, head.slot);
     }
     c.order.finish(c.task, last_step);
   }
@@ -180,7 +194,14 @@ template <class Real> class Backward {
   // E and dS of the tile at (first, c.first), a few rows at a time so that they stay in the L1 cache.
   void fill_tiles(Column &c, const Head &head, int first, int rows, Range used) {
     Block &t = c.block;
+    const Band &band = bands[size_t(head.b)];
     const int width = round_up(c.count, P);
+    const auto kept_from = [&](int row) {
+      return [&t, first_row = first + row, first_column = c.first](int r, int column) {
+        return t.kept.at(first_row + r, first_column + column);
+      };
+    };
+    if (p.has_dropout) t.kept.fill(p, head.b, head.h, first, c.first, rows, c.count);
     for (int row = 0; row < rows; row += kRows) {
       const int step = std::min(kRows, rows - row);
       const Range attended = band.keys_of(first + row, first + row + step).clip(used.begin, used.end);
@@ -193,7 +214,9 @@ template <class Real> class Backward {
       if (columns.empty()) continue;
       const int64_t base = head.slot * rows_padded + first + row;
       const bool inside = band.covers(first + row, first + row + step, c.first + columns.begin, c.first + columns.end);
-      const ScoreAddends<Real> add{p.bias || !inside ? strips.at(head.b, head.h) + c.first - (first + row) : nullptr,
+      const Positions<Real> positions = gathered.from(head.b, head.h, first + row, c.first);
+      const ScoreAddends<Real> add{p.bias || !inside ? strips.at(head.b, head.h, c.first - (first + row)) : nullptr,
+                                   gathered.present() ? &positions : nullptr,
                                    mask.present() ? mask.at(head.b) + c.first : nullptr, max.get() + base};
       score_block<true>(queries_of(head.slot) + int64_t(first + row) * P, int64_t(rows_padded) * P, t.key_columns,
                         chunks, exps, kTileStride, add, step, columns, c.count);
@@ -203,15 +226,22 @@ template <class Real> class Backward {
           S::store(x, S::exp2(S::load(x)));
           S::store(x + W, S::exp2(S::load(x + W)));
         }
-      if (needs_dscores())
-        dscore_block(douts_of(head.slot) + int64_t(first + row) * P, int64_t(rows_padded) * P, t.value_columns,
-                     chunks_v, delta.get() + base, exps, dscores, kTileStride, step, columns);
+      const Real *dout_rows = douts_of(head.slot) + int64_t(first + row) * P;
+      const auto dscore = [&](auto is_dropped) {
+        dscore_block<decltype(is_dropped)::value>(dout_rows, int64_t(rows_padded) * P, t.value_columns, chunks_v,
+                                                  delta.get() + base, exps, dscores, kTileStride, step, columns,
+                                                  kept_from(row));
+      };
+      if (needs_dscores()) p.has_dropout ? dscore(std::true_type()) : dscore(std::false_type());
+      if (p.has_dropout) drop(exps, kTileStride, step, columns, kept_from(row));
     }
   }
 
   // dV += P^T dO, dK += dS^T Q, dQ += dS K
-  void accumulate(Column &c, int64_t slot, int first, int rows) {
+  void accumulate(Column &c, const Head &head, int first, int rows) {
     Block &t = c.block;
+    const Band &band = bands[size_t(head.b)];
+    const int64_t slot = head.slot;
     const int64_t panel_stride = int64_t(rows_padded) * P;
     const int key_rows = round_up(c.count, kTileRows);
     const Real *dscores = t.dscores + W;
@@ -237,8 +267,9 @@ template <class Real> class Backward {
   // Pass 3: dQ, and the head's diagonals into the rows of dbias that it shares, one head after another.
   void write_dquery(const Head &head, int first) const {
     if (!dquery.data) return;
-    const Matrix dq = matrix_of(dquery, p.dtype, int(p.dim), head.b, head.h);
-    for (int i = first; i < std::min(first + kQueries, int(p.len_q)); ++i)
+    const tob_sequence &s = p.sequences[head.b];
+    const Matrix dq = matrix_of(dquery, p.dtype, int(p.dim), head.b, head.h, s.first_query);
+    for (int i = first; i < std::min(first + kQueries, int(s.len_q)); ++i)
       write_row(dq, i, Real(1), dquery_acc.get() + (head.slot * rows_padded + i) * chunks * P);
   }
 
@@ -247,14 +278,15 @@ template <class Real> class Backward {
     if (head > 0) order.wait(head - 1, 0);
     for (int64_t g = 0; g < group; ++g) {
       const auto [slot, b, h] = head_of(head, g);
-      const int64_t row = (p.bias_batch == 1 ? 0 : b) * p.bias_heads + (p.bias_heads == 1 ? 0 : h);
-      const Real *strip = dbias_strips.get() + slot * strip_length + BiasStrips<Real>::kPad + p.len_q;
-      double *sums = dbias_sums.get() + row * bias_columns;
-      for (int64_t i = 0; i < bias_columns; ++i) sums[i] += double(strip[p.len_k - 1 - i]);
+      dbias_sums.add_head(slot, b, h);
     }
     order.finish(head, 0);
   }
 
+  // Of a head, the index of its first query in row_max and the like.
+  int64_t first_row(const Head &head) const {
+    return head.b * p.row_stride_b + head.h * p.row_stride_h + p.sequences[head.b].first_query;
+  }
   bool needs_dscores() const { return dquery.data || dkey.data || dbias; }
   Real *queries_of(int64_t slot) const { return query_panels.get() + slot * rows_padded * chunks * P; }
   Real *douts_of(int64_t slot) const { return dout_panels.get() + slot * rows_padded * chunks_v * P; }
@@ -263,8 +295,9 @@ template <class Real> class Backward {
   const tob_tensor &out, &dout, &dquery, &dkey, &dvalue;
   const Real *row_max, *row_sum, *dlse;
   Real *dbias;
-  const Band band{p};
+  const std::vector<Band> bands = bands_of(p);
   const BiasStrips<Real> strips{p};
+  const Gathered<Real> gathered{p};
   const KeyMask<Real> mask{p};
   const int chunks = round_up(int(p.dim), P) / P, chunks_v = round_up(int(p.dim_v), P) / P;  // dims in panels
   const int keys = keys_per_task();                                                          // keys a task
@@ -279,10 +312,7 @@ template <class Real> class Backward {
       dout_panels{slots_q * rows_padded * chunks_v * P};
   const Scratch<Real> dquery_acc{dquery.data ? slots_q * rows_padded * chunks * P : 0};
   const Scratch<Real> max{slots_q * rows_padded}, delta{slots_q * rows_padded};
-  const int64_t strip_length = p.len_q + p.len_k + 2 * BiasStrips<Real>::kPad;
-  const int64_t bias_columns = p.len_q + p.len_k - 1, bias_rows = p.bias_batch * p.bias_heads;
-  const Scratch<Real> dbias_strips{dbias ? slots_q * strip_length : 0};
-  const Scratch<double> dbias_sums{dbias ? bias_rows * bias_columns : 0};
+  const DbiasSums<Real> dbias_sums{p, dbias != nullptr, p.num_threads, slots_q};
 };
 
 }  // namespace tob

@@ -10,10 +10,14 @@ bool is_valid(const tob_problem &p) {
   const bool sizes = p.batch >= 0 && p.heads_q >= 0 && p.heads_kv >= 0 && p.len_q >= 0 && p.len_k >= 0 && p.dim >= 1 &&
                      p.dim <= tob::kMaxDim && p.dim_v >= 1 && p.dim_v <= tob::kMaxDim && p.num_threads >= 1;
   const int64_t longest = int64_t(1) << 30;
-  const bool lengths = p.len_q < longest && p.len_k < longest;
+  bool lengths = p.len_q < longest && p.len_k < longest;
+  for (int64_t b = 0; b < p.batch; ++b) {
+    const tob_sequence &s = p.sequences[b];
+    lengths = lengths && s.len_q >= 0 && s.len_q <= p.len_q && s.len_k >= 0 && s.len_k <= p.len_k;
+  }
   const bool heads = p.heads_kv > 0 ? p.heads_q % p.heads_kv == 0 : p.heads_q == 0;
-  const bool bias =
-      !p.bias || ((p.bias_batch == 1 || p.bias_batch == p.batch) && (p.bias_heads == 1 || p.bias_heads == p.heads_q));
+  const bool bias = !p.bias || ((p.bias_batch == 1 || p.bias_batch == p.batch) &&
+                                (p.bias_heads == 1 || p.bias_heads == p.heads_q) && p.bias_columns >= 1);
   return sizes && lengths && heads && bias && p.dtype >= TOB_FLOAT32 && p.dtype <= TOB_FLOAT16;
 }
 

@@ -1,10 +1,11 @@
 /* The CPU engine of triton_offset_bias: exact attention with a bias per offset, forward and backward.
  *
  *   S[b,h,i,j] = scale * <query[b,h,i], key[b,hk,j]> + bias[b,h,offset]      offset = query_start + i - j
- *   out = softmax(S) value          lse = log sum exp S          hk = h / (heads_q / heads_kv)
+ *   out = (Z * softmax(S)) value          lse = log sum exp S          hk = h / (heads_q / heads_kv)
  *
  * A pair is attended to when min_offset <= offset <= max_offset and the key's mask byte is not 0. A row that attends to
- * nothing has out 0, lse -inf, and gives zero gradients. Nothing of size len_q x len_k is ever stored.
+ * nothing has out 0, lse -inf, and gives zero gradients. Z is dropout's factor, 1 without it. Nothing of size
+ * len_q x len_k is ever stored.
  *
  * Arithmetic is in the "real" type: double where dtype is TOB_FLOAT64, float otherwise. All strides count elements.
  * The caller owns every buffer; the engine allocates scratch of O(len_q + len_k) a head and frees it before returning.
@@ -31,25 +32,43 @@ typedef struct {
   int64_t stride_b, stride_h, stride_l, stride_d;
 } tob_tensor;
 
+/* A sequence of the batch: its rows in the tensors, and the position of its first query counted from its first key. */
+typedef struct {
+  int64_t first_query, first_key, len_q, len_k, query_start;
+} tob_sequence;
+
 typedef struct {
   int64_t dtype;       /* of query, key, value, out and their gradients */
   int64_t num_threads; /* >= 1 */
-  int64_t batch, heads_q, heads_kv, len_q, len_k;
-  int64_t dim;   /* of query and key, 1..256 */
-  int64_t dim_v; /* of value and out, 1..256 */
-  int64_t query_start, min_offset, max_offset;
+  int64_t batch, heads_q, heads_kv;
+  int64_t len_q, len_k; /* of the longest sequence */
+  int64_t dim;          /* of query and key, 1..256 */
+  int64_t dim_v;        /* of value and out, 1..256 */
+  int64_t min_offset, max_offset;
   double scale;
   tob_tensor query, key, value;
-  /* NULL, or (bias_batch, bias_heads, len_q + len_k - 1) contiguous reals in nats; the last axis starts at the smallest
-     offset, query_start - (len_k - 1). bias_batch is 1 or batch, bias_heads is 1 or heads_q. */
+  const tob_sequence *sequences;      /* (batch): where packed in one tensor, its stride_b is 0 */
+  int64_t row_stride_b, row_stride_h; /* of what there is one of for every query: see tob_row_stats */
+  /* NULL, or (bias_batch, bias_heads, bias_columns) contiguous reals in nats: the offset o sees column
+     clamp(o - bias_first, 0, bias_columns - 1). bias_batch is 1 or batch, bias_heads is 1 or heads_q. */
   const void *bias;
-  int64_t bias_batch, bias_heads;
+  int64_t bias_batch, bias_heads, bias_columns, bias_first;
   /* NULL, or (batch, len_k) contiguous bytes: 0 = do not attend. */
   const uint8_t *key_mask;
+  /* NULL, or (len_q) and (len_k) positions for each sequence, position_stride_* apart: offset is then their difference,
+     of magnitude below 2^29, and query_start is not looked at. */
+  const int32_t *query_positions, *key_positions;
+  int64_t position_stride_q, position_stride_k;
+  /* Dropout, if has_dropout: which weights by dropout.h. */
+  int64_t has_dropout;
+  uint64_t seed;
+  uint32_t largest_dropped;
+  double kept_scale;
 } tob_problem;
 
-/* Per row of scores, (batch, heads_q, len_q) contiguous reals: the softmax, as P = exp2(S log2(e) - row_max) / row_sum.
-   Kept apart because row_max + log2(row_sum) would round. A row that attends to nothing has row_max +inf, row_sum 0. */
+/* A real for every query, that of query i of a sequence at b row_stride_b + h row_stride_h + first_query + i: the
+   softmax, as P = exp2(S log2(e) - row_max) / row_sum. Kept apart because row_max + log2(row_sum) would round. A row
+   that attends to nothing has row_max +inf, row_sum 0. */
 typedef struct {
   void *row_max, *row_sum;
 } tob_row_stats;

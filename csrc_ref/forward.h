@@ -44,6 +44,7 @@ template <class Real> class Forward {
     Real max[kMaxQueries + W];
     Real sum[kMaxQueries * W];  // a vector of partial sums a row
     Real rescale[kRows + W];
+    KeptWeights<kMaxQueries, kKeys> kept;
   };
 
   // Small problems get small tasks, so that every core has work. Not a matter of the thread count: results are the
@@ -56,10 +57,12 @@ template <class Real> class Forward {
 
   // Pass 1: keys as transposed panels, values as panels of rows; heads count b * heads_kv + h.
   void pack(int64_t head, int first) {
-    const Matrix k = matrix_of(p.key, p.dtype, int(p.dim), head / p.heads_kv, head % p.heads_kv);
-    const Matrix v = matrix_of(p.value, p.dtype, int(p.dim_v), head / p.heads_kv, head % p.heads_kv);
-    for (int j = first; j < std::min(first + kPackedKeys, keys_padded); j += P) {
-      const int count = std::min(P, int(p.len_k) - j);
+    const int64_t b = head / p.heads_kv, h = head % p.heads_kv;
+    const tob_sequence &s = p.sequences[b];
+    const Matrix k = matrix_of(p.key, p.dtype, int(p.dim), b, h, s.first_key);
+    const Matrix v = matrix_of(p.value, p.dtype, int(p.dim_v), b, h, s.first_key);
+    for (int j = first; j < std::min(first + kPackedKeys, round_up(int(s.len_k), P)); j += P) {
+      const int count = std::min(P, int(s.len_k) - j);
       pack_transposed(k, j, count, keys_of(head) + int64_t(j) * chunks * P);
       pack_rows(v, j, count, P, Real(1), values_of(head) + int64_t(j) * P, int64_t(keys_padded) * P);
     }
@@ -69,16 +72,20 @@ template <class Real> class Forward {
   void attend(int64_t head, int64_t block, Block &t) {
     const int64_t b = head / p.heads_kv, h = head % p.heads_kv * group + block % group;
     const int first = int(blocks / group - 1 - block / group) * queries;  // under causality the long ones first
-    const int count = std::min(queries, int(p.len_q) - first);
+    const tob_sequence &s = p.sequences[b];
+    if (first >= s.len_q) return;
+    const Band &band = bands[size_t(b)];
+    const int count = std::min(queries, int(s.len_q) - first);
     const int rows = round_up(count, kTileRows);
-    pack_rows(matrix_of(p.query, p.dtype, int(p.dim), b, h), first, count, rows, Real(p.scale * kLog2E), t.query,
-              int64_t(rows) * P);
+    pack_rows(matrix_of(p.query, p.dtype, int(p.dim), b, h, s.first_query), first, count, rows, Real(p.scale * kLog2E),
+              t.query, int64_t(rows) * P);
     std::fill(t.acc, t.acc + rows * chunks_v * P, Real(0));
     std::fill(t.max, t.max + rows + W, kNoScore);
     std::fill(t.sum, t.sum + rows * W, Real(0));
 
     const Range used = mask.used(b), keys = band.keys_of(first, first + count).clip(used.begin, used.end);
     for (int key = round_down(keys.begin, P); key < keys.end; key += kKeys) {
+      if (p.has_dropout) t.kept.fill(p, b, h, first, key, count, std::min(kKeys, keys.end - key));
       for (int row = 0; row < rows; row += kRows) {
         const int step = std::min(kRows, rows - row);
         const Range step_keys = band.keys_of(first + row, first + row + step)
@@ -86,11 +93,16 @@ template <class Real> class Forward {
         if (step_keys.empty()) continue;
         const Range columns{round_down(step_keys.begin - key, P), round_up(step_keys.end - key, P)};
         const bool inside = band.covers(first + row, first + row + step, key + columns.begin, key + columns.end);
-        const ScoreAddends<Real> add{p.bias || !inside ? strips.at(b, h) + key - (first + row) : nullptr,
+        const Positions<Real> positions = gathered.from(b, h, first + row, key);
+        const ScoreAddends<Real> add{p.bias || !inside ? strips.at(b, h, key - (first + row)) : nullptr,
+                                     gathered.present() ? &positions : nullptr,
                                      mask.present() ? mask.at(b) + key : nullptr, nullptr};
         score_block<false>(t.query + row * P, int64_t(rows) * P, keys_of(head) + int64_t(key) * chunks * P, chunks,
-                           t.scores, kScoreStride, add, step, columns, int(p.len_k) - key);
+                           t.scores, kScoreStride, add, step, columns, int(s.len_k) - key);
         softmax_step(t, row, step, columns);
+        if (p.has_dropout)
+          drop(t.scores, kScoreStride, step, columns,
+               [&](int r, int column) { return t.kept.at(first + row + r, key + column); });
         accumulate_product<true>(t.scores, kScoreStride, 1, values_of(head) + int64_t(key) * P,
                                  int64_t(keys_padded) * P, t.acc + row * chunks_v * P, chunks_v * P, step, chunks_v,
                                  t.rescale, [&](int r) {
@@ -134,12 +146,13 @@ template <class Real> class Forward {
 
   // Divides by the sums and writes the rows. A row whose sum is 0 attended to nothing.
   void finish(int64_t b, int64_t h, int first, int count, Block &t) const {
-    const Matrix o = matrix_of(out, p.dtype, int(p.dim_v), b, h);
+    const Matrix o = matrix_of(out, p.dtype, int(p.dim_v), b, h, p.sequences[b].first_query);
+    const Real kept_scale = p.has_dropout ? Real(p.kept_scale) : Real(1);
     for (int r = 0; r < count; ++r) {
       const Real sum = S::sum(S::load(t.sum + r * W));
       const bool empty = sum == 0;
-      const int64_t index = (b * p.heads_q + h) * p.len_q + first + r;
-      write_row(o, first + r, empty ? Real(0) : 1 / sum, t.acc + r * chunks_v * P);
+      const int64_t index = b * p.row_stride_b + h * p.row_stride_h + p.sequences[b].first_query + first + r;
+      write_row(o, first + r, empty ? Real(0) : kept_scale / sum, t.acc + r * chunks_v * P);
       row_max[index] = empty ? std::numeric_limits<Real>::infinity() : t.max[r];
       row_sum[index] = sum;
       lse[index] = Real(kLn2) * (t.max[r] + std::log2(sum));
@@ -152,8 +165,9 @@ template <class Real> class Forward {
   const tob_problem &p;
   const tob_tensor &out;
   Real *lse, *row_max, *row_sum;
-  const Band band{p};
+  const std::vector<Band> bands = bands_of(p);
   const BiasStrips<Real> strips{p};
+  const Gathered<Real> gathered{p};
   const KeyMask<Real> mask{p};
   const int chunks = round_up(int(p.dim), P) / P, chunks_v = round_up(int(p.dim_v), P) / P;  // dims in panels
   const int keys_padded = round_up(int(p.len_k), P);

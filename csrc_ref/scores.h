@@ -2,19 +2,23 @@
 // dS = E * (dO V^T - delta), with its diagonal sums.
 #pragma once
 
-#include "band.h"
+#include "bias.h"
+#include "dropout.h"
 
 namespace tob {
 
 // Where a tile of scores takes its addends from; the tile's corner is row 0, column 0 of each.
 template <class Real> struct ScoreAddends {
-  const Real *strip;     // strip[column - row], or null: no bias, and the whole tile is inside the band
-  const Real *key_mask;  // key_mask[column], or null
-  const Real *row_max;   // row_max[row] is subtracted, or null
+  const Real *strip;                 // strip[column - row], or null: no bias, and the whole tile is inside the band
+  const Positions<Real> *positions;  // instead of the strip, or null
+  const Real *key_mask;              // key_mask[column], or null
+  const Real *row_max;               // row_max[row] is subtracted, or null
 };
 
+enum class Bias { kNone, kStrip, kGathered };
+
 // One register tile of scores, (kTileRows, kPanel), from rows in panels: a[d / kPanel * chunk_stride + row * kPanel].
-template <bool kStrip, bool kMask, bool kShifted, class Real>
+template <Bias kBias, bool kMask, bool kShifted, class Real>
 TOB_INLINE void score_tile(const Real *a, int64_t chunk_stride, const Real *panel, int chunks, Real *out,
                            int64_t stride, const ScoreAddends<Real> &add, int row, int column) {
   using S = Simd<Real>;
@@ -25,10 +29,14 @@ TOB_INLINE void score_tile(const Real *a, int64_t chunk_stride, const Real *pane
 #pragma GCC unroll 12
   for (int r = 0; r < kTileRows; ++r) {
     Vec left = tile.left[r], right = tile.right[r];
-    if constexpr (kStrip) {
+    if constexpr (kBias == Bias::kStrip) {
       const Real *bias = add.strip + (column - row - r);
       left += S::load(bias);
       right += S::load(bias + W);
+    }
+    if constexpr (kBias == Bias::kGathered) {
+      left += add.positions->bias(row + r, column);
+      right += add.positions->bias(row + r, column + W);
     }
     if constexpr (kMask) {
       left += S::load(add.key_mask + column);
@@ -51,26 +59,29 @@ template <bool kShifted, class Real>
 void score_block(const Real *a, int64_t chunk_stride, const Real *panels, int chunks, Real *out, int64_t stride,
                  const ScoreAddends<Real> &add, int rows, Range columns, int valid_columns) {
   constexpr int P = kPanel<Real>;
-  const auto run = [&](auto strip, auto mask) {
+  const auto run = [&](auto bias, auto mask) {
     for (int column = columns.begin; column < columns.end; column += P)
       for (int row = 0; row < rows; row += kTileRows)
-        score_tile<decltype(strip)::value, decltype(mask)::value, kShifted>(
+        score_tile<decltype(bias)::value, decltype(mask)::value, kShifted>(
             a + row * P, chunk_stride, panels + int64_t(column) * chunks * P, chunks, out, stride, add, row, column);
   };
-  constexpr std::true_type yes;
-  constexpr std::false_type no;
-  if (add.key_mask) add.strip ? run(yes, yes) : run(no, yes);
-  else add.strip ? run(yes, no) : run(no, no);
+  const auto run_with = [&](auto bias) {
+    if (add.key_mask) run(bias, std::true_type());
+    else run(bias, std::false_type());
+  };
+  if (add.positions) run_with(std::integral_constant<Bias, Bias::kGathered>());
+  else if (add.strip) run_with(std::integral_constant<Bias, Bias::kStrip>());
+  else run_with(std::integral_constant<Bias, Bias::kNone>());
   for (int row = 0; valid_columns < columns.end && row < rows; ++row)
     for (int column = valid_columns; column < columns.end; ++column)
       out[row * stride + column] = -std::numeric_limits<Real>::infinity();
 }
 
-// dS = E * (dO V^T - delta) for the same rows and columns; `a` and `panels` hold dO and V as score_block's hold Q and
-// K.
-template <class Real>
+// dS = E * (Z dO V^T - delta) for the same rows and columns; `a` and `panels` hold dO and V as score_block's hold Q and
+// K. Z by kept(row, column), bytes as KeptWeights gives them, or null.
+template <bool kDropped, class Real, class Kept>
 void dscore_block(const Real *a, int64_t chunk_stride, const Real *panels, int chunks, const Real *delta,
-                  const Real *exps, Real *dscores, int64_t stride, int rows, Range columns) {
+                  const Real *exps, Real *dscores, int64_t stride, int rows, Range columns, Kept kept) {
   using S = Simd<Real>;
   using Vec = typename S::Vec;
   constexpr int P = kPanel<Real>, W = S::kLanes;
@@ -83,9 +94,24 @@ void dscore_block(const Real *a, int64_t chunk_stride, const Real *panels, int c
       for (int r = 0; r < kTileRows; ++r) {
         const int64_t at = (row + r) * stride + column;
         const Vec d = S::broadcast(delta[row + r]);
-        S::store(dscores + at, S::load(exps + at) * (tile.left[r] - d));
-        S::store(dscores + at + W, S::load(exps + at + W) * (tile.right[r] - d));
+        Vec left = tile.left[r], right = tile.right[r];
+        if constexpr (kDropped) {
+          left = where_kept<Real>(kept(row + r, column), left);
+          right = where_kept<Real>(kept(row + r, column + W), right);
+        }
+        S::store(dscores + at, S::load(exps + at) * (left - d));
+        S::store(dscores + at + W, S::load(exps + at + W) * (right - d));
       }
+    }
+}
+
+// Zeroes the dropped ones of rows and columns.
+template <class Real, class Kept> void drop(Real *tile, int64_t stride, int rows, Range columns, Kept kept) {
+  using S = Simd<Real>;
+  for (int r = 0; r < rows; ++r)
+    for (int column = columns.begin; column < columns.end; column += S::kLanes) {
+      Real *x = tile + r * stride + column;
+      S::store(x, where_kept<Real>(kept(r, column), S::load(x)));
     }
 }
 
@@ -115,6 +141,18 @@ template <class Real> void add_diagonals(const Real *dscores, int64_t stride, in
     for (; r < end; ++r, at += next) sums[0] += S::load(at);
     S::store(strip + x, S::load(strip + x) + ((sums[0] + sums[1]) + (sums[2] + sums[3])));
   }
+}
+
+// table[column] += dS, one after the other.
+template <class Real>
+void add_elements(const Real *dscores, int64_t stride, int rows, int width, const Positions<Real> &positions,
+                  double *table) {
+  constexpr int W = Simd<Real>::kLanes;
+  for (int r = 0; r < rows; ++r)
+    for (int column = 0; column < width; column += W) {
+      const auto columns = positions.columns_of(positions.offsets_of(r, column));
+      for (int lane = 0; lane < W; ++lane) table[columns[lane]] += double(dscores[r * stride + column + lane]);
+    }
 }
 
 }  // namespace tob

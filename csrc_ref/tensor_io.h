@@ -52,16 +52,16 @@ template <class Real, class Stored> Stored stored_as(Real x) {
   else return Stored::from(float(x));
 }
 
-// One (batch, head) matrix of a tensor: `length` rows of `dim` elements.
+// One (sequence, head) matrix of a tensor, from the sequence's first row on: rows of `dim` elements.
 struct Matrix {
   void *data;
   int64_t dtype, stride_l, stride_d;
   int dim;
 };
 
-inline Matrix matrix_of(const tob_tensor &t, int64_t dtype, int dim, int64_t b, int64_t h) {
+inline Matrix matrix_of(const tob_tensor &t, int64_t dtype, int dim, int64_t b, int64_t h, int64_t first_row) {
   const int64_t element = dtype == TOB_FLOAT64 ? 8 : dtype == TOB_FLOAT32 ? 4 : 2;
-  char *data = static_cast<char *>(t.data) + (b * t.stride_b + h * t.stride_h) * element;
+  char *data = static_cast<char *>(t.data) + (b * t.stride_b + h * t.stride_h + first_row * t.stride_l) * element;
   return {data, dtype, t.stride_l, t.stride_d, dim};
 }
 

@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from triton_offset_bias import table
+from triton_offset_bias import dropout, positions, table
 from triton_offset_bias.backends.limits import exceeded_limits
 from triton_offset_bias.problem import Problem
 
@@ -31,17 +31,25 @@ class _Tensor(ctypes.Structure):
     ]
 
 
+class _Sequence(ctypes.Structure):
+    _fields_ = [(name, ctypes.c_int64) for name in ("first_query", "first_key", "len_q", "len_k", "query_start")]
+
+
 class _Problem(ctypes.Structure):
     _fields_ = [
-        *((name, ctypes.c_int64) for name in ("dtype", "num_threads")),
-        *((name, ctypes.c_int64) for name in ("batch", "heads_q", "heads_kv", "len_q", "len_k", "dim", "dim_v")),
-        *((name, ctypes.c_int64) for name in ("query_start", "min_offset", "max_offset")),
+        *((name, ctypes.c_int64) for name in ("dtype", "num_threads", "batch", "heads_q", "heads_kv")),
+        *((name, ctypes.c_int64) for name in ("len_q", "len_k", "dim", "dim_v", "min_offset", "max_offset")),
         ("scale", ctypes.c_double),
         *((name, _Tensor) for name in ("query", "key", "value")),
+        ("sequences", ctypes.c_void_p),
+        *((name, ctypes.c_int64) for name in ("row_stride_b", "row_stride_h")),
         ("bias", ctypes.c_void_p),
-        ("bias_batch", ctypes.c_int64),
-        ("bias_heads", ctypes.c_int64),
-        ("key_mask", ctypes.c_void_p),
+        *((name, ctypes.c_int64) for name in ("bias_batch", "bias_heads", "bias_columns", "bias_first")),
+        *((name, ctypes.c_void_p) for name in ("key_mask", "query_positions", "key_positions")),
+        *((name, ctypes.c_int64) for name in ("position_stride_q", "position_stride_k", "has_dropout")),
+        ("seed", ctypes.c_uint64),
+        ("largest_dropped", ctypes.c_uint32),
+        ("kept_scale", ctypes.c_double),
     ]
 
 
@@ -104,12 +112,6 @@ def unsupported_reasons(problem: Problem) -> list[str]:
     reasons = unavailable_reasons()
     if problem.query.device.type != "cpu":
         reasons.append(f"serves CPU tensors, got {problem.query.device.type}")
-    if problem.dropout_p > 0.0:
-        reasons.append("does not serve dropout yet")
-    if problem.cu_seqlens_q is not None:
-        reasons.append("does not serve packed sequences yet")
-    if problem.query_positions is not None:
-        reasons.append("does not serve query_positions and key_positions yet")
     return reasons + exceeded_limits(problem)
 
 
@@ -118,7 +120,7 @@ def forward(problem: Problem, out: Tensor, lse: Tensor, row_max: Tensor, row_sum
     call = _Call(problem)
     stats = _RowStats(row_max.data_ptr(), row_sum.data_ptr())
     status = _engine().tob_forward(
-        ctypes.byref(call.problem), ctypes.byref(_tensor(out)), ctypes.c_void_p(lse.data_ptr()), ctypes.byref(stats)
+        ctypes.byref(call.problem), ctypes.byref(call.tensor(out)), ctypes.c_void_p(lse.data_ptr()), ctypes.byref(stats)
     )
     _check_status(status)
 
@@ -142,11 +144,11 @@ def backward(
     dbias = torch.empty_like(call.bias) if needs_dbias and call.bias is not None else None
     status = _engine().tob_backward(
         ctypes.byref(call.problem),
-        ctypes.byref(_tensor(out)),
+        ctypes.byref(call.tensor(out)),
         ctypes.byref(stats),
-        ctypes.byref(_tensor(dout)),
+        ctypes.byref(call.tensor(dout)),
         ctypes.c_void_p(_pointer(dlse)),
-        *(ctypes.byref(_tensor(gradient)) for gradient in (dquery, dkey, dvalue)),
+        *(ctypes.byref(call.tensor(gradient)) for gradient in (dquery, dkey, dvalue)),
         ctypes.c_void_p(_pointer(dbias)),
     )
     _check_status(status)
@@ -158,51 +160,53 @@ class _Call:
 
     def __init__(self, problem: Problem) -> None:
         query, key, value = problem.query, problem.key, problem.value
-        batch, heads_q, len_q, dim = query.shape
-        heads_kv, len_k, dim_v = value.shape[1:]
+        heads_q, rows_q = query.shape[1:3]
+        is_packed = problem.cu_seqlens_q is not None
+        placed = positions.placed(problem)
         self._source = problem
-        self._lo, self._hi = table.reachable_offsets(len_q, len_k, problem.query_start)
-        self.bias = self._per_offset_bias()
+        self.bias, bias_first = self._clamped_table()
         mask = problem.key_padding_mask
         self._key_mask = None if mask is None else mask.contiguous()
+        self._positions = placed.query_positions, placed.key_positions
+        self._sequences = (_Sequence * len(placed.sequences))(*(_Sequence(*rows) for rows in placed.sequences))
+        is_dropping = problem.seed is not None
         self.problem = _Problem(
-            _DTYPES[query.dtype],
-            torch.get_num_threads(),
-            batch,
-            heads_q,
-            heads_kv,
-            len_q,
-            len_k,
-            dim,
-            dim_v,
-            problem.query_start,
-            max(problem.min_offset, self._lo),
-            min(problem.max_offset, self._hi),
-            problem.scale,
-            _tensor(query),
-            _tensor(key),
-            _tensor(value),
+            *(_DTYPES[query.dtype], torch.get_num_threads(), problem.num_sequences, heads_q, key.shape[1]),
+            *(problem.max_seqlen_q, problem.max_seqlen_k, query.shape[3], value.shape[3]),
+            *(problem.min_offset, problem.max_offset, problem.scale),
+            *(_tensor(x, is_packed) for x in (query, key, value)),
+            ctypes.addressof(self._sequences),
+            *(0 if is_packed else heads_q * rows_q, rows_q),
             _pointer(self.bias),
-            1 if self.bias is None else self.bias.shape[0],
-            1 if self.bias is None else self.bias.shape[1],
-            _pointer(self._key_mask),
+            *((1, 1, 1) if self.bias is None else self.bias.shape),
+            bias_first,
+            *(_pointer(x) for x in (self._key_mask, *self._positions)),
+            *(0 if x is None or x.dim() == 1 else x.stride(0) for x in self._positions),
+            is_dropping,
+            0 if problem.seed is None else int(problem.seed) % 2**64,
+            dropout.largest_dropped(problem.dropout_p) if is_dropping else 0,
+            dropout.kept_scale(problem.dropout_p) if is_dropping else 1.0,
         )
 
-    def _per_offset_bias(self) -> Tensor | None:
-        """The table expanded to every offset of the problem: (1 or B, 1 or H, offsets)."""
+    def _clamped_table(self) -> tuple[Tensor | None, int]:
+        """The table as the engine has it, (1 or B, 1 or H, columns), and the offset of its first column."""
         bias = self._source.bias
         if bias is None:
-            return None
+            return None, 0
         real = torch.float64 if self._source.query.dtype == torch.float64 else torch.float32
         bias = bias.to(real).reshape((1,) * (3 - bias.dim()) + bias.shape)
-        return table.per_offset(bias, self._lo, self._hi, self._source.bias_origin, self._source.beyond).contiguous()
+        bias, first = table.extended(bias, self._source.bias_origin, self._source.beyond)
+        return bias.contiguous(), first
+
+    def tensor(self, tensor: Tensor | None) -> _Tensor:
+        """A tensor with the rows of this call, for the engine."""
+        return _tensor(tensor, self._source.cu_seqlens_q is not None)
 
     def fold(self, dbias: Tensor) -> Tensor:
-        """The gradient per offset as the table's gradient, in its shape and dtype."""
+        """The gradient of that table as the caller's, in its shape and dtype."""
         bias = self._source.bias
         assert bias is not None
-        folded = table.fold(dbias, bias.shape[-1], self._lo, self._source.bias_origin, self._source.beyond)
-        return folded.reshape(bias.shape).to(bias.dtype)
+        return table.trimmed(dbias, self._source.beyond).reshape(bias.shape).to(bias.dtype)
 
 
 def _engine() -> ctypes.CDLL:
@@ -210,8 +214,12 @@ def _engine() -> ctypes.CDLL:
     return _ENGINE
 
 
-def _tensor(tensor: Tensor | None) -> _Tensor:
-    return _Tensor() if tensor is None else _Tensor(tensor.data_ptr(), *tensor.stride())
+def _tensor(tensor: Tensor | None, is_packed: bool) -> _Tensor:
+    """Packed sequences lie in one batch element."""
+    if tensor is None:
+        return _Tensor()
+    batch, *strides = tensor.stride()
+    return _Tensor(tensor.data_ptr(), 0 if is_packed else batch, *strides)
 
 
 def _pointer(tensor: Tensor | None) -> int | None:

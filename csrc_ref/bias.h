@@ -1,0 +1,153 @@
+// What bias a pair of a query and a key sees: reversed strips where positions are contiguous, else a table to gather
+// from; and how the gradient of either becomes the table's.
+#pragma once
+
+#include "band.h"
+
+namespace tob {
+
+inline constexpr double kLog2E = 1.4426950408889634, kLn2 = 0.6931471805599453;
+
+// Finite numbers stay finite: only -inf forbids.
+template <class Real> Real in_bits(Real nats) {
+  constexpr Real kLargest = std::numeric_limits<Real>::max();
+  return std::isinf(nats) ? nats : std::clamp(nats * Real(kLog2E), -kLargest, kLargest);
+}
+
+// The row of the table, and of its gradient, that a sequence and a head share with others.
+inline int64_t bias_row(const tob_problem &p, int64_t b, int64_t h) {
+  return (p.bias_batch == 1 ? 0 : b) * p.bias_heads + (p.bias_heads == 1 ? 0 : h);
+}
+
+inline int64_t bias_column(const tob_problem &p, int64_t offset) {
+  return std::clamp<int64_t>(offset - p.bias_first, 0, p.bias_columns - 1);
+}
+
+// The bias of every row of the table over y = key position - query position, in bits, -inf outside the band: 8
+// neighbouring keys of a query read 8 neighbouring values, and the next query's start one before. Padded so that tiles
+// may overhang the matrix on every side.
+template <class Real> class BiasStrips {
+ public:
+  static constexpr int kPad = 256;
+
+  // At least one strip, which is 0 inside the band without a bias; none where tensors give the positions.
+  explicit BiasStrips(const tob_problem &p) : p_(p), rows_(p.bias ? p.bias_batch * p.bias_heads : 1) {
+    if (p.query_positions) return;
+    for (int64_t b = 0; b < p.batch; ++b) {
+      const tob_sequence &s = p.sequences[b];
+      first_ = std::min(first_, -(s.query_start + s.len_q - 1));
+      last_ = std::max(last_, s.len_k - 1 - s.query_start);
+    }
+    if (first_ > last_) first_ = last_ = 0;
+    length_ = last_ - first_ + 1 + 2 * kPad;
+    values_.reset(new Scratch<Real>(rows_ * length_));
+    for (int64_t row = 0; row < rows_; ++row) fill(row);
+  }
+
+  // Points at the key x behind the query of sequence b, counted from its first ones; null where there is no strip.
+  const Real *at(int64_t b, int64_t h, int64_t x) const {
+    if (!values_) return nullptr;
+    const int64_t row = p_.bias ? bias_row(p_, b, h) : 0;
+    return values_->get() + row * length_ + kPad - first_ - p_.sequences[b].query_start + x;
+  }
+
+ private:
+  void fill(int64_t row) {
+    constexpr Real kForbidden = -std::numeric_limits<Real>::infinity();
+    const Real *bias = p_.bias ? static_cast<const Real *>(p_.bias) + row * p_.bias_columns : nullptr;
+    Real *strip = values_->get() + row * length_;
+    std::fill(strip, strip + length_, kForbidden);
+    const int64_t first = std::max(first_, -p_.max_offset), last = std::min(last_, -p_.min_offset);
+    Real *zero = strip + kPad - first_;
+    for (int64_t y = first; y <= last; ++y) zero[y] = bias ? in_bits(bias[bias_column(p_, -y)]) : Real(0);
+  }
+
+  const tob_problem &p_;
+  int64_t rows_, first_ = Band::kUnlimited, last_ = -Band::kUnlimited, length_ = 0;
+  std::unique_ptr<Scratch<Real>> values_;
+};
+
+// What a tile gathers its bias by; its corner is the first query and the first key.
+template <class Real> struct Positions {
+  using Int = typename Simd<Real>::Traits::Int;
+  const Int *queries, *keys;
+  const Real *table;
+  Int first, last_column, min_offset, max_offset;
+
+  // The columns that a query sees at neighbouring keys.
+  TOB_INLINE typename Simd<Real>::IntVec columns_of(typename Simd<Real>::IntVec offsets) const {
+    using IntVec = typename Simd<Real>::IntVec;
+    const IntVec none{}, last = last_column - none;
+    IntVec columns = offsets - first;
+    columns = columns < none ? none : columns;
+    return columns > last ? last : columns;
+  }
+
+  TOB_INLINE typename Simd<Real>::IntVec offsets_of(int row, int column) const {
+    typename Simd<Real>::IntVec keys_of_vector;
+    std::memcpy(&keys_of_vector, keys + column, sizeof keys_of_vector);
+    return queries[row] - keys_of_vector;
+  }
+
+  // The bias in bits, -inf outside the band.
+  TOB_INLINE typename Simd<Real>::Vec bias(int row, int column) const {
+    using S = Simd<Real>;
+    const auto offsets = offsets_of(row, column), columns = columns_of(offsets);
+    typename S::Vec values;
+    for (int lane = 0; lane < S::kLanes; ++lane) values[lane] = table[columns[lane]];
+    const typename S::Vec forbidden = S::broadcast(-std::numeric_limits<Real>::infinity());
+    return (offsets < min_offset) | (offsets > max_offset) ? forbidden : values;
+  }
+};
+
+// Positions by tensors, as integers as wide as Real, and the table in bits. Padded as the strips are.
+template <class Real> class Gathered {
+ public:
+  using Int = typename Simd<Real>::Traits::Int;
+
+  explicit Gathered(const tob_problem &p)
+      : p_(p),
+        length_q_(p.len_q + kPad),
+        length_k_(p.len_k + kPad),
+        queries_(copies(p.query_positions, p.position_stride_q, p.len_q, length_q_)),
+        keys_(copies(p.key_positions, p.position_stride_k, p.len_k, length_k_)),
+        table_(p.query_positions && p.bias ? p.bias_batch * p.bias_heads * p.bias_columns : 1) {
+    table_.get()[0] = 0;
+    const Real *bias = static_cast<const Real *>(p.bias);
+    for (int64_t i = 0; p.query_positions && bias && i < p.bias_batch * p.bias_heads * p.bias_columns; ++i)
+      table_.get()[i] = in_bits(bias[i]);
+  }
+
+  bool present() const { return p_.query_positions != nullptr; }
+  // What a tile of a head gathers by, from its first query and key on.
+  Positions<Real> from(int64_t b, int64_t h, int64_t query, int64_t key) const {
+    if (!present()) return {};
+    return {queries_->get() + (p_.position_stride_q ? b * length_q_ : 0) + query,
+            keys_->get() + (p_.position_stride_k ? b * length_k_ : 0) + key,
+            table_.get() + (p_.bias ? bias_row(p_, b, h) * p_.bias_columns : 0),
+            saturated(p_.bias_first),
+            saturated(p_.bias ? p_.bias_columns - 1 : 0),
+            saturated(p_.min_offset),
+            saturated(p_.max_offset)};
+  }
+
+ private:
+  static constexpr int64_t kPad = 256, kFar = (int64_t(1) << 30) - 1;  // positions lie within 2^29 of each other
+  static Int saturated(int64_t x) { return Int(std::clamp(x, -kFar, kFar)); }
+
+  std::unique_ptr<Scratch<Int>> copies(const int32_t *positions, int64_t stride, int64_t count, int64_t length) const {
+    if (!positions) return nullptr;
+    const int64_t rows = stride ? p_.batch : 1;
+    std::unique_ptr<Scratch<Int>> copy(new Scratch<Int>(rows * length));
+    std::fill_n(copy->get(), rows * length, Int(0));
+    for (int64_t row = 0; row < rows; ++row) std::copy_n(positions + row * stride, count, copy->get() + row * length);
+    return copy;
+  }
+
+  const tob_problem &p_;
+  int64_t length_q_, length_k_;
+  std::unique_ptr<Scratch<Int>> queries_, keys_;
+  Scratch<Real> table_;
+};
+
+}  // namespace tob

@@ -1,0 +1,67 @@
+"""Where queries and keys lie on a CPU: contiguous positions by a start for each sequence, others by tensors."""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from triton_offset_bias.data_checks import sequences
+from triton_offset_bias.problem import Problem
+
+LARGEST_SPREAD = 2**29
+
+
+class Placed(NamedTuple):
+    """The sequences of a problem, and their positions where these are not contiguous.
+
+    Attributes:
+        sequences: first query row, first key row, number of queries, of keys, and the first query's position counted
+            from the first key, of each.
+        query_positions, key_positions: (L,) or (B, L) contiguous int32; None where the sequences tell.
+    """
+
+    sequences: list[tuple[int, int, int, int, int]]
+    query_positions: Tensor | None
+    key_positions: Tensor | None
+
+
+def placed(problem: Problem) -> Placed:
+    """Places the sequences of a problem whose tensors are on the CPU.
+
+    Raises:
+        ValueError: positions are further apart than 32-bit arithmetic can tell.
+    """
+    if problem.cu_seqlens_q is not None:
+        return Placed([(*rows, rows[3] - rows[2]) for rows in sequences(problem)], None, None)
+    starts = contiguous_starts(problem)
+    len_q, len_k = problem.max_seqlen_q, problem.max_seqlen_k
+    rows = [(0, 0, len_q, len_k, start) for start in starts or [0] * problem.num_sequences]
+    return Placed(rows, None, None) if starts is not None else Placed(rows, *_narrowed(problem))
+
+
+def contiguous_starts(problem: Problem) -> list[int] | None:
+    """The position of each sequence's first query counted from its first key; None if some are not contiguous."""
+    if problem.query_positions is None or problem.key_positions is None:
+        return [problem.query_start] * problem.num_sequences
+    queries, keys = problem.query_positions.long(), problem.key_positions.long()
+    if not all(bool((x.diff() == 1).all()) for x in (queries, keys)):
+        return None
+    starts = (queries[..., 0] - keys[..., 0]).expand(problem.num_sequences).tolist()
+    # One strip of biases serves all sequences: starts far apart would make it long.
+    spread = max(starts, default=0) - min(starts, default=0)
+    return starts if spread <= 8 * (problem.max_seqlen_q + problem.max_seqlen_k) else None
+
+
+def _narrowed(problem: Problem) -> tuple[Tensor, Tensor]:
+    assert problem.query_positions is not None
+    assert problem.key_positions is not None
+    both = problem.query_positions.long(), problem.key_positions.long()
+    lowest = min(int(x.min()) for x in both)
+    spread = max(int(x.max()) for x in both) - lowest
+    if spread >= LARGEST_SPREAD:
+        raise ValueError(
+            f"`query_positions` and `key_positions` must lie within {LARGEST_SPREAD} of each other for backend 'cpp', "
+            f"got positions {spread} apart; backend 'reference' has no such limit"
+        )
+    queries, keys = ((x - lowest).to(torch.int32).contiguous() for x in both)
+    return queries, keys
