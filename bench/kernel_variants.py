@@ -14,6 +14,7 @@ from triton_offset_bias.backends.triton import configs
 from triton_offset_bias.backends.triton.backward import dquery_kernel
 from triton_offset_bias.backends.triton.backward_bias import dbias_kernel
 from triton_offset_bias.backends.triton.backward_keys import dkey_dvalue_kernel
+from triton_offset_bias.backends.triton.decode import decode_kernel
 from triton_offset_bias.backends.triton.forward import forward_kernel
 
 TARGETS = {
@@ -31,18 +32,21 @@ KERNELS = {
     "dquery": dquery_kernel,
     "dkey_dvalue": dkey_dvalue_kernel,
     "dbias": dbias_kernel,
+    "decode": decode_kernel,
 }
+DECODE_ROWS = 8  # four queries of two heads that share a key head
 CONFIGS = {
     "forward": configs.forward_config,
     "dquery": configs.dquery_config,
     "dkey_dvalue": configs.dkey_dvalue_config,
     "dbias": configs.dquery_config,
+    "decode": lambda _, dtype, block_d: configs.decode_config(dtype, block_d, DECODE_ROWS),
 }
 _FLOATS = ("scale", "scale_log2", "kept_scale")
 # Types of what pointers point at, where it is not the tensors' dtype.
 _POINTED_AT = {
     **dict.fromkeys(("strip", "dstrip", "lse", "lse_bits", "log_sum", "delta"), "fp32"),
-    **dict.fromkeys(("row_max", "row_sum", "parts", "fixed_unit"), "fp32"),
+    **dict.fromkeys(("row_max", "row_sum", "parts", "fixed_unit", "part_acc", "part_max", "part_sum"), "fp32"),
     **dict.fromkeys(("query_positions", "key_positions", "seed"), "i64"),
     **dict.fromkeys(("cu_seqlens_q", "cu_seqlens_k"), "i32"),
     "key_mask": "u8",
@@ -180,7 +184,8 @@ def shipped_variants(target: str) -> Iterator[Variant]:
         yield Variant(kernel, target, torch.float32, 64)
         yield Variant(kernel, target, torch.float32, 128)
         yield Variant(kernel, target, torch.bfloat16, 64, changes=packed)
-        yield Variant(kernel, target, torch.bfloat16, 64, changes=dropping)
+        if kernel != "decode":
+            yield Variant(kernel, target, torch.bfloat16, 64, changes=dropping)
         if kernel != "dbias":
             yield Variant(kernel, target, torch.bfloat16, 64, "none")
             yield Variant(kernel, target, torch.bfloat16, 64, "covering")

@@ -13,7 +13,7 @@ import torch
 from cases import Case, build, results_of
 from oracle import NAMES, Results
 
-from triton_offset_bias import offset_bias_attention
+from triton_offset_bias import offset_bias_attention, offset_bias_attention_varlen
 from triton_offset_bias.backends import cpp
 
 ROOT = Path(__file__).parents[1]
@@ -34,7 +34,14 @@ SPLIT = [
     ),
     Case("more heads than threads, a table each", (97, 97), batch=4, heads=(5, 5), bias="BHN", dtype=torch.bfloat16),
     Case("float64", (150, 140), batch=1, heads=(2, 1), dtype=torch.float64, options={"is_causal": True}),
+    Case(
+        "gathered by positions",
+        (130, 230),
+        columns=51,
+        options={"query_positions": torch.arange(130) * 3 % 71, "key_positions": torch.arange(230) * 5 % 83},
+    ),
 ]
+DROPPING = Case("dropout", (130, 230), heads=(4, 2), options={"dropout_p": 0.3, "window_size": (90, 20)})
 
 
 @pytest.fixture(autouse=True)
@@ -58,7 +65,7 @@ def _assert_bitwise_equal(got: Results, expected: Results) -> None:
         assert torch.equal(getattr(got, name), getattr(expected, name)), f"{name} differs"
 
 
-@pytest.mark.parametrize("case", SPLIT, ids=lambda case: case.reason)
+@pytest.mark.parametrize("case", [*SPLIT, DROPPING], ids=lambda case: case.reason)
 def test_results_are_bitwise_equal_for_any_number_of_threads(case):
     """1, 2, 3 and 5 threads, the last two of them twice: output, log-sum-exp and all gradients."""
     torch.set_num_threads(1)
@@ -66,6 +73,19 @@ def test_results_are_bitwise_equal_for_any_number_of_threads(case):
     for threads in (2, 3, 3, 5, 5):
         torch.set_num_threads(threads)
         _assert_bitwise_equal(results_of(build(case), "cpp"), expected)
+
+
+def test_packed_results_are_bitwise_equal_for_any_number_of_threads():
+    """Short and long sequences together; the table's gradient is a sum over all."""
+    bounds = torch.tensor([0, 3, 150, 150, 161, 400], dtype=torch.int32)
+    q, k, v = (torch.randn(400, 2, 16, requires_grad=True) for _ in range(3))
+    bias, dout = torch.randn(2, 51, requires_grad=True), torch.randn(400, 2, 16)
+    results = []
+    for threads in (1, 2, 3, 5):
+        torch.set_num_threads(threads)
+        out = offset_bias_attention_varlen(q, k, v, bias, bounds, bounds, 239, 239, backend="cpp")
+        results.append([out, *torch.autograd.grad(out, [q, k, v, bias], dout)])
+    assert all(torch.equal(x, first) for other in results[1:] for x, first in zip(other, results[0], strict=True))
 
 
 def test_several_python_threads_at_once_get_what_one_gets():
