@@ -117,7 +117,7 @@ template <class Real> class Backward {
       const bool empty = sum == 0;
       max.get()[base + r] = empty ? std::numeric_limits<Real>::infinity() : row_max[source + r];
       std::fill_n(g_row, chunks_v * P, Real(0));
-      if (r < count) read_row(g, first + r, empty ? Real(1) : 1 / sum, g_row, chunks_v * P);
+      if (r < count) read_rows(g, first + r, 1, empty ? Real(1) : 1 / sum, g_row, chunks_v * P);
       delta.get()[base + r] =
           empty ? Real(0) : row_delta(o, first + r, g_row) - (dlse ? dlse[source + r] / sum : Real(0));
       if (p.has_dropout)
@@ -129,7 +129,7 @@ template <class Real> class Backward {
   // <dO, O> of a row, dO as it is given.
   Real row_delta(const Matrix &o, int64_t index, const Real *g_row) const {
     alignas(64) Real o_row[kMaxDim + P];
-    read_row(o, index, Real(1), o_row, chunks_v * P);
+    read_rows(o, index, 1, Real(1), o_row, chunks_v * P);
     Vec dot{};
     for (int d = 0; d < chunks_v * P; d += W) dot += S::load(o_row + d) * S::load(g_row + d);
     return S::sum(dot);

@@ -23,6 +23,29 @@ inline int64_t bias_column(const tob_problem &p, int64_t offset) {
   return std::clamp<int64_t>(offset - p.bias_first, 0, p.bias_columns - 1);
 }
 
+// strip[y - first] for y = key position - query position in [first, last]: the bias in bits that pairs so far apart see
+// in a row of the table, -inf outside the band; 0 inside of it without a bias.
+template <class Real> void fill_strip(const tob_problem &p, int64_t row, int64_t first, int64_t last, Real *strip) {
+  const auto fill = [&](int64_t from, int64_t to, Real value) {  // from <= y < to
+    std::fill(strip + (from - first), strip + (to - first), value);
+  };
+  const auto inside = [&](int64_t y) { return std::clamp(y, first, last + 1); };
+  const int64_t begin = inside(-p.max_offset), end = std::max(begin, inside(-p.min_offset + 1));
+  fill(first, begin, -std::numeric_limits<Real>::infinity());
+  fill(end, last + 1, -std::numeric_limits<Real>::infinity());
+  if (!p.bias) {
+    fill(begin, end, Real(0));
+    return;
+  }
+  const Real *bias = static_cast<const Real *>(p.bias) + row * p.bias_columns;
+  const int64_t last_column = p.bias_columns - 1;
+  const int64_t left = std::clamp(-(p.bias_first + last_column), begin, end);  // where the table begins, reversed
+  const int64_t right = std::clamp(-p.bias_first + 1, left, end);              // and where it has ended
+  fill(begin, left, in_bits(bias[last_column]));
+  for (int64_t y = left; y < right; ++y) strip[y - first] = in_bits(bias[-y - p.bias_first]);
+  fill(right, end, in_bits(bias[0]));
+}
+
 // The bias of every row of the table over y = key position - query position, in bits, -inf outside the band: 8
 // neighbouring keys of a query read 8 neighbouring values, and the next query's start one before. Padded so that tiles
 // may overhang the matrix on every side.
@@ -41,7 +64,8 @@ template <class Real> class BiasStrips {
     if (first_ > last_) first_ = last_ = 0;
     length_ = last_ - first_ + 1 + 2 * kPad;
     values_.reset(new Scratch<Real>(rows_ * length_));
-    for (int64_t row = 0; row < rows_; ++row) fill(row);
+    std::fill_n(values_->get(), rows_ * length_, -std::numeric_limits<Real>::infinity());
+    for (int64_t row = 0; row < rows_; ++row) fill_strip(p, row, first_, last_, values_->get() + row * length_ + kPad);
   }
 
   // Points at the key x behind the query of sequence b, counted from its first ones; null where there is no strip.
@@ -52,16 +76,6 @@ template <class Real> class BiasStrips {
   }
 
  private:
-  void fill(int64_t row) {
-    constexpr Real kForbidden = -std::numeric_limits<Real>::infinity();
-    const Real *bias = p_.bias ? static_cast<const Real *>(p_.bias) + row * p_.bias_columns : nullptr;
-    Real *strip = values_->get() + row * length_;
-    std::fill(strip, strip + length_, kForbidden);
-    const int64_t first = std::max(first_, -p_.max_offset), last = std::min(last_, -p_.min_offset);
-    Real *zero = strip + kPad - first_;
-    for (int64_t y = first; y <= last; ++y) zero[y] = bias ? in_bits(bias[bias_column(p_, -y)]) : Real(0);
-  }
-
   const tob_problem &p_;
   int64_t rows_, first_ = Band::kUnlimited, last_ = -Band::kUnlimited, length_ = 0;
   std::unique_ptr<Scratch<Real>> values_;

@@ -2,6 +2,7 @@
 #include "engine.h"
 
 #include "backward.h"
+#include "decode.h"
 #include "forward.h"
 
 namespace {
@@ -37,7 +38,12 @@ template <class Run> int guarded(const tob_problem &problem, Run run) {
 extern "C" {
 
 int tob_forward(const tob_problem *problem, const tob_tensor *out, void *lse, const tob_row_stats *stats) {
-  return guarded(*problem, [&](auto real) { tob::Forward<decltype(real)>(*problem, *out, lse, *stats).run(); });
+  return guarded(*problem, [&](auto real) {
+    using Real = decltype(real);
+    const tob::Outputs<Real> outputs(*problem, *out, lse, *stats);
+    if (tob::Decode<Real>::serves(*problem)) tob::Decode<Real>(*problem, outputs).run();
+    else tob::Forward<Real>(*problem, outputs).run();
+  });
 }
 
 int tob_backward(const tob_problem *problem, const tob_tensor *out, const tob_row_stats *stats, const tob_tensor *dout,

@@ -2,6 +2,7 @@
 // algorithm 1).
 #pragma once
 
+#include "outputs.h"
 #include "scores.h"
 
 namespace tob {
@@ -19,12 +20,7 @@ template <class Real> class Forward {
   static constexpr Real kNoScore = std::numeric_limits<Real>::lowest();
 
  public:
-  Forward(const tob_problem &problem, const tob_tensor &out, void *lse, const tob_row_stats &stats)
-      : p(problem),
-        out(out),
-        lse(static_cast<Real *>(lse)),
-        row_max(static_cast<Real *>(stats.row_max)),
-        row_sum(static_cast<Real *>(stats.row_sum)) {}
+  Forward(const tob_problem &problem, const Outputs<Real> &outputs) : p(problem), outputs(outputs) {}
 
   void run() {
     if (p.len_q == 0) return;
@@ -112,7 +108,8 @@ template <class Real> class Forward {
                                  });
       }
     }
-    finish(b, h, first, count, t);
+    for (int r = 0; r < count; ++r)
+      outputs.write(b, h, first + r, t.max[r], S::sum(S::load(t.sum + r * W)), t.acc + r * chunks_v * P);
   }
 
   // Scores become exps under the new running maximum; t.rescale is what older sums have to be multiplied with.
@@ -144,27 +141,11 @@ template <class Real> class Forward {
     }
   }
 
-  // Divides by the sums and writes the rows. A row whose sum is 0 attended to nothing.
-  void finish(int64_t b, int64_t h, int first, int count, Block &t) const {
-    const Matrix o = matrix_of(out, p.dtype, int(p.dim_v), b, h, p.sequences[b].first_query);
-    const Real kept_scale = p.has_dropout ? Real(p.kept_scale) : Real(1);
-    for (int r = 0; r < count; ++r) {
-      const Real sum = S::sum(S::load(t.sum + r * W));
-      const bool empty = sum == 0;
-      const int64_t index = b * p.row_stride_b + h * p.row_stride_h + p.sequences[b].first_query + first + r;
-      write_row(o, first + r, empty ? Real(0) : kept_scale / sum, t.acc + r * chunks_v * P);
-      row_max[index] = empty ? std::numeric_limits<Real>::infinity() : t.max[r];
-      row_sum[index] = sum;
-      lse[index] = Real(kLn2) * (t.max[r] + std::log2(sum));
-    }
-  }
-
   Real *keys_of(int64_t head) const { return key_panels.get() + head % slots * keys_padded * chunks * P; }
   Real *values_of(int64_t head) const { return value_panels.get() + head % slots * keys_padded * chunks_v * P; }
 
   const tob_problem &p;
-  const tob_tensor &out;
-  Real *lse, *row_max, *row_sum;
+  const Outputs<Real> &outputs;
   const std::vector<Band> bands = bands_of(p);
   const BiasStrips<Real> strips{p};
   const Gathered<Real> gathered{p};

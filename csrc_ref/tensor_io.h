@@ -59,9 +59,11 @@ struct Matrix {
   int dim;
 };
 
+inline int64_t element_bytes(int64_t dtype) { return dtype == TOB_FLOAT64 ? 8 : dtype == TOB_FLOAT32 ? 4 : 2; }
+
 inline Matrix matrix_of(const tob_tensor &t, int64_t dtype, int dim, int64_t b, int64_t h, int64_t first_row) {
-  const int64_t element = dtype == TOB_FLOAT64 ? 8 : dtype == TOB_FLOAT32 ? 4 : 2;
-  char *data = static_cast<char *>(t.data) + (b * t.stride_b + h * t.stride_h + first_row * t.stride_l) * element;
+  char *data =
+      static_cast<char *>(t.data) + (b * t.stride_b + h * t.stride_h + first_row * t.stride_l) * element_bytes(dtype);
   return {data, dtype, t.stride_l, t.stride_d, dim};
 }
 
@@ -76,16 +78,52 @@ template <class Real, class Visit> TOB_INLINE void visit_stored(const Matrix &m,
   }
 }
 
-// row[0 .. padded_dim) = m[index] * factor, zero beyond m.dim.
-template <class Real> void read_row(const Matrix &m, int64_t index, Real factor, Real *row, int padded_dim) {
+// A vector of stored numbers as reals.
+template <class Real, class Stored> TOB_INLINE typename Simd<Real>::Vec load_stored(const Stored *data) {
+  using S = Simd<Real>;
+  if constexpr (std::is_same_v<Stored, Real>) {
+    return S::load(data);
+  } else {
+#if defined(__AVX512F__) && TOB_VECTOR_BYTES == 64
+    if constexpr (std::is_same_v<Stored, Float16>)
+      return (typename S::Vec)_mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i *>(data)));
+#elif defined(__F16C__) && TOB_VECTOR_BYTES == 32
+    if constexpr (std::is_same_v<Stored, Float16>)
+      return (typename S::Vec)_mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i *>(data)));
+#endif
+#if defined(__AVX2__) && TOB_VECTOR_BYTES == 32
+    if constexpr (std::is_same_v<Stored, BFloat16>) {
+      const __m128i halves = _mm_loadu_si128(reinterpret_cast<const __m128i *>(data));
+      return (typename S::Vec)_mm256_slli_epi32(_mm256_cvtepu16_epi32(halves), 16);
+    }
+#endif
+    if constexpr (std::is_same_v<Stored, BFloat16>) {
+      typedef uint16_t Halves __attribute__((vector_size(2 * S::kLanes)));
+      Halves halves;
+      std::memcpy(&halves, data, sizeof halves);
+      return (typename S::Vec)(__builtin_convertvector(halves, typename S::IntVec) << 16);
+    }
+    typename S::Vec values;
+    for (int lane = 0; lane < S::kLanes; ++lane) values[lane] = data[lane];
+    return values;
+  }
+}
+
+// rows[i * padded_dim ..] = m[first + i] * factor for `count` rows, zero beyond m.dim.
+template <class Real>
+void read_rows(const Matrix &m, int64_t first, int count, Real factor, Real *rows, int padded_dim) {
+  using S = Simd<Real>;
+  constexpr int W = S::kLanes;
+  const int64_t stride_l = m.stride_l, stride_d = m.stride_d;
+  const int dim = m.dim, vectors = stride_d == 1 ? dim / W : 0;
   visit_stored<Real>(m, [&](const auto *data) {
-    data += index * m.stride_l;
-    if (m.stride_d == 1)
-      for (int d = 0; d < m.dim; ++d) row[d] = factor * Real(data[d]);
-    else
-      for (int d = 0; d < m.dim; ++d) row[d] = factor * Real(data[d * m.stride_d]);
+    data += first * stride_l;
+    for (int i = 0; i < count; ++i, data += stride_l, rows += padded_dim) {
+      for (int v = 0; v < vectors; ++v) S::store(rows + v * W, factor * load_stored<Real>(data + v * W));
+      for (int d = vectors * W; d < dim; ++d) rows[d] = factor * Real(data[d * stride_d]);
+      for (int d = dim; d < padded_dim; ++d) rows[d] = 0;
+    }
   });
-  for (int d = m.dim; d < padded_dim; ++d) row[d] = 0;
 }
 
 // m[index] = factor * row.
@@ -117,7 +155,7 @@ void pack_rows(const Matrix &m, int64_t first, int count, int padded, Real facto
   alignas(64) Real row[kMaxDim + P];
   const int padded_dim = round_up(m.dim, P);
   for (int i = 0; i < padded; ++i) {
-    if (i < count) read_row(m, first + i, factor, row, padded_dim);
+    if (i < count) read_rows(m, first + i, 1, factor, row, padded_dim);
     else std::memset(row, 0, sizeof(Real) * padded_dim);
     scatter_row(row, padded_dim / P, i, out, panel_stride);
   }
@@ -129,7 +167,7 @@ template <class Real> void pack_transposed(const Matrix &m, int64_t first, int c
   alignas(64) Real rows[P][kMaxDim + P];
   const int padded_dim = round_up(m.dim, P);
   for (int i = 0; i < P; ++i) {
-    if (i < count) read_row(m, first + i, Real(1), rows[i], padded_dim);
+    if (i < count) read_rows(m, first + i, 1, Real(1), rows[i], padded_dim);
     else std::memset(rows[i], 0, sizeof(Real) * padded_dim);
   }
   for (int d = 0; d < padded_dim; d += W)

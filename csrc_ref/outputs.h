@@ -1,0 +1,34 @@
+// What the forward pass leaves behind: rows of the output, and of the softmax's statistics.
+#pragma once
+
+#include "bias.h"
+
+namespace tob {
+
+template <class Real> struct Outputs {
+  const tob_problem &p;
+  const tob_tensor &out;
+  Real *lse, *row_max, *row_sum;
+
+  Outputs(const tob_problem &problem, const tob_tensor &out, void *lse, const tob_row_stats &stats)
+      : p(problem),
+        out(out),
+        lse(static_cast<Real *>(lse)),
+        row_max(static_cast<Real *>(stats.row_max)),
+        row_sum(static_cast<Real *>(stats.row_sum)) {}
+
+  // The row of query i from acc, the sum of E V, where E = exp2(S - max) adds up to `sum`. A row whose sum is 0
+  // attended to nothing.
+  void write(int64_t b, int64_t h, int64_t i, Real max, Real sum, const Real *acc) const {
+    const int64_t first = p.sequences[b].first_query;
+    const int64_t index = b * p.row_stride_b + h * p.row_stride_h + first + i;
+    const bool empty = sum == 0;
+    const Real kept_scale = p.has_dropout ? Real(p.kept_scale) : Real(1);
+    write_row(matrix_of(out, p.dtype, int(p.dim_v), b, h, first), i, empty ? Real(0) : kept_scale / sum, acc);
+    row_max[index] = empty ? std::numeric_limits<Real>::infinity() : max;
+    row_sum[index] = sum;
+    lse[index] = Real(kLn2) * (max + std::log2(sum));
+  }
+};
+
+}  // namespace tob
