@@ -17,10 +17,12 @@ class Case:
         name: what the command line and the CSV call it.
         batch: sequences.
         heads: heads of query, key and value.
-        length: queries and keys a sequence.
+        length: keys a sequence.
         head_dim: dimensions a head.
         dtype: name of the torch dtype of query, key and value; the table is always float32.
         is_causal: attend only where offset >= 0.
+        decoded: queries a sequence, the last ones, as in decoding with a cache; None: as many as keys.
+        window: keys on each side that a query attends to; -1: all.
     """
 
     name: str
@@ -30,6 +32,18 @@ class Case:
     head_dim: int = 64
     dtype: str = "float32"
     is_causal: bool = False
+    decoded: int | None = None
+    window: int = -1
+
+    @property
+    def queries(self) -> int:
+        """Queries a sequence."""
+        return self.length if self.decoded is None else self.decoded
+
+    @property
+    def cache_bytes(self) -> int:
+        """Bytes of all keys and values."""
+        return 2 * self.batch * self.heads * self.length * self.head_dim * getattr(torch, self.dtype).itemsize
 
     def flops(self, mode: str) -> float:
         """Floating point operations of the matmuls: 4 BHMND forward, 10 backward; half of it when causal."""
@@ -53,6 +67,11 @@ CASES = {
         *_both_masks("h1_l2048", 1, 1, 2048),  # one head: threads must share it
         *_both_masks("h3_l512", 1, 3, 512),  # heads that two threads cannot share evenly
         Case("h8_l512_bf16", 1, 8, 512, dtype="bfloat16"),
+        Case("h1_l8192_w128", 1, 1, 8192, window=128),
+        Case("h8_cache32k", 1, 8, 32768, is_causal=True, decoded=1),
+        Case("h8_cache32k_d128", 1, 8, 32768, 128, is_causal=True, decoded=1),
+        Case("b4h8_cache8k", 4, 8, 8192, is_causal=True, decoded=1),
+        Case("h8_cache32k_bf16", 1, 8, 32768, dtype="bfloat16", is_causal=True, decoded=1),
     )
 }
 
@@ -93,6 +112,18 @@ SUITES = {
         (FORWARD, BOTH),
         ("ours",),
     ),
+    "decode": Suite(
+        "rate of reading keys and values, and as a fraction of copying memory (bytes read and written)",
+        ("h8_cache32k", "h8_cache32k_d128", "b4h8_cache8k", "h8_cache32k_bf16"),
+        (FORWARD,),
+        ("ours", "ours_no_bias"),
+    ),
+    "window": Suite(
+        "speed-up by a window over the whole sequence",
+        ("h1_l8192_w128",),
+        (FORWARD, BOTH),
+        ("ours",),
+    ),
     "memory": Suite(
         "growth of the peak memory by one step, in a fresh process",
         _with_causal("h8_l2048", "h8_l4096", "h8_l8192"),
@@ -106,6 +137,8 @@ QUICK_CASES = {
     "speed": _with_causal("h8_l1024"),
     "gemm": _with_causal("h8_l2048"),
     "threads": ("h8_l1024", "h1_l2048_causal"),
+    "decode": ("h8_cache32k",),
+    "window": ("h1_l8192_w128",),
     "memory": ("h8_l2048",),
 }
 
@@ -115,9 +148,10 @@ class Inputs:
     """The tensors of a case; all but `dout` are leaves that require a gradient.
 
     Attributes:
-        q: (B, H, L, D), as are `k`, `v` and `dout`, the gradient that comes back to the output.
+        q: (B, H, M, D), as is `dout`, the gradient that comes back to the output; `k` and `v` (B, H, L, D).
         table: (H, 2L - 1) float32, the bias of every offset from -(L - 1) to L - 1.
         is_causal: attend only where offset >= 0.
+        window: keys on each side that a query attends to; -1: all.
     """
 
     q: Tensor
@@ -126,6 +160,7 @@ class Inputs:
     table: Tensor
     dout: Tensor
     is_causal: bool
+    window: int
 
     def arguments(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """(q, k, v, table), the leaves."""
@@ -144,7 +179,8 @@ def make_inputs(case: Case, device: str) -> Inputs:
         return torch.randn(*shape, generator=generator).to(device, dtype)
 
     dtype = getattr(torch, case.dtype)
-    shape = (case.batch, case.heads, case.length, case.head_dim)
-    q, k, v = (normal(*shape, dtype=dtype).requires_grad_() for _ in range(3))
+    lengths = (case.queries, case.length, case.length)
+    shapes = [(case.batch, case.heads, length, case.head_dim) for length in lengths]
+    q, k, v = (normal(*shape, dtype=dtype).requires_grad_() for shape in shapes)
     table = normal(case.heads, 2 * case.length - 1, dtype=torch.float32).requires_grad_()
-    return Inputs(q, k, v, table, normal(*shape, dtype=dtype), case.is_causal)
+    return Inputs(q, k, v, table, normal(*shapes[0], dtype=dtype), case.is_causal, case.window)

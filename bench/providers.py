@@ -45,7 +45,8 @@ class Provider:
 
 def ours(inputs: Inputs) -> Run:
     """This package."""
-    return lambda q, k, v, table: offset_bias_attention(q, k, v, table, is_causal=inputs.is_causal)
+    window = (inputs.window, inputs.window)
+    return lambda q, k, v, table: offset_bias_attention(q, k, v, table, is_causal=inputs.is_causal, window_size=window)
 
 
 def ours_no_bias(inputs: Inputs) -> Run:

@@ -75,7 +75,7 @@ class RowMaker:
             p80=p80,
             B=case.batch,
             H=case.heads,
-            M=case.length,
+            M=case.queries,
             N=case.length,
             D=case.head_dim,
             dtype=case.dtype,

@@ -79,7 +79,10 @@ class Checker:
         return self._reference((*self._inputs.arguments()[:3], None))
 
     def _reference(self, arguments: tuple[Tensor | None, ...]) -> list[Tensor]:
-        out = offset_bias_attention(*arguments, is_causal=self._inputs.is_causal, backend="reference")
+        window = (self._inputs.window, self._inputs.window)
+        out = offset_bias_attention(
+            *arguments, is_causal=self._inputs.is_causal, window_size=window, backend="reference"
+        )
         leaves = [x for x in arguments if x is not None]
         return [out.detach(), *torch.autograd.grad(out, leaves, self._inputs.dout)]
 

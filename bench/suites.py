@@ -1,7 +1,7 @@
 """The suites: each measures one case in one mode and gives rows."""
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -15,6 +15,7 @@ from bench.steps import Checker, Step, make_step
 from bench.timing import Effort, Task, clock_for, interleave
 
 GEMM_SIZE = 2048
+COPIED = 2**26  # numbers of float32: far more than caches hold
 
 
 @dataclass(frozen=True)
@@ -45,7 +46,9 @@ def measure(plan: Plan, maker: RowMaker) -> Iterator[Row]:
     torch._dynamo.reset()  # else the shapes of earlier cases count towards the limit of recompilations
     inputs = make_inputs(plan.case, plan.device)
     runs = _checked_runs(plan, inputs)
-    measure_mode = {"speed": _speed, "gemm": _gemm, "threads": _threads}[plan.suite]
+    measure_mode = {"speed": _speed, "gemm": _gemm, "threads": _threads, "decode": _decode, "window": _window}[
+        plan.suite
+    ]
     for mode in plan.modes:
         able = [name for name in runs if _can_run(plan, name, mode)]
         steps = {name: make_step(PROVIDERS[name], runs[name], inputs, mode) for name in able}
@@ -82,6 +85,30 @@ def _threads(plan: Plan, mode: str, steps: dict[str, Step], maker: RowMaker) -> 
         seconds = interleave(tasks, clock_for(plan.device, many), plan.effort, f"{_about(plan, mode)} {name}")
         speedup = seconds["one"] / seconds["many"]
         yield maker.make(plan.case, name, mode, "thread_speedup", "x", speedup, many)
+
+
+def _decode(plan: Plan, mode: str, steps: dict[str, Step], maker: RowMaker) -> Iterator[Row]:
+    source = torch.randn(COPIED, device=plan.device)
+    target = torch.empty_like(source)
+    copy = Step(lambda _: target.copy_(source))
+    tasks = {name: Task(step, plan.threads) for name, step in {**steps, "copy": copy}.items()}
+    seconds = interleave(tasks, clock_for(plan.device, plan.threads), plan.effort, _about(plan, mode))
+    copy_rate = 2 * source.nbytes / seconds.pop("copy")
+    yield maker.make(plan.case, "copy", mode, "bandwidth", "GB/s", copy_rate / 1e9, plan.threads)
+    for name, values in seconds.items():
+        rate = plan.case.cache_bytes / values
+        yield maker.make(plan.case, name, mode, "bandwidth", "GB/s", rate / 1e9, plan.threads)
+        yield maker.make(plan.case, name, mode, "copy_fraction", "1", rate / copy_rate, plan.threads)
+
+
+def _window(plan: Plan, mode: str, steps: dict[str, Step], maker: RowMaker) -> Iterator[Row]:
+    whole = make_inputs(replace(plan.case, window=-1), plan.device)
+    for name, step in steps.items():
+        whole_step = make_step(PROVIDERS[name], PROVIDERS[name].prepare(whole), whole, mode)
+        tasks = {"window": Task(step, plan.threads), "whole": Task(whole_step, plan.threads)}
+        seconds = interleave(tasks, clock_for(plan.device, plan.threads), plan.effort, f"{_about(plan, mode)} {name}")
+        speedup = seconds["whole"] / seconds["window"]
+        yield maker.make(plan.case, name, mode, "window_speedup", "x", speedup, plan.threads)
 
 
 def _memory(plan: Plan, maker: RowMaker) -> Iterator[Row]:
