@@ -49,6 +49,18 @@ template <class Real> class Decode {
     int64_t stride;
   };
 
+  // Rows that will be read where they lie: their memory is asked for while others are worked on.
+  struct Soon {
+    Rows rows;
+    int count, bytes;  // a row's
+
+    TOB_INLINE void ask(int row) const {
+      if (row >= count) return;
+      const char *data = reinterpret_cast<const char *>(rows.data + row * rows.stride);
+      for (int at = 0; at < bytes; at += 64) __builtin_prefetch(data + at);
+    }
+  };
+
   // What a task found for a row: acc holds the sum of exp2(S - max) V behind the two numbers.
   struct Partial {
     Real &max, &sum;
@@ -82,33 +94,48 @@ template <class Real> class Decode {
       const int64_t first_y = key - (s.query_start + len_q - 1);
       const Rows key_rows = rows_of(k, key, count, padded, t.keys);
       const Rows value_rows = rows_of(v, key, count, padded_v, t.values);
+      Soon values_soon = soon(v, key, key + count, padded_v);
+      Soon keys_soon = soon(k, key + kKeys, std::min(key + 2 * kKeys, keys.end), padded);
       for (int row = 0; row < int(group) * len_q; ++row) {
         if (row % len_q == 0) {
           const int64_t table_row = bias_row(p, b, h * group + row / len_q);
           fill_strip(p, table_row, first_y, first_y + count + len_q - 2, t.strip);
         }
-        score(t.query + row * padded, key_rows, count, t.scores);
+        score(t.query + row * padded, key_rows, count, t.scores, values_soon);
         add(t.scores, t.strip + len_q - 1 - row % len_q, mask.present() ? mask.at(b) + key : nullptr, count);
-        accumulate(t.scores, value_rows, count, partial(b, h, part, row));
+        accumulate(t.scores, value_rows, count, partial(b, h, part, row), keys_soon);
+        values_soon.count = keys_soon.count = 0;
       }
     }
   }
 
-  // The rows [first, first + count) where they lie, if they can be read in whole vectors, else a copy.
-  static Rows rows_of(const Matrix &m, int first, int count, int padded_dim, Real *copy) {
+  // Whether rows can be read where they lie, in whole vectors.
+  static bool lie_ready(const Matrix &m, int padded_dim) {
     constexpr bool is_double = std::is_same_v<Real, double>;
-    const bool as_real = m.dtype == (is_double ? TOB_FLOAT64 : TOB_FLOAT32);
-    if (as_real && m.stride_d == 1 && m.dim == padded_dim)
-      return {static_cast<const Real *>(m.data) + first * m.stride_l, m.stride_l};
+    return m.dtype == (is_double ? TOB_FLOAT64 : TOB_FLOAT32) && m.stride_d == 1 && m.dim == padded_dim;
+  }
+  static Rows in_place(const Matrix &m, int first) {
+    return {static_cast<const Real *>(m.data) + first * m.stride_l, m.stride_l};
+  }
+
+  // The rows [first, first + count) where they lie, if they can be read there, else a copy.
+  static Rows rows_of(const Matrix &m, int first, int count, int padded_dim, Real *copy) {
+    if (lie_ready(m, padded_dim)) return in_place(m, first);
     read_rows(m, first, count, Real(1), copy, padded_dim);
     return {copy, padded_dim};
   }
+  // The rows [first, last), if they will be read where they lie, else none.
+  static Soon soon(const Matrix &m, int first, int last, int padded_dim) {
+    if (first >= last || !lie_ready(m, padded_dim)) return {};
+    return {in_place(m, first), last - first, int(padded_dim * sizeof(Real))};
+  }
 
   // scores[j] = <query, keys[j]>: a vector of partial sums a key, W keys at a time.
-  TOB_INLINE void score(const Real *query, Rows keys, int count, Real *scores) const {
+  TOB_INLINE void score(const Real *query, Rows keys, int count, Real *scores, const Soon &soon) const {
     for (int j = 0; j < count; j += W) {
       const Real *at[W];
       for (int e = 0; e < W; ++e) at[e] = keys.data + std::min(j + e, count - 1) * keys.stride;
+      for (int e = 0; e < W; ++e) soon.ask(j + e);
       Vec sums[W] = {};
       for (int d = 0; d < padded; d += W) {
         const Vec q = S::load(query + d);
@@ -132,7 +159,7 @@ template <class Real> class Decode {
   }
 
   // A step of the running softmax, and what it weighs.
-  TOB_INLINE void accumulate(Real *scores, Rows values, int count, Partial sums) const {
+  TOB_INLINE void accumulate(Real *scores, Rows values, int count, Partial sums, const Soon &soon) const {
     Vec maxima = S::broadcast(sums.max);
     for (int j = 0; j < count; j += W) maxima = S::max(maxima, S::load(scores + j));
     const Real max = S::max_lane(maxima), rescale = std::exp2(sums.max - max);
@@ -145,18 +172,20 @@ template <class Real> class Decode {
     sums.max = max;
     sums.sum = rescale * sums.sum + S::sum(exps);
     int d = 0;
-    for (; d + 8 * W <= padded_v; d += 8 * W) weigh<8>(scores, values, count, rescale, sums.acc, d);
-    for (; d + 2 * W <= padded_v; d += 2 * W) weigh<2>(scores, values, count, rescale, sums.acc, d);
-    for (; d < padded_v; d += W) weigh<1>(scores, values, count, rescale, sums.acc, d);
+    for (; d + 8 * W <= padded_v; d += 8 * W) weigh<8>(scores, values, count, rescale, sums.acc, d, soon);
+    for (; d + 2 * W <= padded_v; d += 2 * W) weigh<2>(scores, values, count, rescale, sums.acc, d, soon);
+    for (; d < padded_v; d += W) weigh<1>(scores, values, count, rescale, sums.acc, d, soon);
   }
 
   // acc = rescale * acc + weights values, in the kVecs vectors from column d on.
   template <int kVecs>
-  TOB_INLINE static void weigh(const Real *weights, Rows values, int count, Real rescale, Real *acc, int d) {
+  TOB_INLINE static void weigh(const Real *weights, Rows values, int count, Real rescale, Real *acc, int d,
+                               const Soon &soon) {
     Vec sums[kVecs];
     for (int i = 0; i < kVecs; ++i) sums[i] = rescale * S::load(acc + d + i * W);
     const Real *row = values.data + d;
     for (int j = 0; j < count; ++j, row += values.stride) {
+      if (d == 0) soon.ask(j);
       const Vec weight = S::broadcast(weights[j]);
       for (int i = 0; i < kVecs; ++i) sums[i] += weight * S::load(row + i * W);
     }
