@@ -29,7 +29,9 @@ def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser("python -m bench.compile_kernels", description=__doc__)
     parser.add_argument("--target", nargs="+", choices=TARGETS, default=list(TARGETS), help="default: all")
     parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="processes at work (default: all cores)")
-    parser.add_argument("--update", action="store_true", help="write the budget instead of comparing with it")
+    parser.add_argument(
+        "--update", action="store_true", help="write these targets' budget instead of comparing with it"
+    )
     options = parser.parse_args(arguments)
     variants = [variant for target in options.target for variant in shipped_variants(target)]
     with ProcessPoolExecutor(options.jobs) as pool:
@@ -39,8 +41,7 @@ def main(arguments: list[str] | None = None) -> None:
     failures = _over_shared_memory(rows)
     budget = pd.read_csv(BUDGET) if BUDGET.exists() else rows.iloc[:0]
     if options.update:
-        kept = budget.merge(rows[KEY], on=KEY, how="left", indicator=True)
-        kept = kept[kept["_merge"] == "left_only"].drop(columns="_merge")
+        kept = budget[(budget["triton"] != triton.__version__) | ~budget["target"].isin(options.target)]
         pd.concat([kept, rows]).convert_dtypes().sort_values(KEY).to_csv(BUDGET, index=False)
     else:
         failures += _over_budget(rows, budget)
@@ -109,9 +110,9 @@ def _over_shared_memory(rows: pd.DataFrame) -> list[str]:
 
 
 def _over_budget(rows: pd.DataFrame, budget: pd.DataFrame) -> list[str]:
-    both = rows.merge(budget, on=KEY, suffixes=("", "_budget"), how="left")
-    failures = []
-    for row in both.itertuples():
+    both = rows.merge(budget, on=KEY, suffixes=("", "_budget"), how="left", indicator="found")
+    failures = [f"not in the budget (see --update): {_name(row)}" for row in both[both["found"] != "both"].itertuples()]
+    for row in both[both["found"] == "both"].itertuples():
         for what in LIMITED:
             allowed = getattr(row, f"{what}_budget")
             if not getattr(row, what) <= allowed:
