@@ -40,7 +40,7 @@ CONFIGS = {
     "dquery": configs.dquery_config,
     "dkey_dvalue": configs.dkey_dvalue_config,
     "dbias": configs.dquery_config,
-    "decode": lambda _, dtype, block_d: configs.decode_config(dtype, block_d, DECODE_ROWS),
+    "decode": lambda target, dtype, block_d: configs.decode_config(target, dtype, block_d, DECODE_ROWS),
 }
 _FLOATS = ("scale", "scale_log2", "kept_scale")
 # Types of what pointers point at, where it is not the tensors' dtype.

@@ -83,7 +83,7 @@ def forward(problem: Problem, out: Tensor, lse: Tensor, row_max: Tensor, row_sum
 
 def _decode(call: Call, out: Tensor, lse: Tensor, row_max: Tensor, row_sum: Tensor) -> None:
     """`forward` of few queries, with the keys split among programs."""
-    config = configs.decode_config(out.dtype, call.block_d, call.group * call.len_q)
+    config = configs.decode_config(call.target, out.dtype, call.block_d, call.group * call.len_q)
     key_heads = call.batch * call.num_heads // call.group
     splits = configs.num_splits(key_heads, call.len_k, multiprocessors(out.device))
     rows, counts = (splits, call.batch, call.num_heads, call.len_q), (call.batch, splits)

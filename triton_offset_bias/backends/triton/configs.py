@@ -104,9 +104,10 @@ def is_decode(rows: int, keys: int) -> bool:
     return rows <= MAX_DECODE_ROWS and keys >= _MIN_DECODE_KEYS
 
 
-def decode_config(dtype: torch.dtype, block_d: int, rows: int) -> Config:
+def decode_config(target: str, dtype: torch.dtype, block_d: int, rows: int) -> Config:
     """That of the kernel that takes a split of the keys."""
-    block_m = max(16, 1 << (rows - 1).bit_length())
+    fewest = 64 if target.startswith("hip") else 16  # Triton 3.6.0 does not compile fewer for AMD
+    block_m = max(fewest, 1 << (rows - 1).bit_length())
     return Config(block_m, 64 if block_d <= 128 and dtype != torch.float32 else 32, 4, 2)
 
 
