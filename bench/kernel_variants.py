@@ -36,7 +36,6 @@ KERNELS = {
 }
 DECODE_ROWS = 8  # four queries of two heads that share a key head
 CONFIGS = {
-    "forward": configs.forward_config,
     "dquery": configs.dquery_config,
     "dkey_dvalue": configs.dkey_dvalue_config,
     "dbias": configs.dquery_config,
@@ -88,6 +87,8 @@ class Variant:
         """Block sizes and options of the launch."""
         if self.config is not None:
             return self.config
+        if self.kernel == "forward":
+            return configs.forward_config(self._target, self.dtype, self.block_d, "HAS_POSITIONS" in self.changes)
         return CONFIGS[self.kernel](self._target, self.dtype, self.block_d)
 
     @property

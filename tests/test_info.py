@@ -3,8 +3,11 @@
 import os
 import subprocess
 import sys
+from pathlib import Path
 
-from triton_offset_bias import dispatch, info
+import pytest
+
+from triton_offset_bias import dispatch, features, info
 
 
 def test_every_backend_is_listed_with_what_it_serves() -> None:
@@ -25,3 +28,21 @@ def test_the_command_says_why_a_build_that_was_asked_for_cannot_serve() -> None:
     assert "cpp: cannot serve" in printed
     assert "must be one of avx512, avx2, portable, got 'nonesuch'" in printed
     assert "reference: ready" in printed
+
+
+def test_the_readmes_table_of_features_is_the_one_that_the_backends_give() -> None:
+    """Line by line, what `--features` prints."""
+    readme = (Path(__file__).parents[1] / "README.md").read_text()
+    assert features.as_markdown(features.feature_table()) in readme
+
+
+def test_a_feature_that_a_backend_refuses_shows_its_reason(monkeypatch: pytest.MonkeyPatch, capsys) -> None:
+    """Backend by backend, for that feature alone."""
+    cpp = dispatch.BACKENDS["cpp"]
+    before = features.feature_table()
+    monkeypatch.setattr(cpp, "problem_reasons", lambda problem: ["is out of ink"] if problem.dropout_p else [])
+    info.main(["--features"])
+    printed = capsys.readouterr().out
+    (line,) = [line for line in printed.splitlines() if line.startswith("| `dropout_p`")]
+    assert line == "| `dropout_p` | no: is out of ink | yes | yes |"
+    assert len(printed.splitlines()) == len(before) + 1

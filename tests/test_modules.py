@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from triton_offset_bias import offset_bias_attention
-from triton_offset_bias.modules import OffsetBias, OffsetBiasAttention
+from triton_offset_bias.modules import ALiBiBias, OffsetBias, OffsetBiasAttention, T5Bias
 
 
 def _filled(num_heads: int, max_length: int, bidirectional: bool) -> OffsetBias:
@@ -83,6 +83,20 @@ def test_a_bad_argument_is_named_with_what_was_expected_and_what_came(call, mess
 def test_a_count_that_is_no_int_is_named(build, name):
     """Before any tensor is made of it."""
     with pytest.raises(TypeError, match=f"`{name}` must be an int"):
+        build()
+
+
+@pytest.mark.parametrize(
+    ("build", "name"),
+    [
+        (lambda: OffsetBias(2, 4, bidirectional=0), "bidirectional"),
+        (lambda: T5Bias(2, bidirectional=0), "bidirectional"),
+        (lambda: ALiBiBias(2, learnable=1), "learnable"),
+    ],
+)
+def test_a_flag_that_is_no_bool_is_named(build, name):
+    """A number there is most likely an argument in the wrong place."""
+    with pytest.raises(TypeError, match=f"`{name}` must be a bool"):
         build()
 
 

@@ -41,7 +41,6 @@ def _forget_compiled_code():
     torch._dynamo.reset()
 
 
-@pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated:DeprecationWarning")  # torch's inductor
 @pytest.mark.parametrize("compiler", ["aot_eager", "inductor"])
 def test_a_compiled_call_is_one_graph_with_equal_results(backend, compiler):
     """fullgraph=True, forward and backward, from views that are not contiguous."""

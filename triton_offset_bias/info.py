@@ -1,11 +1,16 @@
-"""`python -m triton_offset_bias.info`: every backend, what it serves, what it is built for, and why it cannot serve."""
+"""`python -m triton_offset_bias.info`: every backend, what it serves, what it is built for, and why it cannot serve.
 
+With `--features`: a table of what every backend serves, on the machines it is made for.
+"""
+
+import argparse
 import platform
 
 import torch
 
 import triton_offset_bias
 from triton_offset_bias.dispatch import BACKENDS
+from triton_offset_bias.features import as_markdown, feature_table
 
 
 def report() -> str:
@@ -24,5 +29,12 @@ def report() -> str:
     return "\n".join(lines)
 
 
+def main(arguments: list[str] | None = None) -> None:
+    """Prints what `arguments`, or the command line, ask for."""
+    parser = argparse.ArgumentParser("python -m triton_offset_bias.info", description="What is ready on this machine.")
+    parser.add_argument("--features", action="store_true", help="print what every backend serves, as a Markdown table")
+    print(as_markdown(feature_table()) if parser.parse_args(arguments).features else report())
+
+
 if __name__ == "__main__":
-    print(report())
+    main()

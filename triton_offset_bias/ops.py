@@ -26,9 +26,18 @@ _library.define(
 
 
 def attention(problem: Problem, backend: str) -> tuple[Tensor, Tensor]:
-    """Output and log-sum-exp of `problem` by a backend that serves it, differentiable."""
+    """Output and log-sum-exp of `problem` by a backend that serves it, differentiable.
+
+    Raises:
+        NotImplementedError: a fused backend under a transform of torch.func, or asked for a forward-mode derivative.
+    """
     if backend == "reference":
         return reference.attention(problem)
+    if torch._C._are_functorch_transforms_active():
+        raise NotImplementedError(
+            f"backend {backend!r} does not support the transforms of torch.func (vmap, grad, jvp, ...): fold what vmap "
+            "maps over into the batch, take gradients by torch.autograd, or use backend='reference'"
+        )
     out, lse, _, _ = torch.ops.triton_offset_bias.attention(*problem, backend)
     return out, lse
 
@@ -136,11 +145,22 @@ def _below_autograd(op, args):
         return op(*args)
 
 
+def _refuse_forward_mode(args):
+    """Raises for a tangent, which the operators would drop."""
+    if any(isinstance(x, Tensor) and torch.autograd.forward_ad.unpack_dual(x).tangent is not None for x in args):
+        raise NotImplementedError(
+            "offset_bias_attention has no forward-mode derivative on the fused backends; "
+            "backend='reference' has derivatives of every order and mode"
+        )
+
+
 def _autograd_rule(op, function):
     """What the dispatcher calls at the autograd key: `function` where a gradient can be asked for, else just `op`."""
 
     def rule(*args):
         is_recorded = torch.is_grad_enabled() and any(isinstance(x, Tensor) and x.requires_grad for x in args)
+        if torch.autograd.forward_ad._current_level >= 0:
+            _refuse_forward_mode(args)
         return function.apply(*args) if is_recorded else _below_autograd(op, args)
 
     return rule

@@ -43,6 +43,12 @@ def per_offset(bias: Tensor, lo: int, hi: int, origin: int, beyond: str) -> Tens
     return torch.cat([left, bias[..., first : first + inside], right], dim=-1)
 
 
+def per_symbolic_offset(bias: Tensor, lo: int, hi: int, origin: int) -> Tensor:
+    """`per_offset` of a clamped table as one look-up: no branch depends on the range, which tracing may not know."""
+    columns = torch.arange(lo + origin, hi + origin + 1, device=bias.device)
+    return bias[..., columns.clamp(0, bias.shape[-1] - 1)]
+
+
 def _outside(end: Tensor, count: int, beyond: str) -> Tensor:
     """What `count` offsets past this end of the table see: (..., 1) gives (..., count)."""
     outside = end.expand(*end.shape[:-1], count)

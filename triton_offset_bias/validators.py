@@ -43,6 +43,12 @@ def checked_count(name: str, value: int) -> int:
     return value
 
 
+def check_offset_range(min_offset: int, max_offset: int) -> None:
+    """Raises ValueError unless the range of offsets, both ends included, has at least one."""
+    if checked_int("max_offset", max_offset) < checked_int("min_offset", min_offset):
+        raise ValueError(f"`max_offset` must be at least `min_offset` ({min_offset}), got {max_offset}")
+
+
 def checked_window(window_size: tuple[int, int]) -> tuple[int, int]:
     """(left, right), each at least -1."""
     if not isinstance(window_size, tuple | list) or len(window_size) != 2:

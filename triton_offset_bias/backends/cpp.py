@@ -1,7 +1,8 @@
 """The compiled CPU engine (`csrc_ref/`), called through ctypes; the contract is in `csrc_ref/engine.h`.
 
 The package holds one build of the engine for each instruction set; the fastest that the processor can run is loaded at
-import. `TRITON_OFFSET_BIAS_BUILD=portable` (or `avx2`, `avx512`) asks for one by name.
+import. `TRITON_OFFSET_BIAS_BUILD=portable` (or `avx2`, `avx512`) asks for one by name; `TRITON_OFFSET_BIAS_FOLDER` names
+a folder to look for builds in, instead of the package's.
 """
 
 import ctypes
@@ -17,8 +18,17 @@ from triton_offset_bias.backends.limits import exceeded_limits
 from triton_offset_bias.problem import Problem
 
 SERVES = "CPU tensors; float16, bfloat16, float32, float64; head dims 1 to 256"
+PROPERTIES = {
+    "runs on": "CPUs: AVX2, AVX-512, any other with GCC or Clang",
+    "memory": "O(Lq + Lk)",
+    "few queries against a long key cache": "keys split among threads, read where they lie",
+    "same bits in repeated runs": "yes, for any number of threads",
+    "`torch.compile(fullgraph=True)`, `torch.export`, autocast, checkpointing": "yes",
+    "second derivatives, forward mode, `torch.func`": "no (a clear error)",
+}
 BUILDS = ("avx512", "avx2", "portable")
 BUILD_VARIABLE = "TRITON_OFFSET_BIAS_BUILD"
+FOLDER_VARIABLE = "TRITON_OFFSET_BIAS_FOLDER"
 
 _DTYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
 _ERRORS = {1: MemoryError("the CPU engine could not allocate its scratch memory")}
@@ -58,8 +68,8 @@ class _RowStats(ctypes.Structure):
 
 
 def _library_path(build: str) -> Path | None:
-    stem = Path(__file__).parents[1] / f"_engine_{build}"
-    candidates = (stem.with_name(stem.name + suffix) for suffix in importlib.machinery.EXTENSION_SUFFIXES)
+    folder = Path(os.environ.get(FOLDER_VARIABLE) or Path(__file__).parents[1])
+    candidates = (folder / f"_engine_{build}{suffix}" for suffix in importlib.machinery.EXTENSION_SUFFIXES)
     return next((path for path in candidates if path.exists()), None)
 
 
@@ -107,12 +117,17 @@ def unavailable_reasons() -> list[str]:
     return [_WHY_NOT] if _ENGINE is None else []
 
 
+def problem_reasons(problem: Problem) -> list[str]:
+    """Why this backend cannot serve `problem` on any machine."""
+    return exceeded_limits(problem)
+
+
 def unsupported_reasons(problem: Problem) -> list[str]:
-    """Why this backend cannot serve `problem`."""
+    """Why this backend cannot serve `problem` here."""
     reasons = unavailable_reasons()
     if problem.query.device.type != "cpu":
         reasons.append(f"serves CPU tensors, got {problem.query.device.type}")
-    return reasons + exceeded_limits(problem)
+    return reasons + problem_reasons(problem)
 
 
 def forward(problem: Problem, out: Tensor, lse: Tensor, row_max: Tensor, row_sum: Tensor) -> None:

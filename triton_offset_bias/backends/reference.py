@@ -15,6 +15,14 @@ from triton_offset_bias.data_checks import check_data, sequences
 from triton_offset_bias.problem import Problem
 
 SERVES = "any device; dense, O(Lq x Lk) memory; float16, bfloat16, float32, float64"
+PROPERTIES = {
+    "runs on": "anything torch runs on",
+    "memory": "O(Lq Lk)",
+    "few queries against a long key cache": "as any other",
+    "same bits in repeated runs": "as torch",
+    "`torch.compile(fullgraph=True)`, `torch.export`, autocast, checkpointing": "yes",
+    "second derivatives, forward mode, `torch.func`": "yes",
+}
 
 
 def build_description() -> str:
@@ -27,8 +35,13 @@ def unavailable_reasons() -> list[str]:
     return []
 
 
+def problem_reasons(problem: Problem) -> list[str]:
+    """Why this backend cannot serve `problem` on any machine: it serves everything."""
+    return []
+
+
 def unsupported_reasons(problem: Problem) -> list[str]:
-    """Why this backend cannot serve `problem`: it serves everything."""
+    """Why this backend cannot serve `problem` here: it serves everything, anywhere."""
     return []
 
 

@@ -1,6 +1,26 @@
 """Position biases as modules: each gives a table for a range of offsets, to be used by any attention call."""
 
+from triton_offset_bias.modules.alibi import ALiBiBias, alibi_slopes
 from triton_offset_bias.modules.attention import OffsetBiasAttention
+from triton_offset_bias.modules.fire import FireBias
+from triton_offset_bias.modules.inspection import dense_bias, plot_bias
+from triton_offset_bias.modules.kerple import KerpleBias
 from triton_offset_bias.modules.offset_bias import OffsetBias
+from triton_offset_bias.modules.offset_bias_2d import OffsetBias2d
+from triton_offset_bias.modules.sandwich import SandwichBias
+from triton_offset_bias.modules.t5 import T5Bias, t5_buckets
 
-__all__ = ["OffsetBias", "OffsetBiasAttention"]
+__all__ = [
+    "ALiBiBias",
+    "FireBias",
+    "KerpleBias",
+    "OffsetBias",
+    "OffsetBias2d",
+    "OffsetBiasAttention",
+    "SandwichBias",
+    "T5Bias",
+    "alibi_slopes",
+    "dense_bias",
+    "plot_bias",
+    "t5_buckets",
+]

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor, nn
 
 from triton_offset_bias import table
-from triton_offset_bias.validators import checked_count
+from triton_offset_bias.validators import check_flag, check_offset_range, checked_count
 
 
 class OffsetBias(nn.Module):
@@ -24,7 +24,7 @@ class OffsetBias(nn.Module):
         weight: (num_heads, 2 * max_length - 1) or (num_heads, max_length) parameter in nats, initially 0.
 
     Raises:
-        TypeError: `num_heads` or `max_length` is no int.
+        TypeError: `num_heads` or `max_length` is no int, or `bidirectional` no bool.
         ValueError: `num_heads` or `max_length` is below 1.
 
     Source:
@@ -35,6 +35,7 @@ class OffsetBias(nn.Module):
         super().__init__()
         self.num_heads = checked_count("num_heads", num_heads)
         self.max_length = checked_count("max_length", max_length)
+        check_flag("bidirectional", bidirectional)
         self.bidirectional = bidirectional
         self.weight = nn.Parameter(torch.zeros(num_heads, 2 * max_length - 1 if bidirectional else max_length))
 
@@ -52,9 +53,8 @@ class OffsetBias(nn.Module):
         Raises:
             ValueError: `max_offset` is below `min_offset`.
         """
-        if max_offset < min_offset:
-            raise ValueError(f"`max_offset` must be at least `min_offset` ({min_offset}), got {max_offset}")
-        return table.per_offset(self.weight.float(), min_offset, max_offset, self.origin, "clamp")
+        check_offset_range(min_offset, max_offset)
+        return table.per_symbolic_offset(self.weight.float(), min_offset, max_offset, self.origin)
 
     def extra_repr(self) -> str:
         """The arguments, for `repr`."""

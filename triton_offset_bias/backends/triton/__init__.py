@@ -33,6 +33,14 @@ except ImportError as error:  # there is no Triton for this platform
     _WHY_NOT = f"Triton could not be imported: {error}"
 
 SERVES = "CUDA and ROCm tensors; float16, bfloat16, float32; head dims 1 to 256"
+PROPERTIES = {
+    "runs on": "NVIDIA and AMD GPUs (compiled for both; no device has run it yet, see Limits)",
+    "memory": "O(Lq + Lk)",
+    "few queries against a long key cache": "keys split among programs",
+    "same bits in repeated runs": "with `deterministic`",
+    "`torch.compile(fullgraph=True)`, `torch.export`, autocast, checkpointing": "yes",
+    "second derivatives, forward mode, `torch.func`": "no (a clear error)",
+}
 
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 _PREPARE_ROWS = 64
@@ -52,15 +60,20 @@ def unavailable_reasons() -> list[str]:
     return [] if target() else ["Triton finds no GPU and its interpreter is off (TRITON_INTERPRET=1 turns it on)"]
 
 
+def problem_reasons(problem: Problem) -> list[str]:
+    """Why this backend cannot serve `problem` on any machine."""
+    dtype = problem.query.dtype
+    wrong = [] if dtype in _DTYPES else [f"serves float16, bfloat16 and float32, got {dtype}"]
+    return wrong + exceeded_limits(problem)
+
+
 def unsupported_reasons(problem: Problem) -> list[str]:
-    """Why this backend cannot serve `problem`."""
+    """Why this backend cannot serve `problem` here."""
     reasons = unavailable_reasons()
     query = problem.query
     if not reasons and query.device.type not in device_types():
         reasons.append(f"serves {' and '.join(device_types())} tensors here, got {query.device.type}")
-    if query.dtype not in _DTYPES:
-        reasons.append(f"serves float16, bfloat16 and float32, got {query.dtype}")
-    return reasons + exceeded_limits(problem)
+    return reasons + problem_reasons(problem)
 
 
 def forward(problem: Problem, out: Tensor, lse: Tensor, row_max: Tensor, row_sum: Tensor) -> None:
@@ -69,7 +82,8 @@ def forward(problem: Problem, out: Tensor, lse: Tensor, row_max: Tensor, row_sum
     if problem.seed is None and configs.is_decode(call.group * call.len_q, call.len_k):
         _decode(call, out, lse, row_max, row_sum)
         return
-    config = configs.forward_config(call.target, problem.query.dtype, call.block_d)
+    has_positions = problem.query_positions is not None
+    config = configs.forward_config(call.target, problem.query.dtype, call.block_d, has_positions)
     arguments = (
         *call.inputs,
         out, row_max, row_sum, lse,
@@ -95,6 +109,7 @@ def _decode(call: Call, out: Tensor, lse: Tensor, row_max: Tensor, row_sum: Tens
         *call.sizes, *call.bounds, call.scale_log2, *counts,
     )  # fmt: skip
     constants = {name: x for name, x in call.constants.items() if name != "DROPOUT_ROUNDS"}
+    block_s = triton.next_power_of_2(splits)
     with _device_of(out):
         run_kernel(decode_kernel, config, (key_heads * splits, 1, "BLOCK_M"), arguments, {**constants, **call.loops})
         combine_kernel[(call.batch * call.num_heads * call.len_q,)](
@@ -102,8 +117,8 @@ def _decode(call: Call, out: Tensor, lse: Tensor, row_max: Tensor, row_sum: Tens
             out, row_max, row_sum, lse,
             *call.strides(out),
             call.num_heads, call.len_q, out.shape[2], *counts,
-            HEAD_DIM_V=out.shape[3], BLOCK_DV=padded(out), IS_PACKED=call.is_packed,
-            BLOCK_S=triton.next_power_of_2(splits), enable_fp_fusion=True,
+            HEAD_DIM_V=out.shape[3], BLOCK_DV=padded(out), IS_PACKED=call.is_packed, BLOCK_S=block_s,
+            num_warps=configs.combine_warps(block_s, padded(out)), enable_fp_fusion=True,
         )  # fmt: skip
 
 

@@ -108,7 +108,7 @@ def _sweep_keys(
             q, k.T, strip_ptr, shift, rows, columns, keep, scale_log2, band_lo, band_hi, near_lo, near_hi,
             HAS_BIAS, BIAS_IN_ACC, IS_NEAR, HAS_MASK or not EVEN_N, HAS_POSITIONS, USE_ASM, PRECISION,
         )  # (BLOCK, BLOCK)  # fmt: skip
-        p = probabilities(s * unit, lse[:, None], log_sum[:, None], SPLIT_LSE)
+        p = probabilities(s * unit, -lse[:, None], log_sum[:, None], SPLIT_LSE)
         dp = product(dout, v.T, None, PRECISION)
         if DROPOUT_ROUNDS > 0:
             m, n = tl.arange(0, BLOCK)[:, None], tl.arange(0, BLOCK)[None, :]

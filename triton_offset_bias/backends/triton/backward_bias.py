@@ -102,7 +102,7 @@ def dbias_kernel(
                 band_lo, band_hi, near_lo, near_hi,
                 HAS_BIAS, BIAS_IN_ACC, True, True, False, USE_ASM, PRECISION,
             )  # (BLOCK, BLOCK)  # fmt: skip
-            p = probabilities(s * unit, lse[:, None], log_sum[:, None], SPLIT_LSE)
+            p = probabilities(s * unit, -lse[:, None], log_sum[:, None], SPLIT_LSE)
             dp = product(dout, v.T, None, PRECISION)
             if DROPOUT_ROUNDS > 0:
                 head = (b * num_heads + h).to(tl.int32)

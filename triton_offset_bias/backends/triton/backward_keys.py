@@ -52,7 +52,7 @@ def _sweep_queries(
             band_lo, band_hi, near_lo, near_hi,
             HAS_BIAS, BIAS_IN_ACC, IS_NEAR, HAS_MASK, HAS_POSITIONS, USE_ASM, PRECISION,
         )  # (BLOCK_N, BLOCK_M)  # fmt: skip
-        p = probabilities(s * unit, (lse if IS_NEAR else lse - bias)[None, :], log_sum[None, :], SPLIT_LSE)
+        p = probabilities(s * unit, (-lse if IS_NEAR else bias - lse)[None, :], log_sum[None, :], SPLIT_LSE)
         z = 1.0
         if DROPOUT_ROUNDS > 0:
             m, n = tl.arange(0, BLOCK_M)[None, :], tl.arange(0, BLOCK_N)[:, None]

@@ -68,14 +68,16 @@ def needs_far_loop(target: str) -> bool:
     return target == _HOPPER
 
 
-def forward_config(target: str, dtype: torch.dtype, block_d: int) -> Config:
-    """The forward kernel's."""
+def forward_config(target: str, dtype: torch.dtype, block_d: int, has_positions: bool = False) -> Config:
+    """The forward kernel's; position tensors take registers, so that with them its tiles are smaller."""
     if target == "interpreter":
         return Config(64, 32, 4, 1)
     if dtype == torch.float32:
         return Config(64, 32, 4, 2) if block_d <= 64 else Config(32, 32, 4, 1)
     if target.startswith("hip"):
         return Config(128, 64, 4, 1) if block_d <= 128 else Config(64, 32, 4, 1)
+    if has_positions and (block_d <= 128 or target not in _ASYNCHRONOUS):
+        return Config(128, 64, 8, 2) if block_d <= 128 else Config(64, 32, 4, 2)
     if block_d > 128:
         return Config(64, 32, 4, 2) if target in _LITTLE_SHARED_MEMORY else Config(128, 32, 8, 3)
     if block_d > 64:
@@ -109,6 +111,11 @@ def decode_config(target: str, dtype: torch.dtype, block_d: int, rows: int) -> C
     fewest = 64 if target.startswith("hip") else 16  # Triton 3.6.0 does not compile fewer for AMD
     block_m = max(fewest, 1 << (rows - 1).bit_length())
     return Config(block_m, 64 if block_d <= 128 and dtype != torch.float32 else 32, 4, 2)
+
+
+def combine_warps(block_s: int, block_d: int) -> int:
+    """Those of the kernel that combines splits: no more than there are numbers for."""
+    return max(1, min(block_s * block_d // 1024, 4))
 
 
 def num_splits(key_heads: int, keys: int, multiprocessors: int) -> int:

@@ -137,12 +137,12 @@ def load_rows(
 
 
 @triton.jit
-def probabilities(s, lse, log_sum, SPLIT_LSE: tl.constexpr):
-    """P from scores in bits; `lse` is all of the log-sum-exp, or without the log of the sum."""
+def probabilities(s, shift, log_sum, SPLIT_LSE: tl.constexpr):
+    """P from scores in bits; `shift` is minus the log-sum-exp, all of it or without the log of the sum."""
     if SPLIT_LSE:
-        return tl.math.exp2((s - lse) - log_sum)
+        return tl.math.exp2((s + shift) - log_sum)
     else:
-        return tl.math.exp2(s - lse)
+        return tl.math.exp2(s + shift)
 
 
 @triton.jit

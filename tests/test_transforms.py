@@ -1,0 +1,80 @@
+"""What takes a call apart: `torch.export`, the transforms of `torch.func`, forward mode, data parallelism."""
+
+import copy
+
+import pytest
+import torch
+import torch.autograd.forward_ad as forward_ad
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from triton_offset_bias import offset_bias_attention
+from triton_offset_bias.modules import OffsetBias, OffsetBiasAttention
+
+FUSED = pytest.mark.parametrize("name", ["auto", "cpp"])
+pytestmark = pytest.mark.cpu_only
+
+
+def _model() -> OffsetBiasAttention:
+    bias = OffsetBias(2, max_length=40)
+    nn.init.normal_(bias.weight)
+    return OffsetBiasAttention(16, 2, bias)
+
+
+def test_an_exported_model_serves_every_length_and_batch_with_equal_results():
+    """The table's range follows the symbolic length."""
+    model = _model()
+    sizes = {"x": {0: torch.export.Dim("batch"), 1: torch.export.Dim("length", min=2, max=4096)}}
+    exported = torch.export.export(model, (torch.randn(2, 33, 16),), dynamic_shapes=sizes).module()
+    for batch, length in ((2, 33), (3, 90), (1, 7)):
+        x = torch.randn(batch, length, 16)
+        assert torch.equal(exported(x), model(x))
+
+
+def _squares(name: str, q: Tensor, bias: Tensor) -> Tensor:
+    return offset_bias_attention(q, q, q, bias, backend=name).square().sum()
+
+
+@FUSED
+@pytest.mark.parametrize("transform", [torch.func.vmap, torch.func.grad, torch.func.jacfwd], ids=lambda f: f.__name__)
+def test_a_transform_of_torch_func_is_refused_with_the_way_out(name, transform):
+    """Not a loop over the batch, not a tangent of zeros."""
+    q, tables = torch.randn(1, 2, 9, 8), torch.randn(3, 2, 17)
+    table = tables if transform is torch.func.vmap else tables[0]
+    with pytest.raises(NotImplementedError, match=r"torch\.func .*into the batch.*backend='reference'"):
+        transform(lambda bias: _squares(name, q, bias))(table)
+
+
+def test_the_reference_serves_the_transforms():
+    """The gradient of each table, mapped, is that of autograd one by one."""
+    q, tables = torch.randn(1, 2, 9, 8), torch.randn(3, 2, 17)
+    got = torch.func.vmap(torch.func.grad(lambda bias: _squares("reference", q, bias)))(tables)
+    for table, gradient in zip(tables.requires_grad_().unbind(), got, strict=True):
+        torch.testing.assert_close(gradient, torch.autograd.grad(_squares("reference", q, table), table)[0])
+
+
+@pytest.mark.parametrize("requires_grad", [False, True])
+def test_a_tangent_is_refused_and_a_call_without_one_is_served(requires_grad):
+    """Also when nothing asks for a gradient, where torch itself would drop it."""
+    q = torch.randn(1, 2, 9, 8, requires_grad=requires_grad)
+    bias = torch.randn(2, 17)
+    expected = offset_bias_attention(q, q, q, bias)
+    with forward_ad.dual_level():
+        assert torch.equal(offset_bias_attention(q, q, q, bias), expected)
+        dual = forward_ad.make_dual(bias, torch.ones_like(bias))
+        with pytest.raises(NotImplementedError, match="no forward-mode derivative on the fused backends"):
+            offset_bias_attention(q, q, q, dual)
+
+
+def test_under_data_parallelism_a_table_is_a_parameter_like_any_other(tmp_path):
+    """One process: the gradients that DDP gathers are those of the module alone."""
+    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    try:
+        alone, x = _model(), torch.randn(2, 33, 16)
+        parallel = DistributedDataParallel(copy.deepcopy(alone))
+        alone(x).square().mean().backward()
+        parallel(x).square().mean().backward()
+        for wanted, parameter in zip(alone.parameters(), parallel.parameters(), strict=True):
+            torch.testing.assert_close(parameter.grad, wanted.grad, rtol=0.0, atol=0.0)
+    finally:
+        torch.distributed.destroy_process_group()

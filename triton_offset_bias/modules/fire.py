@@ -1,0 +1,85 @@
+"""FIRE: a small network on the logarithm of the distance."""
+
+import torch
+from torch import Tensor, nn
+
+from triton_offset_bias.modules.ranges import distance_range
+from triton_offset_bias.validators import check_offset_range, checked_count
+
+
+class FireBias(nn.Module):
+    """A network with one hidden layer, on a distance measured in logarithmic steps.
+
+        bias[h, offset] = f(psi(|offset|) / psi(L))[h]       psi(x) = log(|c| x + 1)       L >= threshold
+
+    FIRE divides by ``psi(max(L, i))`` for a query at position i. That depends on the offset alone, and is this table,
+    as long as i <= L. A call whose offsets exceed `threshold` is an error, for its queries lie beyond it. What the
+    module cannot see is yours to keep: with `query_start`, positions or a window, no query may lie at a position above
+    `threshold`, however near its keys are.
+
+    FIRE is made for causal attention, where ``|offset| = offset``. Elsewhere keys after the query see the bias of those
+    as far before it, as in the authors' code.
+
+    Args:
+        num_heads: heads, each an output of the network.
+        threshold: the highest position of a query, counted from 0; also L's initial value and lower bound.
+        hidden_size: width of the hidden layer.
+
+    Attributes:
+        c: () parameter, initially 0.1; its sign does not matter.
+        limit: () parameter, the paper's L, initially `threshold`. Below `threshold` it counts as `threshold` and gets
+            no gradient: a smaller L would not be a table.
+        hidden, out: f's layers, Linear(1, hidden_size), then ReLU, and Linear(hidden_size, num_heads), initialised as
+            torch does.
+
+    Raises:
+        TypeError: an argument is no int.
+        ValueError: an argument is below 1.
+
+    Source:
+        Li et al. 2024 (FIRE, arXiv:2310.04418), section 3, and the code in its appendix.
+    """
+
+    def __init__(self, num_heads: int, threshold: int, hidden_size: int = 32) -> None:
+        super().__init__()
+        self.num_heads = checked_count("num_heads", num_heads)
+        self.threshold = checked_count("threshold", threshold)
+        self.hidden_size = checked_count("hidden_size", hidden_size)
+        self.c = nn.Parameter(torch.tensor(0.1))
+        self.limit = nn.Parameter(torch.tensor(float(threshold)))
+        self.hidden = nn.Linear(1, hidden_size)
+        self.out = nn.Linear(hidden_size, num_heads)
+
+    def forward(self, min_offset: int, max_offset: int) -> Tensor:
+        """The bias of every offset from `min_offset` to `max_offset`, both included.
+
+        Returns:
+            (num_heads, max_offset - min_offset + 1) float32; as `bias`, its `bias_origin` is ``-min_offset``.
+
+        Raises:
+            ValueError: `max_offset` is below `min_offset`, or an offset is further from 0 than `threshold`.
+        """
+        check_offset_range(min_offset, max_offset)
+        for name, offset in (("min_offset", min_offset), ("max_offset", max_offset)):
+            if abs(offset) > self.threshold:
+                raise ValueError(
+                    f"`{name}` must be within {self.threshold} of 0, for beyond its threshold FIRE depends on the "
+                    f"query's position and is no table, got {offset}; build FireBias with a larger `threshold`"
+                )
+        distances = distance_range(min_offset, max_offset, self.c.device)
+        normalised = self._psi(distances) / self._psi(self.limit.float().clamp(min=self.threshold))
+        with torch.autocast(distances.device.type, enabled=False):
+            hidden = torch.relu(_linear(self.hidden, normalised[:, None]))  # (offsets, hidden_size)
+            return _linear(self.out, hidden).T
+
+    def _psi(self, distances: Tensor) -> Tensor:
+        return torch.log1p(self.c.float().abs() * distances)
+
+    def extra_repr(self) -> str:
+        """The arguments, for `repr`."""
+        return f"num_heads={self.num_heads}, threshold={self.threshold}, hidden_size={self.hidden_size}"
+
+
+def _linear(layer: nn.Linear, x: Tensor) -> Tensor:
+    """`layer` in float32, whatever its dtype."""
+    return nn.functional.linear(x, layer.weight.float(), layer.bias.float())

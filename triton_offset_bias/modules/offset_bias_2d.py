@@ -1,0 +1,65 @@
+"""The free parameter per two-dimensional offset, of windows of an image."""
+
+import torch
+from torch import Tensor, nn
+
+from triton_offset_bias import table
+from triton_offset_bias.validators import checked_count
+
+
+class OffsetBias2d(nn.Module):
+    """One free number per head and two-dimensional offset, for attention within a window of height x width tokens.
+
+        bias[h, drow, dcol] = relative_position_bias_table[(drow + height - 1) * (2 width - 1) + dcol + width - 1, h]
+
+    where (drow, dcol) is the query's place minus the key's. With the positions ``row * (2 width - 1) + col`` every such
+    pair is one offset of its own, and the table a table of these offsets, symmetric about its middle:
+
+        offset_bias_attention(query, key, value, bias(), query_positions=p, key_positions=p)   with p = bias.positions()
+
+    The tokens of a window are taken row by row.
+
+    Args:
+        num_heads: heads, each with numbers of its own.
+        window_size: (height, width) of the window, in tokens.
+
+    Attributes:
+        relative_position_bias_table: ((2 height - 1) * (2 width - 1), num_heads) parameter in nats, initially 0: name
+            and layout of Swin's, whose state dicts it loads and saves as they are.
+
+    Raises:
+        TypeError: `num_heads` or a size is no int.
+        ValueError: `num_heads` or a size is below 1, or `window_size` is no pair.
+
+    Source:
+        Liu et al. 2021 (Swin Transformer, arXiv:2103.14030), equation 4.
+    """
+
+    def __init__(self, num_heads: int, window_size: tuple[int, int]) -> None:
+        super().__init__()
+        self.num_heads = checked_count("num_heads", num_heads)
+        if not isinstance(window_size, tuple | list) or len(window_size) != 2:
+            raise ValueError(f"`window_size` must be a pair (height, width), got {window_size!r}")
+        self.height, self.width = (checked_count("window_size", size) for size in window_size)
+        num_offsets = (2 * self.height - 1) * (2 * self.width - 1)
+        self.relative_position_bias_table = nn.Parameter(torch.zeros(num_offsets, num_heads))
+
+    def forward(self) -> Tensor:
+        """The table: (num_heads, (2 height - 1) * (2 width - 1)) float32; the default `bias_origin` is its own."""
+        return self.relative_position_bias_table.float().T
+
+    def positions(self) -> Tensor:
+        """The position of every token of a window, row by row: (height * width,) int64."""
+        device = self.relative_position_bias_table.device
+        rows, columns = torch.arange(self.height, device=device), torch.arange(self.width, device=device)
+        return (rows[:, None] * (2 * self.width - 1) + columns).flatten()
+
+    def dense(self) -> Tensor:
+        """The bias of every pair of tokens, for inspection: (num_heads, height * width, height * width) float32."""
+        positions, bias = self.positions(), self()
+        offsets = table.dense_offsets(positions, positions)
+        return bias[:, offsets + table.default_origin(bias.shape[-1])]
+
+    def extra_repr(self) -> str:
+        """The arguments, for `repr`."""
+        return f"num_heads={self.num_heads}, window_size=({self.height}, {self.width})"
