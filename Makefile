@@ -6,13 +6,14 @@ INSTALLED := $(VENV)/.installed
 OPTIONS ?=
 SANITIZER ?=
 OLDEST_TRITON := $(VENV)/triton-3.6.0
+OLDEST_TRANSFORMERS := $(VENV)/transformers-5.15.0
 PTXEMU ?= $(wildcard ../shared/tools/ptxemu)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-interpreted test-emulated test-gpu compile-kernels gpu-static lint fmt bench plots ci clean
+.PHONY: help setup demo test test-interpreted test-emulated test-gpu test-oldest-transformers compile-kernels gpu-static lint fmt bench plots ci clean
 
 help:  ## list the targets
-	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
+	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 26
 
 setup: $(INSTALLED)  ## virtual environment, dependencies and the compiled engine
 
@@ -31,6 +32,9 @@ test-emulated: $(INSTALLED)  ## run the compiled GPU kernels in a PTX emulator (
 
 test-gpu: $(INSTALLED)  ## run the tests on CUDA tensors (SANITIZER="compute-sanitizer --tool memcheck" checks memory as well)
 	TEST_DEVICE=cuda $(SANITIZER) $(RUN) -m pytest $(OPTIONS)
+
+test-oldest-transformers: $(INSTALLED) $(OLDEST_TRANSFORMERS)  ## run the tests of the integration on the oldest transformers that it declares
+	PYTHONPATH=$(OLDEST_TRANSFORMERS) $(RUN) -m pytest tests/integrations $(OPTIONS)
 
 compile-kernels: $(INSTALLED) $(OLDEST_TRITON)  ## compile the GPU kernels for every target, newest and oldest Triton, within a budget of registers and spills
 	$(RUN) -m bench.compile_kernels $(OPTIONS)
@@ -70,3 +74,6 @@ $(INSTALLED): pyproject.toml constraints.txt setup.py $(wildcard csrc_ref/*)
 
 $(OLDEST_TRITON):
 	$(RUN) -m pip install --quiet --disable-pip-version-check --no-deps --target $@ triton==3.6.0
+
+$(OLDEST_TRANSFORMERS):
+	$(RUN) -m pip install --quiet --disable-pip-version-check --no-deps --target $@ transformers==5.15.0

@@ -1,4 +1,4 @@
-"""The text and the model of `train_bytes.py`."""
+"""The text and the model of `train_bytes.py` and of `length_generalization.py`."""
 
 import zlib
 from pathlib import Path
@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from triton_offset_bias.modules import OffsetBias, OffsetBiasAttention
+from triton_offset_bias.modules import OffsetBiasAttention
 
 SKIPPED_FOLDERS = {"site-packages", "dist-packages", "test", "tests", "idle_test", "encodings", "pydoc_data"}
 HELD_OUT = 10  # one file in so many
@@ -64,7 +64,7 @@ def sdpa_attention(layer: OffsetBiasAttention, x: Tensor, mask: Tensor) -> Tenso
 class Block(nn.Module):
     """A pre-norm transformer layer: attention, then a feed-forward network."""
 
-    def __init__(self, width: int, num_heads: int, bias: OffsetBias | None) -> None:
+    def __init__(self, width: int, num_heads: int, bias: nn.Module | None) -> None:
         super().__init__()
         self.attention_norm = nn.LayerNorm(width)
         self.attention = OffsetBiasAttention(width, num_heads, bias, is_causal=True)
@@ -80,16 +80,16 @@ class Block(nn.Module):
 
 
 class ByteTransformer(nn.Module):
-    """A causal transformer over bytes. One `OffsetBias`, shared by all layers, is all it knows about positions.
+    """A causal transformer over bytes. One bias, shared by all layers, is all it knows about positions.
 
     Args:
         width: size of a byte's embedding; a multiple of `num_heads`.
         num_heads: attention heads of every layer.
         num_layers: layers.
-        bias: the table shared by all layers; None: no position information but the causal order.
+        bias: gives the table, as `OffsetBias` does, for all layers; None: no position information but the causal order.
     """
 
-    def __init__(self, width: int, num_heads: int, num_layers: int, bias: OffsetBias | None) -> None:
+    def __init__(self, width: int, num_heads: int, num_layers: int, bias: nn.Module | None) -> None:
         super().__init__()
         self.bias = bias
         self.embedding = nn.Embedding(256, width)
@@ -109,7 +109,9 @@ class ByteTransformer(nn.Module):
             x = block(x, mask)
         return self.head(x)
 
-    def bits_per_byte(self, windows: Tensor, *, materialised: bool = False) -> Tensor:
-        """Mean over `windows` (B, L + 1) of -log2 of the probability given to each next byte."""
-        logits = self(windows[:, :-1], materialised=materialised)
-        return F.cross_entropy(logits.flatten(0, 1), windows[:, 1:].flatten()) / torch.tensor(2.0).log().item()
+    def bits_per_byte(self, windows: Tensor, *, materialised: bool = False, last: int | None = None) -> Tensor:
+        """Mean over `windows` (B, L + 1) of -log2 of the probability given to each next byte; or to the `last` ones."""
+        logits, targets = self(windows[:, :-1], materialised=materialised), windows[:, 1:]
+        if last is not None:
+            logits, targets = logits[:, -last:], targets[:, -last:]
+        return F.cross_entropy(logits.flatten(0, 1), targets.flatten()) / torch.tensor(2.0).log().item()

@@ -1,0 +1,140 @@
+"""Padding masks, and what is refused because it is none."""
+
+import pytest
+import torch
+import transformers_cases as cases
+import transformers_models as models
+from transformers.masking_utils import bidirectional_mask_function, causal_mask_function, chunked_overlay
+from transformers_cases import transformers
+from transformers_models import LONG
+
+from triton_offset_bias.integrations.transformers.masks import key_mask, numbered_key_mask
+
+MASK = torch.tensor([[1, 1, 1, 1], [0, 1, 1, 0]])
+
+
+def test_a_causal_mask_ends_with_the_last_querys_own_key():
+    """Of a cache that holds 9, with 3 written before, the fourth; and a key that the caller left out is hidden."""
+    made = key_mask(2, 1, 9, 3, mask_function=causal_mask_function, attention_mask=MASK)
+    assert torch.equal(made, MASK.bool())
+    assert torch.equal(
+        key_mask(2, 2, 9, torch.tensor(3), attention_mask=MASK), torch.nn.functional.pad(MASK, (0, 1)).bool()
+    )
+    assert torch.equal(key_mask(2, 1, 9, 3, device=MASK.device), torch.ones(2, 4, dtype=torch.bool))
+
+
+def test_a_mask_that_is_not_causal_is_as_long_as_the_keys():
+    """And none at all where nothing is padded."""
+    made = key_mask(2, 1, 4, mask_function=bidirectional_mask_function, attention_mask=MASK)
+    assert torch.equal(made, MASK.bool())
+    assert key_mask(2, 1, 4, mask_function=bidirectional_mask_function) is None
+
+
+@pytest.mark.parametrize(
+    ("mask", "expected"),
+    [
+        (MASK, MASK.bool()),
+        (torch.tensor([[0, 0, 0, 0], [1, 1, 1, 1]]), torch.tensor([[False] * 4, [True] * 4])),
+        (torch.tensor([[1, 0, 0, 1], [0, 1, 0, 1]]), torch.tensor([[0, -1, -1, 1], [-1, 0, -1, 1]])),
+    ],
+)
+def test_attended_keys_are_numbered_where_padding_lies_between_them(mask, expected):
+    """Elsewhere their numbers differ from their places by a shift, and the mask says it all."""
+    assert torch.equal(numbered_key_mask(2, 4, 4, attention_mask=mask), expected)
+
+
+def test_masks_of_other_kinds_are_refused():
+    """Chunks, models switched to bidirectional attention, caches that have dropped keys."""
+    bidirectional = transformers.BloomConfig(is_causal=False)
+    for own in (
+        {"mask_function": chunked_overlay(2, torch.zeros(2))},
+        {"mask_function": bidirectional_mask_function, "config": bidirectional},
+        {"kv_offset": 1},
+    ):
+        with pytest.raises(NotImplementedError, match="causal or bidirectional attention with padding masks"):
+            key_mask(2, 4, 4, **own)
+
+
+def test_a_sequence_that_is_all_padding_gives_finite_numbers():
+    """Attention gives 0 there, and the others stay what they are."""
+    model = models.t5()
+    inputs = models.t5_inputs()
+    expected = model(**inputs).logits
+    inputs["attention_mask"][1] = 0
+    fast = cases.enabled_copy(model)
+    output = fast(**inputs)
+    output.loss.backward()
+    torch.testing.assert_close(output.logits[[0, 2]], expected[[0, 2]], rtol=1e-4, atol=1e-4)
+    assert output.logits.isfinite().all()
+    assert all(p.grad.isfinite().all() for p in fast.parameters())
+
+
+def test_a_mask_of_one_row_for_all_queries_is_padding():
+    """As bool, and as what is added to scores."""
+    fast = cases.enabled_copy(models.t5())
+    inputs = models.t5_inputs()
+    expected = fast(**inputs).logits
+    keep = inputs["attention_mask"].bool()[:, None, None]
+    for mask in (keep, torch.zeros(keep.shape).masked_fill(~keep, torch.finfo(torch.float32).min)):
+        assert torch.equal(fast(**{**inputs, "attention_mask": mask}).logits, expected)
+
+
+PER_QUERY = {"attention_mask": torch.ones(3, 1, 30, 30)}
+REFUSED_CALLS = {
+    "a mask per query": (models.t5, PER_QUERY, ValueError, r"`attention_mask` .*\(batch, keys\).*\(3, 1, 30, 30\)"),
+    "a mask per query, causal": (
+        models.t5,
+        {"decoder_attention_mask": torch.ones(3, 1, 20, 20)},
+        ValueError,
+        r"`attention_mask` .*\(batch, keys\).*\(3, 1, 20, 20\)",
+    ),
+    "a mask that is a bias": (
+        models.t5,
+        {"attention_mask": torch.full((3, 1, 1, 30), -0.5)},
+        ValueError,
+        "`attention_mask` must hold 0 or the lowest",
+    ),
+    "three axes": (
+        models.t5,
+        {"attention_mask": torch.ones(3, 30, 30)},
+        ValueError,
+        r"`attention_mask` .*\(3, 30, 30\)",
+    ),
+    "attention weights": (
+        models.t5,
+        {"output_attentions": True},
+        NotImplementedError,
+        "`output_attentions` must be False",
+    ),
+}
+
+
+@pytest.mark.parametrize(("build", "own", "error", "message"), REFUSED_CALLS.values(), ids=REFUSED_CALLS)
+def test_what_is_no_padding_mask_is_refused_never_ignored(build, own, error, message):
+    """The message tells what came."""
+    with pytest.raises(error, match=message):
+        cases.enabled_copy(build())(**{**models.t5_inputs(), **own})
+
+
+WEIGHTS = {
+    "bloom": (models.bloom, {"input_ids": LONG}),
+    "falcon": (lambda: models.falcon(alibi=True), {"input_ids": LONG}),
+    "mpt": (models.mpt, {"input_ids": LONG}),
+    "mpnet": (models.mpnet, {"input_ids": LONG}),
+    "longt5": (models.longt5, {"input_ids": LONG, "labels": LONG}),
+    "beit": (models.beit, {"pixel_values": torch.zeros(1, 3, 64, 64)}),
+}
+
+
+@pytest.mark.parametrize(("build", "inputs"), WEIGHTS.values(), ids=WEIGHTS)
+def test_attention_weights_are_refused_by_every_family(build, inputs):
+    """They are never stored."""
+    with pytest.raises(NotImplementedError, match="`output_attentions` must be False"):
+        cases.enabled_copy(build())(**inputs, output_attentions=True)
+
+
+def test_a_padding_mask_with_beits_bias_is_refused():
+    """Its model adds the one to the other."""
+    fast = cases.enabled_copy(models.beit())
+    with pytest.raises(NotImplementedError, match="`attention_mask` must be None for BEiT"):
+        fast.beit(torch.zeros(1, 3, 64, 64), attention_mask=torch.ones(1, 257))

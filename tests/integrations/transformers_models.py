@@ -1,0 +1,102 @@
+"""One small model of each kind, for tests that need any."""
+
+import torch
+from transformers_cases import padded, randomized, tokens, transformers
+
+T5 = {
+    "vocab_size": 60,
+    "d_model": 16,
+    "d_kv": 8,
+    "d_ff": 16,
+    "num_layers": 2,
+    "num_heads": 2,
+    "dropout_rate": 0.0,
+    "decoder_start_token_id": 0,
+}
+BLOOM = {
+    "vocab_size": 60,
+    "hidden_size": 16,
+    "n_layer": 2,
+    "n_head": 2,
+    "hidden_dropout": 0.0,
+    "attention_dropout": 0.0,
+}
+FALCON = {"vocab_size": 60, "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}
+MPNET = {"vocab_size": 60, "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 16}
+LONG = tokens(1, 256, 0)
+BEIT = {
+    "image_size": 64,
+    "hidden_size": 16,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "intermediate_size": 16,
+    "drop_path_rate": 0.0,
+    "hidden_dropout_prob": 0.0,
+    "attention_probs_dropout_prob": 0.0,
+}
+SWIN = {
+    "image_size": 64,
+    "patch_size": 4,
+    "embed_dim": 8,
+    "depths": [2],
+    "num_heads": [2],
+    "window_size": 4,
+    "drop_path_rate": 0.0,
+}
+
+
+def t5(**own: object) -> transformers.T5ForConditionalGeneration:
+    """T5 of 2 + 2 layers."""
+    return randomized(transformers.T5ForConditionalGeneration, transformers.T5Config(**{**T5, **own}))
+
+
+def longt5(**own: object) -> transformers.LongT5ForConditionalGeneration:
+    """LongT5."""
+    config = transformers.LongT5Config(**{**T5, "local_radius": 20, **own})
+    return randomized(transformers.LongT5ForConditionalGeneration, config)
+
+
+def bloom() -> transformers.BloomForCausalLM:
+    """BLOOM."""
+    return randomized(transformers.BloomForCausalLM, transformers.BloomConfig(**BLOOM))
+
+
+def falcon(**own: object) -> transformers.FalconForCausalLM:
+    """Falcon."""
+    return randomized(transformers.FalconForCausalLM, transformers.FalconConfig(**{**FALCON, **own}))
+
+
+def mpnet() -> transformers.MPNetForMaskedLM:
+    """MPNet."""
+    config = transformers.MPNetConfig(**MPNET, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0)
+    return randomized(transformers.MPNetForMaskedLM, config)
+
+
+def mpt() -> transformers.MptForCausalLM:
+    """MPT."""
+    config = transformers.MptConfig(
+        vocab_size=60, d_model=16, n_heads=2, n_layers=2, max_seq_len=256, attn_config={"attn_pdrop": 0}
+    )
+    return randomized(transformers.MptForCausalLM, config)
+
+
+def beit(**own: object) -> transformers.BeitForImageClassification:
+    """BEiT for images of 16 x 16 patches."""
+    config = transformers.BeitConfig(**{**BEIT, "patch_size": 4, "use_relative_position_bias": True, **own})
+    return randomized(transformers.BeitForImageClassification, config)
+
+
+def swin() -> transformers.SwinForImageClassification:
+    """Swin for images of 16 x 16 patches."""
+    return randomized(transformers.SwinForImageClassification, transformers.SwinConfig(**SWIN))
+
+
+def swinv2() -> transformers.Swinv2ForImageClassification:
+    """Swin V2 for images of 16 x 16 patches."""
+    config = transformers.Swinv2Config(**SWIN, pretrained_window_sizes=[0])
+    return randomized(transformers.Swinv2ForImageClassification, config)
+
+
+def t5_inputs() -> dict[str, torch.Tensor]:
+    """What to call T5 with: 3 sequences, one whole, one padded on its left, one on its right."""
+    return {"input_ids": tokens(3, 30, 0), "attention_mask": padded(3, 30), "labels": tokens(3, 20, 1)}

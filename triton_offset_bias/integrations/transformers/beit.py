@@ -1,0 +1,139 @@
+"""BEiT, whose window is the whole image, with a class token that has numbers of its own."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+from transformers import PretrainedConfig
+from transformers.models.beit.modeling_beit import BeitAttention, BeitRelativePositionBias
+
+from triton_offset_bias.functional import offset_bias_attention
+from triton_offset_bias.integrations.transformers.replacement import Replacement, refuse_attentions
+from triton_offset_bias.integrations.transformers.windows import places_of
+
+
+def unserved_reason(config: PretrainedConfig) -> str | None:
+    """Why a model of this configuration is not served; None if it is."""
+    if config.use_relative_position_bias or config.use_shared_relative_position_bias:
+        return None
+    return "use_relative_position_bias=False and use_shared_relative_position_bias=False: it has no bias"
+
+
+@dataclass
+class WindowBias:
+    """What stands for BEiT's dense bias: a table, and the places of all tokens, the class token first.
+
+    Attributes:
+        table: (H, offsets).
+        origin: column of offset 0.
+        query_positions, key_positions: (tokens,).
+    """
+
+    table: Tensor
+    origin: int
+    query_positions: Tensor
+    key_positions: Tensor
+
+    def __add__(self, other: object) -> "WindowBias":
+        """The sum of two biases, as of a shared one and a layer's own.
+
+        Raises:
+            NotImplementedError: `other` is a mask.
+        """
+        if not isinstance(other, WindowBias):
+            raise NotImplementedError("`attention_mask` must be None for BEiT's offset-bias attention, got a mask")
+        return WindowBias(self.table + other.table, self.origin, self.query_positions, self.key_positions)
+
+
+class OffsetBiasBeitRelativePositionBias(Replacement, BeitRelativePositionBias):
+    """BEiT's bias.
+
+    Its table ends with numbers for class token to patch, patch to class token, and class token to itself. The class
+    token is placed so that these three are the table's lowest, its highest and its second highest offset, whose ends
+    stand for all offsets beyond them.
+    """
+
+    def forward(
+        self, window_size: tuple[int, int], interpolate_pos_encoding: bool = False, dim_size: int | None = None
+    ) -> WindowBias:
+        """The bias of an image of this many patches.
+
+        Args:
+            window_size: rows and columns of patches. For other numbers than the configuration's, the table is
+                interpolated as BEiT does it.
+            interpolate_pos_encoding: whether the bias of all pairs is interpolated to `dim_size` tokens.
+            dim_size: number of tokens.
+
+        Raises:
+            NotImplementedError: the bias of all pairs is to be interpolated, to another number of tokens.
+        """
+        height, width = window_size
+        if interpolate_pos_encoding and dim_size != height * width + 1:
+            raise NotImplementedError(
+                f"`interpolate_pos_encoding` must be False for {height} x {width} patches and {dim_size} tokens: "
+                "a bias interpolated from pair to pair is not served"
+            )
+        table = self.relative_position_bias_table.T
+        patches, (from_class, to_class, within_class) = table[:, :-3], table[:, -3:].split(1, dim=1)
+        # Width before height is BEiT's own order, which its interpolation depends on.
+        rows, columns = (2 * size - 1 for size in reversed(self.window_size))
+        patches = patches.unflatten(1, (rows, columns)).unsqueeze(0)
+        patches = functional.interpolate(patches, size=(2 * height - 1, 2 * width - 1), mode="bilinear")
+        patches = patches.squeeze(0).flatten(1)
+        reach = patches.shape[1] // 2
+        places = places_of(height, width, table.device)
+        return WindowBias(
+            torch.cat([from_class, patches, within_class, to_class], dim=1),
+            reach + 1,
+            functional.pad(places, (1, 0), value=-(reach + 1)),
+            functional.pad(places, (1, 0), value=-2 * (reach + 1)),
+        )
+
+
+class OffsetBiasBeitAttention(Replacement, BeitAttention):
+    """BEiT's attention."""
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        attention_mask: WindowBias | None = None,
+        output_attentions: bool | None = None,
+        **kwargs: object,
+    ) -> tuple[Tensor, None]:
+        """Attends with the bias of an image.
+
+        Args:
+            hidden_states: (B, tokens, hidden_size).
+            attention_mask: the bias.
+            output_attentions: must be False.
+
+        Returns:
+            (B, tokens, hidden_size), and None for the weights.
+
+        Raises:
+            TypeError: `attention_mask` is a mask.
+        """
+        refuse_attentions(output_attentions)
+        if not isinstance(attention_mask, WindowBias):
+            raise TypeError(f"`attention_mask` must be a WindowBias, got {type(attention_mask).__name__}")
+        query, key, value = (
+            projection(hidden_states).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
+            for projection in (self.q_proj, self.k_proj, self.v_proj)
+        )
+        out = offset_bias_attention(
+            query,
+            key,
+            value,
+            attention_mask.table,
+            dropout_p=self.attention_dropout if self.training else 0.0,
+            scale=self.scaling,
+            bias_origin=attention_mask.origin,
+            query_positions=attention_mask.query_positions,
+            key_positions=attention_mask.key_positions,
+            backend=self.offset_bias_backend,
+        )
+        return self.o_proj(out.transpose(1, 2).flatten(2)), None
+
+
+REPLACEMENTS: tuple[type[Replacement], ...] = (OffsetBiasBeitRelativePositionBias, OffsetBiasBeitAttention)

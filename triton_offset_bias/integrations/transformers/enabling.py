@@ -1,0 +1,128 @@
+"""The one call: turns a model's attention into this package's, and back."""
+
+import copy
+from importlib import import_module
+
+from transformers import PretrainedConfig, PreTrainedModel
+
+from triton_offset_bias.dispatch import BACKENDS
+from triton_offset_bias.integrations.transformers.masks import NUMBERED, PLAIN
+from triton_offset_bias.integrations.transformers.replacement import Replacement
+
+# Of every model type that is served, the module here that holds its adapter.
+SERVED: dict[str, str] = {
+    "t5": "t5",
+    "mt5": "t5",
+    "umt5": "t5",
+    "longt5": "t5",
+    "switch_transformers": "t5",
+    "pop2piano": "t5",
+    "mpnet": "mpnet",
+    "bloom": "alibi",
+    "falcon": "alibi",
+    "mpt": "alibi",
+    "swin": "windows",
+    "swinv2": "windows",
+    "beit": "beit",
+}
+_NUMBERING_KEYS = ("bloom", "falcon")
+_STATE = "_offset_bias_configs"
+
+
+def enable_offset_bias(model: PreTrainedModel, backend: str = "auto") -> None:
+    """Makes a Hugging Face model train and generate through `offset_bias_attention`, in place.
+
+    Logits, loss, gradients and generated tokens stay those of the model's eager attention up to rounding. No tensor of
+    (queries, keys) is built, neither of biases nor of scores nor of masks, but for the masks of Swin's shifted windows
+    and of LongT5's blocks, which their models make. Parameters, `state_dict` and saved files are as before.
+
+    What differs: a query whose every key is padding gets 0 from attention, not an average over the padding. Regions of
+    Swin's shifted windows do not see each other at all, instead of by a factor of exp(-100). Falcon is as with
+    ``attn_implementation="sdpa"``, its default, for its eager attention adds ALiBi twice; and where it rounds slope
+    times position to bfloat16, here the slope alone is rounded: the same up to position 256 for slopes that are powers
+    of 2, and an approximation for others.
+
+    The model gets its own copy of its configuration, for other models may share the one it has.
+
+    Args:
+        model: a model of one of the `SERVED` types, with any head.
+        backend: "auto", "triton", "cpp" or "reference", as in `offset_bias_attention`.
+
+    Raises:
+        TypeError: `model` is no `PreTrainedModel`.
+        ValueError: its type is not served, it is enabled already or returns attention weights; `backend` is unknown.
+        NotImplementedError: its type is served, but not with this configuration.
+
+    Source:
+        Raffel et al. 2020 (T5, arXiv:1910.10683), section 2.1; Press et al. 2022 (ALiBi, arXiv:2108.12409), section 3;
+        Liu et al. 2021 (Swin, arXiv:2103.14030), equation 4.
+    """
+    classes = _replacements(model)
+    if backend != "auto" and backend not in BACKENDS:
+        raise ValueError(f"`backend` must be one of {', '.join(map(repr, ('auto', *BACKENDS)))}, got {backend!r}")
+    replaced = [module for module in model.modules() if type(module) in classes]
+    if not replaced:
+        raise NotImplementedError(
+            f"`model` must hold one of {', '.join(sorted(cls.__name__ for cls in classes))}, got none: "
+            "build it with attn_implementation='eager'"
+        )
+    configs = _own_configs(model)
+    setattr(model, _STATE, [(config, config._attn_implementation) for config in configs])
+    for config in configs:
+        config._attn_implementation = NUMBERED if config.model_type in _NUMBERING_KEYS else PLAIN
+    for module in replaced:
+        module.__class__ = classes[type(module)]
+        module.offset_bias_backend = backend
+
+
+def disable_offset_bias(model: PreTrainedModel) -> None:
+    """Gives a model its own attention back.
+
+    Args:
+        model: what `enable_offset_bias` was called with, or a copy of it.
+
+    Raises:
+        ValueError: the model is not enabled.
+    """
+    if not hasattr(model, _STATE):
+        raise ValueError("`model` must be one that `enable_offset_bias` was called with")
+    for config, implementation in getattr(model, _STATE):
+        config._attn_implementation = implementation
+    delattr(model, _STATE)
+    for module in model.modules():
+        if isinstance(module, Replacement):
+            del module.offset_bias_backend
+            module.__class__ = type(module).__bases__[-1]
+
+
+def _replacements(model: PreTrainedModel) -> dict[type, type[Replacement]]:
+    """The class that each of the model's own classes is replaced by, if the model can be served."""
+    if not isinstance(model, PreTrainedModel):
+        raise TypeError(f"`model` must be a transformers.PreTrainedModel, got {type(model).__name__}")
+    model_type = model.config.model_type
+    if model_type not in SERVED:
+        raise ValueError(f"`model` must be of a served type ({', '.join(SERVED)}), got {model_type!r}")
+    if any(isinstance(module, Replacement) for module in model.modules()):
+        raise ValueError("`model` must not be enabled already: call `disable_offset_bias` first to change the backend")
+    if model.config.output_attentions:
+        raise ValueError("`model.config.output_attentions` must be False: attention weights are never stored, got True")
+    adapter = import_module(f"triton_offset_bias.integrations.transformers.{SERVED[model_type]}")
+    reason = adapter.unserved_reason(model.config)
+    if reason is not None:
+        raise NotImplementedError(f"{model_type} is not served with {reason}")
+    return {cls.__bases__[-1]: cls for cls in adapter.REPLACEMENTS}
+
+
+def _own_configs(model: PreTrainedModel) -> list[PretrainedConfig]:
+    """Gives the model copies of its configurations, of which the implementation of attention is a part."""
+    copies: dict[int, PretrainedConfig] = {}
+    originals = []
+    for module in model.modules():
+        config = vars(module).get("config")
+        if not isinstance(config, PretrainedConfig):
+            continue
+        if id(config) not in copies:
+            originals.append(config)  # alive, so that no id is given twice
+            copies[id(config)] = copy.deepcopy(config)
+        module.config = copies[id(config)]
+    return list(copies.values())

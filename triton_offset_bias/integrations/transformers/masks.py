@@ -1,0 +1,114 @@
+"""Masks of transformers as what this package takes: a statement per key, (batch, keys) bool, True = attend.
+
+Models call `key_mask` where they would build a (batch, 1, queries, keys) mask. That a layer is causal, it knows itself.
+"""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+from transformers import AttentionMaskInterface, PretrainedConfig
+from transformers.masking_utils import bidirectional_mask_function, causal_mask_function
+
+# The names under which models find these masks, as `config._attn_implementation`.
+PLAIN, NUMBERED = "offset_bias", "offset_bias_numbered"
+
+
+def key_mask(
+    batch_size: int,
+    q_length: int,
+    kv_length: int,
+    q_offset: int | Tensor = 0,
+    kv_offset: int = 0,
+    mask_function: Callable[..., object] = causal_mask_function,
+    attention_mask: Tensor | None = None,
+    config: PretrainedConfig | None = None,
+    device: torch.device | str = "cpu",
+    **kwargs: object,
+) -> Tensor | None:
+    """Which keys may be attended to, as `transformers.AttentionMaskInterface` asks for it.
+
+    A causal mask is as long as the keys that exist by now, so that the last of them is the last query's own: a static
+    cache holds more, yet unwritten, and those are cut off.
+
+    Returns:
+        (batch_size, keys) bool; None if nothing is padded and the attention is not causal.
+
+    Raises:
+        NotImplementedError: the mask is more than causal or bidirectional attention with padding.
+        ValueError: `attention_mask` is not of shape (batch, keys).
+    """
+    is_causal = mask_function is causal_mask_function
+    is_switched = not getattr(config, "is_causal", True)
+    if not (is_causal or mask_function is bidirectional_mask_function) or is_switched or kv_offset:
+        raise NotImplementedError(
+            "offset-bias attention serves causal or bidirectional attention with padding masks; packed sequences, "
+            "sliding or chunked caches, `config.is_causal=False` and custom mask functions are not served"
+        )
+    if attention_mask is not None and attention_mask.dim() != 2:
+        raise ValueError(f"`attention_mask` must have shape (batch, keys), got shape {tuple(attention_mask.shape)}")
+    num_keys = int(q_offset) + q_length if is_causal else kv_length
+    if attention_mask is None:
+        return torch.ones(batch_size, num_keys, dtype=torch.bool, device=device) if is_causal else None
+    missing = max(num_keys - attention_mask.shape[1], 0)
+    return torch.nn.functional.pad(attention_mask.bool(), (0, missing))[:, :num_keys]
+
+
+def numbered_key_mask(
+    batch_size: int,
+    q_length: int,
+    kv_length: int,
+    attention_mask: Tensor | None = None,
+    **kwargs: object,
+) -> Tensor | None:
+    """`key_mask` for models that number the attended keys of a sequence one after the other.
+
+    With padding at the ends alone, the numbers differ from the places by a shift, which softmax does not see.
+
+    Returns:
+        As `key_mask`; but if some sequence has padding between attended keys, (batch_size, keys) int64: the attended
+        keys' numbers, from 0 on, and -1 for padding.
+
+    Raises:
+        NotImplementedError, ValueError: as `key_mask`.
+    """
+    mask = key_mask(batch_size, q_length, kv_length, attention_mask=attention_mask, **kwargs)  # type: ignore[arg-type]
+    if attention_mask is None or mask is None:
+        return mask
+    # The first attended key's number, less the places before it, is what all of a gapless sequence have in common.
+    numbers = mask.cumsum(-1) - 1
+    shifts = numbers - torch.arange(mask.shape[1], device=mask.device)
+    has_gaps = (mask & (shifts != -mask.int().argmax(-1, keepdim=True))).any()
+    return numbers.where(mask, -1) if bool(has_gaps) else mask
+
+
+def padding_of(mask: Tensor | None, batch_size: int, is_causal: bool) -> Tensor | None:
+    """What the mask that reached an attention layer says per key: (batch_size, keys) bool or numbers, or None.
+
+    Args:
+        mask: from `key_mask` or `numbered_key_mask`, or (batch or 1, 1, 1, keys) as some encoders make it: bool, or
+            0 and the lowest number.
+        batch_size: of the query.
+        is_causal: whether the layer is causal; then only `key_mask` tells that the model's mask is.
+
+    Raises:
+        ValueError: it says something else of different queries, or anything but attend or not.
+    """
+    if mask is not None and mask.dim() == 2:
+        return mask
+    if mask is None and not is_causal:
+        return None
+    if mask is None or is_causal or mask.dim() != 4 or mask.shape[1:3] != (1, 1):
+        got = "None" if mask is None else f"shape {tuple(mask.shape)}"
+        raise ValueError(f"`attention_mask` must have shape (batch, keys) for offset-bias attention, got {got}")
+    mask = mask[:, 0, 0]
+    if mask.dtype != torch.bool:
+        is_attended = mask == 0
+        if not bool((is_attended | (mask <= torch.finfo(mask.dtype).min)).all()):
+            raise ValueError("`attention_mask` must hold 0 or the lowest number for offset-bias attention, got others")
+        mask = is_attended
+    return mask.expand(batch_size, -1)
+
+
+AttentionMaskInterface.register(PLAIN, key_mask)
+AttentionMaskInterface.register(NUMBERED, numbered_key_mask)

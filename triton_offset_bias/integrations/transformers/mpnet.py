@@ -1,0 +1,75 @@
+"""MPNet: T5's buckets, in an encoder that computes them once for all layers."""
+
+from torch import Tensor
+from transformers import PretrainedConfig
+from transformers.models.mpnet.modeling_mpnet import MPNetEncoder, MPNetSelfAttention
+
+from triton_offset_bias.integrations.transformers.replacement import Replacement, refuse_attentions
+from triton_offset_bias.modules.t5 import t5_buckets
+
+# MPNet's code does not take them from its configuration.
+_NUM_BUCKETS, _MAX_DISTANCE = 32, 128
+
+
+def unserved_reason(config: PretrainedConfig) -> None:
+    """None: every MPNet is served."""
+    return
+
+
+class OffsetBiasMPNetEncoder(Replacement, MPNetEncoder):
+    """MPNet's encoder, whose `position_bias` is a table."""
+
+    def compute_position_bias(
+        self, x: Tensor, position_ids: Tensor | None = None, num_buckets: int = _NUM_BUCKETS
+    ) -> Tensor:
+        """(heads, offsets): the bias of every offset from -128 to 128; those beyond share the ends' buckets.
+
+        Raises:
+            NotImplementedError: `position_ids` are given, which the encoder never does.
+        """
+        if position_ids is not None:
+            raise NotImplementedError("`position_ids` must be None for offset-bias attention, got a tensor")
+        buckets = t5_buckets(-_MAX_DISTANCE, _MAX_DISTANCE, num_buckets, _MAX_DISTANCE, device=x.device)
+        return self.relative_attention_bias(buckets).T
+
+
+class OffsetBiasMPNetSelfAttention(Replacement, MPNetSelfAttention):
+    """MPNet's attention."""
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        attention_mask: Tensor | None = None,
+        position_bias: Tensor | None = None,
+        output_attentions: bool = False,
+        **kwargs: object,
+    ) -> tuple[Tensor]:
+        """Attends with a table.
+
+        Args:
+            hidden_states: (B, L, hidden_size).
+            attention_mask: what `padding_of` takes.
+            position_bias: the table, of 257 offsets.
+            output_attentions: must be False.
+
+        Returns:
+            (B, L, hidden_size), alone in a tuple.
+        """
+        refuse_attentions(output_attentions)
+        query, key, value = (
+            projection(hidden_states).unflatten(-1, (self.num_attention_heads, -1)).transpose(1, 2)
+            for projection in (self.q, self.k, self.v)
+        )
+        out = self.attend(
+            query,
+            key,
+            value,
+            position_bias,
+            attention_mask,
+            scale=self.attention_head_size**-0.5,
+            dropout_p=self.dropout.p if self.training else 0.0,
+        )
+        return (self.o(out),)
+
+
+REPLACEMENTS: tuple[type[Replacement], ...] = (OffsetBiasMPNetEncoder, OffsetBiasMPNetSelfAttention)

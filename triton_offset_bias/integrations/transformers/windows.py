@@ -1,0 +1,148 @@
+"""Windows of images: Swin and Swin V2.
+
+A patch's place is one integer, row * (2 * width - 1) + column, so that the difference of two places tells how many rows
+and columns they are apart; the models' tables are in its order.
+"""
+
+import math
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+from transformers import PretrainedConfig
+from transformers.models.swin.modeling_swin import SwinAttention
+from transformers.models.swinv2.modeling_swinv2 import Swinv2SelfAttention
+
+from triton_offset_bias.functional import offset_bias_attention
+from triton_offset_bias.integrations.transformers.replacement import Replacement, refuse_attentions
+
+
+def unserved_reason(config: PretrainedConfig) -> None:
+    """None: every Swin is served."""
+    return
+
+
+def places_of(height: int, width: int, device: torch.device) -> Tensor:
+    """(height * width,) int64: the place of every patch."""
+    rows, columns = torch.arange(height, device=device), torch.arange(width, device=device)
+    return (rows[:, None] * (2 * width - 1) + columns).flatten()
+
+
+def _attend_in_windows(
+    module: Replacement,
+    states: tuple[Tensor, Tensor, Tensor],
+    table: Tensor,
+    window_size: tuple[int, int],
+    mask: Tensor | None,
+    scale: float,
+    dropout_p: float,
+) -> Tensor:
+    """Attention within windows, each token within its region.
+
+    Args:
+        module: tells the backend.
+        states: query, key and value, each (B * windows, H, tokens, D).
+        table: (H, offsets), the offset 0 in its middle.
+        window_size: height and width, of as many tokens.
+        mask: (windows, tokens, tokens), 0 within a region and negative between regions of a shifted window; or None.
+        scale: factor on the products.
+        dropout_p: probability of dropping a weight.
+
+    Returns:
+        (B * windows, tokens, H * D).
+    """
+    query, key, value = states
+    reach = table.shape[-1] // 2
+    places = places_of(*window_size, query.device)
+    if mask is not None:
+        # A region is called after its first token. Regions so far apart are out of each other's window of attention.
+        regions = (mask == 0).int().argmax(-1)
+        places = (places + regions * table.shape[-1]).repeat(query.shape[0] // mask.shape[0], 1)
+    out = offset_bias_attention(
+        query,
+        key,
+        value,
+        table,
+        scale=scale,
+        dropout_p=dropout_p,
+        window_size=(reach, reach),
+        query_positions=places,
+        key_positions=places,
+        backend=module.offset_bias_backend,
+    )
+    return out.transpose(1, 2).flatten(2)
+
+
+class OffsetBiasSwinAttention(Replacement, SwinAttention):
+    """Swin's attention."""
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        attention_mask: Tensor | None = None,
+        output_attentions: bool | None = None,
+        **kwargs: object,
+    ) -> tuple[Tensor, None]:
+        """Attends within windows.
+
+        Args:
+            hidden_states: (B * windows, tokens, hidden_size).
+            attention_mask: (windows, tokens, tokens) of shifted windows, or None.
+            output_attentions: must be False.
+
+        Returns:
+            (B * windows, tokens, hidden_size), and None for the weights.
+        """
+        refuse_attentions(output_attentions)
+        query, key, value = (
+            projection(hidden_states).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
+            for projection in (self.q_proj, self.k_proj, self.v_proj)
+        )
+        out = _attend_in_windows(
+            self,
+            (query, key, value),
+            self.relative_position_bias.relative_position_bias_table.T,
+            self.relative_position_bias.window_size,
+            attention_mask,
+            self.scaling,
+            self.attention_dropout if self.training else 0.0,
+        )
+        return self.o_proj(out), None
+
+
+class OffsetBiasSwinv2SelfAttention(Replacement, Swinv2SelfAttention):
+    """Swin V2's attention: cosines times a learned scale per head, and a bias that a small network gives."""
+
+    def forward(
+        self, hidden_states: Tensor, attention_mask: Tensor | None = None, output_attentions: bool | None = False
+    ) -> tuple[Tensor]:
+        """Attends within windows.
+
+        Args:
+            hidden_states: (B * windows, tokens, hidden_size).
+            attention_mask: (windows, tokens, tokens) of shifted windows, or None.
+            output_attentions: must be False.
+
+        Returns:
+            (B * windows, tokens, hidden_size), alone in a tuple.
+        """
+        refuse_attentions(output_attentions)
+        query, key, value = (
+            projection(hidden_states).unflatten(-1, (self.num_attention_heads, -1)).transpose(1, 2)
+            for projection in (self.query, self.key, self.value)
+        )
+        scale = self.logit_scale.clamp(max=math.log(100.0)).exp()
+        table = self.continuous_position_bias_mlp(self.relative_coords_table).view(-1, self.num_attention_heads)
+        out = _attend_in_windows(
+            self,
+            (functional.normalize(query, dim=-1) * scale, functional.normalize(key, dim=-1), value),
+            16 * torch.sigmoid(table).T,
+            self.window_size,
+            attention_mask,
+            1.0,
+            self.dropout.p if self.training else 0.0,
+        )
+        return (out,)
+
+
+REPLACEMENTS: tuple[type[Replacement], ...] = (OffsetBiasSwinAttention, OffsetBiasSwinv2SelfAttention)
