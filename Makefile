@@ -76,4 +76,5 @@ $(OLDEST_TRITON):
 	$(RUN) -m pip install --quiet --disable-pip-version-check --no-deps --target $@ triton==3.6.0
 
 $(OLDEST_TRANSFORMERS):
-	$(RUN) -m pip install --quiet --disable-pip-version-check --no-deps --target $@ transformers==5.15.0
+	$(RUN) -m pip install --quiet --disable-pip-version-check --target $@ transformers==5.15.0
+	rm -rf $@/numpy*  # the environment's own fits its other packages

@@ -218,3 +218,25 @@ def test_an_empty_range_is_an_error(build, formula):
     """Not an empty table."""
     with pytest.raises(ValueError, match=r"`max_offset` .*3.*got 2"):
         build()(3, 2)
+
+
+def test_slopes_are_float32_whatever_torchs_default_is():
+    """Half precision would round their exponents."""
+    expected = alibi_slopes(12)
+    torch.set_default_dtype(torch.float16)
+    try:
+        assert torch.equal(alibi_slopes(12), expected)
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
+def test_a_threshold_that_the_parameters_cannot_hold_is_an_error():
+    """As float16 it would be infinite, and the bias a constant."""
+    with pytest.raises(ValueError, match=r"`threshold` must be at most 65504 for torch.float16, got 70000"):
+        FireBias(2, threshold=70000).half()(0, 9)
+
+
+def test_fire_gives_shapes_on_the_meta_device():
+    """Where there is no autocast to turn off."""
+    with torch.device("meta"):
+        assert FireBias(2, threshold=9)(0, 4).shape == (2, 5)

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from triton_offset_bias import offset_bias_attention
-from triton_offset_bias.modules import ALiBiBias, OffsetBias, OffsetBiasAttention, T5Bias
+from triton_offset_bias.modules import ALiBiBias, OffsetBias, OffsetBias2d, OffsetBiasAttention, T5Bias
 
 
 def _filled(num_heads: int, max_length: int, bidirectional: bool) -> OffsetBias:
@@ -49,6 +49,7 @@ def test_a_table_is_float32_whatever_the_modules_dtype():
 
 
 BAD_CALLS = {
+    "no probability": (lambda: OffsetBiasAttention(12, 4, None, dropout_p=2.0), r"`dropout_p` .*got 2.0"),
     "no heads": (lambda: OffsetBias(0, 4), r"`num_heads` .*1, got 0"),
     "no length": (lambda: OffsetBias(2, 0), r"`max_length` .*1, got 0"),
     "an empty range": (lambda: OffsetBias(2, 4)(3, 2), r"`max_offset` .*3.*got 2"),
@@ -92,6 +93,7 @@ def test_a_count_that_is_no_int_is_named(build, name):
         (lambda: OffsetBias(2, 4, bidirectional=0), "bidirectional"),
         (lambda: T5Bias(2, bidirectional=0), "bidirectional"),
         (lambda: ALiBiBias(2, learnable=1), "learnable"),
+        (lambda: OffsetBiasAttention(12, 4, None, is_causal="no"), "is_causal"),
     ],
 )
 def test_a_flag_that_is_no_bool_is_named(build, name):
@@ -206,3 +208,9 @@ def test_a_modules_table_goes_with_bias_origin_minus_min_offset(bidirectional):
         for lo, hi in [(0, 8), (0, 30), (-8, 8), (-20, 9)]
     ]
     assert all(torch.equal(out, outputs[0]) for out in outputs)
+
+
+def test_a_bias_that_goes_with_positions_is_refused_when_the_layer_is_built():
+    """It gives no table for a range of offsets."""
+    with pytest.raises(TypeError, match="`bias` must give a table for a range of offsets, got OffsetBias2d"):
+        OffsetBiasAttention(12, 4, OffsetBias2d(4, (3, 3)))

@@ -3,6 +3,9 @@
 import pytest
 import torch
 from torch import nn
+from transformers.models.bloom import modeling_bloom as bloom
+from transformers.models.swin import modeling_swin as swin
+from transformers.models.t5 import modeling_t5 as t5
 
 from triton_offset_bias.modules import OffsetBias2d, T5Bias, alibi_slopes, dense_bias, t5_buckets
 
@@ -12,7 +15,6 @@ from triton_offset_bias.modules import OffsetBias2d, T5Bias, alibi_slopes, dense
 @pytest.mark.parametrize("max_distance", [3, 20, 100, 128, 800, 4096])
 def test_buckets_are_those_of_the_public_t5(bidirectional, num_buckets, max_distance):
     """Equal for every offset up to 5000 on either side, wherever rounding puts the boundaries."""
-    t5 = pytest.importorskip("transformers.models.t5.modeling_t5")
     if max_distance <= num_buckets // (4 if bidirectional else 2):
         with pytest.raises(ValueError, match=f"`max_distance` must exceed .* got {max_distance}"):
             t5_buckets(0, 1, num_buckets, max_distance, bidirectional)
@@ -26,7 +28,6 @@ def test_buckets_are_those_of_the_public_t5(bidirectional, num_buckets, max_dist
 @pytest.mark.parametrize("is_decoder", [True, False])
 def test_a_trained_t5_embedding_is_loaded_and_saved_exactly(is_decoder):
     """Under T5's own name, and it means the same bias."""
-    t5 = pytest.importorskip("transformers.models.t5.modeling_t5")
     config = t5.T5Config(d_model=12, d_kv=4, num_heads=3, is_decoder=is_decoder)
     attention = t5.T5Attention(config, has_relative_attention_bias=True, layer_idx=0)
     nn.init.normal_(attention.relative_attention_bias.weight)
@@ -41,7 +42,6 @@ def test_a_trained_t5_embedding_is_loaded_and_saved_exactly(is_decoder):
 @pytest.mark.parametrize("num_heads", [1, 2, 3, 7, 8, 12, 16, 20, 71, 112])
 def test_slopes_are_those_of_the_public_alibi(num_heads):
     """Powers of 2 and others."""
-    bloom = pytest.importorskip("transformers.models.bloom.modeling_bloom")
     expected = bloom.build_alibi_tensor(torch.ones(1, 2, dtype=torch.long), num_heads, torch.float32)[:, 0, 1]
     torch.testing.assert_close(alibi_slopes(num_heads), expected, rtol=1e-6, atol=0)
 
@@ -49,7 +49,6 @@ def test_slopes_are_those_of_the_public_alibi(num_heads):
 @pytest.mark.parametrize("window", [(1, 1), (1, 5), (4, 1), (3, 5), (7, 7)])
 def test_a_swin_table_is_loaded_used_and_saved_exactly(window):
     """The public Swin's module and ours exchange state dicts, and the dense bias is equal bit for bit."""
-    swin = pytest.importorskip("transformers.models.swin.modeling_swin")
     theirs = swin.SwinRelativePositionBias(3, window)
     nn.init.normal_(theirs.relative_position_bias_table)
     ours = OffsetBias2d(3, window)

@@ -129,3 +129,26 @@ def test_the_package_never_imports_transformers_by_itself():
         "import sys, triton_offset_bias.modules, triton_offset_bias.integrations; print('transformers' in sys.modules)"
     )
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "False\n"
+
+
+def test_a_model_built_from_an_enabled_ones_configuration_is_an_error_not_a_wrong_answer():
+    """Also where transformers knows the name, because a T5 was enabled in the process."""
+    t5, mpt = models.t5(), models.mpt()
+    enable_offset_bias(t5)
+    enable_offset_bias(mpt)
+    with pytest.raises(ValueError, match="offset_bias"):
+        type(mpt)(mpt.config)
+    stranger = type(t5)(t5.config)
+    with pytest.raises(TypeError, match=r"`config` must not be that of a model .*attn_implementation='eager'"):
+        stranger(**models.t5_inputs())
+
+
+def test_another_implementation_chosen_while_enabled_is_an_error_that_says_what_to_call():
+    """Its attention would be handed a table where it expects a dense bias."""
+    model = models.t5()
+    enable_offset_bias(model)
+    for module in model.modules():  # what set_attn_implementation does in transformers 5.24, and in part in 5.15
+        if hasattr(module, "config"):
+            module.config._attn_implementation = "eager"
+    with pytest.raises(RuntimeError, match="until disable_offset_bias"):
+        model(**models.t5_inputs())

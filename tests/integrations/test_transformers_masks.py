@@ -138,3 +138,44 @@ def test_a_padding_mask_with_beits_bias_is_refused():
     fast = cases.enabled_copy(models.beit())
     with pytest.raises(NotImplementedError, match="`attention_mask` must be None for BEiT"):
         fast.beit(torch.zeros(1, 3, 64, 64), attention_mask=torch.ones(1, 257))
+
+
+@pytest.mark.parametrize("name", ["bloom", "falcon"])
+def test_a_padded_query_sees_what_the_last_attended_token_before_it_would(name):
+    """As in the model's own attention, with gaps in the mask or without."""
+    falcon = transformers.FalconConfig(**models.FALCON, alibi=True)
+    model = models.bloom() if name == "bloom" else cases.randomized(transformers.FalconForCausalLM, falcon, "sdpa")
+    mask = torch.ones(1, 20, dtype=torch.int64)
+    mask[0, 5], mask[0, 17:] = 0, 0
+    expected = model(LONG[:, :20], attention_mask=mask).logits
+    got = cases.enabled_copy(model)(LONG[:, :20], attention_mask=mask).logits
+    torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_a_mask_that_leaves_out_the_cached_keys_is_an_error():
+    """Not a mask of the newest ones."""
+    with pytest.raises(ValueError, match=r"`attention_mask` must cover all 6 keys.*got shape \(2, 4\)"):
+        numbered_key_mask(2, 4, 6, q_offset=2, attention_mask=MASK)
+
+
+def test_a_mask_of_integers_with_four_axes_is_an_error():
+    """It may mean 1 = attend, or 0 = attend."""
+    model = models.t5()
+    fast, inputs = cases.enabled_copy(model), models.t5_inputs()
+    length = inputs["input_ids"].shape[1]
+    inputs["attention_mask"] = torch.ones(inputs["input_ids"].shape[0], 1, 1, length, dtype=torch.int64)
+    with pytest.raises(ValueError, match=r"four axes must be bool or additive, got torch\.int64"):
+        fast(**inputs)
+
+
+@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")  # BLOOM's own activation
+def test_bloom_compiles_to_one_graph_with_a_mask():
+    """Compiled code cannot look whether the mask has gaps."""
+    model = models.bloom()
+    mask = torch.ones(1, 20, dtype=torch.int64)
+    mask[0, :3] = 0
+    fast = cases.enabled_copy(model).eval()
+    compiled = torch.compile(fast, fullgraph=True, backend="aot_eager")
+    got = compiled(LONG[:, :20], attention_mask=mask, use_cache=False).logits
+    expected = fast(LONG[:, :20], attention_mask=mask, use_cache=False).logits
+    torch.testing.assert_close(got[:, 3:], expected[:, 3:], rtol=1e-4, atol=1e-4)

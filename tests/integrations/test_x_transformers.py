@@ -58,3 +58,27 @@ def test_what_the_adapter_does_not_serve_is_an_error():
     use_offset_bias(layers, T5Bias(4))
     with pytest.raises(ValueError, match=r"`mask` must mask keys alone, .* got shape \(1, 1, 9, 9\)"):
         layers(torch.randn(1, 9, 32), attn_mask=torch.ones(9, 9, dtype=torch.bool))
+
+
+def test_what_would_lose_the_bias_is_an_error():
+    """A whole model has no `rel_pos` that anything reads; a bias of the layers' own would be replaced."""
+    layers = Decoder(attn_flash=True, **OPTIONS)
+    with pytest.raises(TypeError, match=r"`layers` must be an Encoder or a Decoder .* got TransformerWrapper"):
+        use_offset_bias(TransformerWrapper(num_tokens=5, max_seq_len=9, attn_layers=layers), T5Bias(4))
+    with pytest.raises(ValueError, match="`layers` must have no position bias of their own"):
+        use_offset_bias(Decoder(attn_flash=True, alibi_pos_bias=True, **OPTIONS), T5Bias(4))
+    with pytest.raises(ValueError, match="plain softmax"):
+        use_offset_bias(Decoder(attn_flash=True, attn_gumbel_softmax=True, **OPTIONS), T5Bias(4))
+
+
+def test_a_table_of_another_length_is_an_error():
+    """Clamping would hide it."""
+    layers = Decoder(attn_flash=True, **OPTIONS)
+    use_offset_bias(layers, _ShortTable())
+    with pytest.raises(ValueError, match=r"`attn_bias` must have 17 columns for 9 queries and 9 keys, got .*\(4, 16\)"):
+        layers(torch.randn(1, 9, 32))
+
+
+class _ShortTable(nn.Module):
+    def forward(self, min_offset: int, max_offset: int) -> Tensor:
+        return torch.zeros(4, max_offset - min_offset)

@@ -4,13 +4,11 @@ import copy
 from collections.abc import Callable
 from dataclasses import dataclass
 
-import pytest
 import torch
+import transformers
 from tolerance import assert_accurate
 
-transformers = pytest.importorskip("transformers")
-
-from triton_offset_bias.integrations.transformers import enable_offset_bias  # noqa: E402
+from triton_offset_bias.integrations.transformers import enable_offset_bias
 
 # A float64 model of transformers is not one throughout: its norms and some softmaxes are float32.
 ROUNDING = 16

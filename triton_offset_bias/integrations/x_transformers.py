@@ -1,6 +1,9 @@
 """x-transformers: its encoders and decoders with any bias module of this package, in O(L) memory."""
 
+from functools import partial
+
 from torch import Tensor, nn
+from torch.nn.functional import softmax
 from x_transformers.attend import Attend, Intermediates
 from x_transformers.x_transformers import Attention, AttentionLayers
 
@@ -34,8 +37,14 @@ class TableAttend(Attend):
             (B, H, len_q, D), and no intermediate results.
 
         Raises:
-            ValueError: `mask` says something else of different queries.
+            ValueError: `mask` says something else of different queries, or there is not one column per offset.
         """
+        columns = q.shape[2] + k.shape[-2] - 1
+        if attn_bias is not None and attn_bias.shape[-1] != columns:
+            raise ValueError(
+                f"`attn_bias` must have {columns} columns for {q.shape[2]} queries and {k.shape[-2]} keys, "
+                f"got shape {tuple(attn_bias.shape)}"
+            )
         if mask is not None and mask.shape[1:3] != (1, 1):
             raise ValueError(f"`mask` must mask keys alone, (B, 1, 1, len_k), got shape {tuple(mask.shape)}")
         k, v = (x.unsqueeze(1) if x.dim() == 3 else x for x in (k, v))
@@ -75,7 +84,8 @@ class RelativePositionTable(nn.Module):
 def use_offset_bias(layers: AttentionLayers, bias: nn.Module, scale: float = 1.0) -> None:
     """Makes an Encoder or a Decoder attend through `offset_bias_attention`, with a bias module as its `rel_pos`.
 
-    Key padding masks, key and value heads that queries share, dropout and decoding with a cache work as before.
+    Key padding masks, key and value heads that queries share, dropout and decoding with a cache work as before. As in
+    x-transformers' own flash attention, ``layers(x, causal=...)`` has no effect.
 
     Args:
         layers: built with ``attn_flash=True``, which makes x-transformers itself refuse what is no softmax attention,
@@ -84,14 +94,25 @@ def use_offset_bias(layers: AttentionLayers, bias: nn.Module, scale: float = 1.0
         scale: factor on its table; x-transformers multiplies that of ``rel_pos_bias`` by ``dim_head ** 0.5``.
 
     Raises:
+        TypeError: `layers` is no Encoder, Decoder or CrossAttender, but for example a whole TransformerWrapper.
         ValueError: the layers are built in another way, or have memory keys, which are at no position.
     """
+    if not isinstance(layers, AttentionLayers):
+        raise TypeError(f"`layers` must be an Encoder or a Decoder of x-transformers, got {type(layers).__name__}")
+    if layers.rel_pos is not None:
+        raise ValueError(f"`layers` must have no position bias of their own, got {type(layers.rel_pos).__name__}")
     for module in layers.modules():
         if isinstance(module, Attention) and (module.num_mem_kv or module.attend.add_zero_kv):
             raise ValueError("`layers` must have no memory keys and values, for these are at no position")
-        if isinstance(module, Attend) and (not module.flash or module.flash_pack_seq or module.l2_distance):
-            raise ValueError("`layers` must be built with attn_flash=True, unpacked, and without l2_distance")
+        if isinstance(module, Attend) and not _is_plain(module):
+            raise ValueError("`layers` must attend by a plain softmax, unpacked, and be built with attn_flash=True")
     for module in layers.modules():
         if isinstance(module, Attend):
             module.__class__ = TableAttend
     layers.rel_pos = RelativePositionTable(bias, scale)
+
+
+def _is_plain(attend: Attend) -> bool:
+    """Whether it is softmax attention by x-transformers' flash path, which ignores or refuses everything else."""
+    is_softmax = isinstance(attend.attn_fn, partial) and attend.attn_fn.func is softmax
+    return is_softmax and attend.flash and not (attend.flash_pack_seq or attend.l2_distance)

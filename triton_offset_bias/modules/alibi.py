@@ -31,7 +31,7 @@ def alibi_slopes(num_heads: int, device: torch.device | str | None = None) -> Te
     power = 2 ** (checked_count("num_heads", num_heads).bit_length() - 1)
     heads = torch.arange(num_heads, device=device)
     steps = torch.where(heads < power, 2 * (heads + 1), 2 * (heads - power) + 1)
-    return torch.exp2(steps * (-4.0 / power))
+    return torch.exp2(steps.float() * (-4.0 / power))
 
 
 class ALiBiBias(nn.Module):

@@ -3,7 +3,8 @@
 from torch import Tensor, nn
 
 from triton_offset_bias.functional import offset_bias_attention
-from triton_offset_bias.validators import checked_count, shape
+from triton_offset_bias.modules.offset_bias_2d import OffsetBias2d
+from triton_offset_bias.validators import check_flag, checked_count, checked_dropout, shape
 
 
 class OffsetBiasAttention(nn.Module):
@@ -19,9 +20,9 @@ class OffsetBiasAttention(nn.Module):
         dropout_p: probability of dropping an attention weight while training.
 
     Raises:
-        TypeError: `embed_dim`, `num_heads` or `num_kv_heads` is no int.
-        ValueError: one of them is below 1; `embed_dim` is no multiple of `num_heads`, or `num_heads` none of
-            `num_kv_heads`.
+        TypeError: a count is no int, `is_causal` no bool, `dropout_p` no float, or `bias` is an `OffsetBias2d`.
+        ValueError: a count is below 1, `dropout_p` is no probability, `embed_dim` is no multiple of `num_heads`, or
+            `num_heads` none of `num_kv_heads`.
 
     Source:
         Vaswani et al. 2017 (arXiv:1706.03762), section 3.2.2; Ainslie et al. 2023 (GQA, arXiv:2305.13245).
@@ -46,8 +47,13 @@ class OffsetBiasAttention(nn.Module):
         self.num_heads = num_heads
         self.num_kv_heads = num_kv_heads
         self.head_dim = embed_dim // num_heads
+        if isinstance(bias, OffsetBias2d):
+            raise TypeError(
+                "`bias` must give a table for a range of offsets, got OffsetBias2d, which goes with positions"
+            )
+        check_flag("is_causal", is_causal)
         self.is_causal = is_causal
-        self.dropout_p = dropout_p
+        self.dropout_p = checked_dropout(dropout_p)
         self.bias = bias
         self.q_proj = nn.Linear(embed_dim, embed_dim)
         self.k_proj = nn.Linear(embed_dim, num_kv_heads * self.head_dim)

@@ -1,5 +1,7 @@
 """FIRE: a small network on the logarithm of the distance."""
 
+from contextlib import nullcontext
+
 import torch
 from torch import Tensor, nn
 
@@ -57,7 +59,8 @@ class FireBias(nn.Module):
             (num_heads, max_offset - min_offset + 1) float32; as `bias`, its `bias_origin` is ``-min_offset``.
 
         Raises:
-            ValueError: `max_offset` is below `min_offset`, or an offset is further from 0 than `threshold`.
+            ValueError: `max_offset` is below `min_offset`, an offset is further from 0 than `threshold`, or the
+                parameters' dtype cannot hold `threshold`.
         """
         check_offset_range(min_offset, max_offset)
         for name, offset in (("min_offset", min_offset), ("max_offset", max_offset)):
@@ -66,9 +69,14 @@ class FireBias(nn.Module):
                     f"`{name}` must be within {self.threshold} of 0, for beyond its threshold FIRE depends on the "
                     f"query's position and is no table, got {offset}; build FireBias with a larger `threshold`"
                 )
+        largest = torch.finfo(self.limit.dtype).max
+        if self.threshold > largest:
+            raise ValueError(f"`threshold` must be at most {largest:g} for {self.limit.dtype}, got {self.threshold}")
         distances = distance_range(min_offset, max_offset, self.c.device)
         normalised = self._psi(distances) / self._psi(self.limit.float().clamp(min=self.threshold))
-        with torch.autocast(distances.device.type, enabled=False):
+        device_type = distances.device.type
+        has_autocast = torch.amp.is_autocast_available(device_type)
+        with torch.autocast(device_type, enabled=False) if has_autocast else nullcontext():
             hidden = torch.relu(_linear(self.hidden, normalised[:, None]))  # (offsets, hidden_size)
             return _linear(self.out, hidden).T
 

@@ -6,7 +6,7 @@ from importlib import import_module
 from transformers import PretrainedConfig, PreTrainedModel
 
 from triton_offset_bias.dispatch import BACKENDS
-from triton_offset_bias.integrations.transformers.masks import NUMBERED, PLAIN
+from triton_offset_bias.integrations.transformers.masks import NUMBERED, PLAIN, TABLE
 from triton_offset_bias.integrations.transformers.replacement import Replacement
 
 # Of every model type that is served, the module here that holds its adapter.
@@ -25,7 +25,8 @@ SERVED: dict[str, str] = {
     "swinv2": "windows",
     "beit": "beit",
 }
-_NUMBERING_KEYS = ("bloom", "falcon")
+# What their attention asks masks for, where it is not `PLAIN`.
+_MASKS = {"bloom": NUMBERED, "falcon": NUMBERED, **{name: TABLE for name, adapter in SERVED.items() if adapter == "t5"}}
 _STATE = "_offset_bias_configs"
 
 
@@ -69,7 +70,7 @@ def enable_offset_bias(model: PreTrainedModel, backend: str = "auto") -> None:
     configs = _own_configs(model)
     setattr(model, _STATE, [(config, config._attn_implementation) for config in configs])
     for config in configs:
-        config._attn_implementation = NUMBERED if config.model_type in _NUMBERING_KEYS else PLAIN
+        config._attn_implementation = _MASKS.get(model.config.model_type, PLAIN)
     for module in replaced:
         module.__class__ = classes[type(module)]
         module.offset_bias_backend = backend

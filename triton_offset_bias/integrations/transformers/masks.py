@@ -10,8 +10,9 @@ from torch import Tensor
 from transformers import AttentionMaskInterface, PretrainedConfig
 from transformers.masking_utils import bidirectional_mask_function, causal_mask_function
 
-# The names under which models find these masks, as `config._attn_implementation`.
-PLAIN, NUMBERED = "offset_bias", "offset_bias_numbered"
+# The names under which models find these masks, as `config._attn_implementation`. That of tables is the one that is an
+# attention function's as well: transformers refuses to build models of the others from such a configuration.
+PLAIN, TABLE, NUMBERED = "offset_bias", "offset_bias_table", "offset_bias_numbered"
 
 
 def key_mask(
@@ -47,7 +48,8 @@ def key_mask(
         )
     if attention_mask is not None and attention_mask.dim() != 2:
         raise ValueError(f"`attention_mask` must have shape (batch, keys), got shape {tuple(attention_mask.shape)}")
-    num_keys = int(q_offset) + q_length if is_causal else kv_length
+    first = int(q_offset) if isinstance(q_offset, Tensor) else q_offset  # a tensor where a static cache is filled
+    num_keys = first + q_length if is_causal else kv_length
     if attention_mask is None:
         return torch.ones(batch_size, num_keys, dtype=torch.bool, device=device) if is_causal else None
     missing = max(num_keys - attention_mask.shape[1], 0)
@@ -70,16 +72,23 @@ def numbered_key_mask(
         keys' numbers, from 0 on, and -1 for padding.
 
     Raises:
-        NotImplementedError, ValueError: as `key_mask`.
+        NotImplementedError: as `key_mask`.
+        ValueError: as `key_mask`; or `attention_mask` leaves out keys of the cache.
     """
     mask = key_mask(batch_size, q_length, kv_length, attention_mask=attention_mask, **kwargs)  # type: ignore[arg-type]
     if attention_mask is None or mask is None:
         return mask
+    if attention_mask.shape[1] < mask.shape[1]:
+        raise ValueError(
+            f"`attention_mask` must cover all {mask.shape[1]} keys, those in the cache too, "
+            f"got shape {tuple(attention_mask.shape)}"
+        )
     # The first attended key's number, less the places before it, is what all of a gapless sequence have in common.
     numbers = mask.cumsum(-1) - 1
     shifts = numbers - torch.arange(mask.shape[1], device=mask.device)
     has_gaps = (mask & (shifts != -mask.int().argmax(-1, keepdim=True))).any()
-    return numbers.where(mask, -1) if bool(has_gaps) else mask
+    # What is compiled cannot look: numbers are right for every mask.
+    return numbers.where(mask, -1) if torch.compiler.is_compiling() or bool(has_gaps) else mask
 
 
 def padding_of(mask: Tensor | None, batch_size: int, is_causal: bool) -> Tensor | None:
@@ -92,7 +101,7 @@ def padding_of(mask: Tensor | None, batch_size: int, is_causal: bool) -> Tensor 
         is_causal: whether the layer is causal; then only `key_mask` tells that the model's mask is.
 
     Raises:
-        ValueError: it says something else of different queries, or anything but attend or not.
+        ValueError: it says something else of different queries, anything but attend or not, or is of integers.
     """
     if mask is not None and mask.dim() == 2:
         return mask
@@ -102,6 +111,8 @@ def padding_of(mask: Tensor | None, batch_size: int, is_causal: bool) -> Tensor 
         got = "None" if mask is None else f"shape {tuple(mask.shape)}"
         raise ValueError(f"`attention_mask` must have shape (batch, keys) for offset-bias attention, got {got}")
     mask = mask[:, 0, 0]
+    if not (mask.dtype == torch.bool or mask.is_floating_point()):
+        raise ValueError(f"`attention_mask` of four axes must be bool or additive, got {mask.dtype}")
     if mask.dtype != torch.bool:
         is_attended = mask == 0
         if not bool((is_attended | (mask <= torch.finfo(mask.dtype).min)).all()):
@@ -111,4 +122,5 @@ def padding_of(mask: Tensor | None, batch_size: int, is_causal: bool) -> Tensor 
 
 
 AttentionMaskInterface.register(PLAIN, key_mask)
+AttentionMaskInterface.register(TABLE, key_mask)
 AttentionMaskInterface.register(NUMBERED, numbered_key_mask)

@@ -64,7 +64,8 @@ class Replacement:
             bias_origin=bias_origin,
             window_size=window_size,
             key_padding_mask=padding,
-            query_positions=None if numbers is None else numbers[:, -query.shape[2] :],
+            # A padded query counts as the last attended token before it.
+            query_positions=None if numbers is None else numbers.cummax(-1).values[:, -query.shape[2] :],
             key_positions=numbers,
             backend=self.offset_bias_backend,
         )

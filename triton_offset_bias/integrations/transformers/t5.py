@@ -15,7 +15,7 @@ from transformers.models.switch_transformers.modeling_switch_transformers import
 from transformers.models.t5.modeling_t5 import T5Attention
 from transformers.models.umt5.modeling_umt5 import UMT5Attention
 
-from triton_offset_bias.integrations.transformers.masks import PLAIN
+from triton_offset_bias.integrations.transformers.masks import TABLE
 from triton_offset_bias.integrations.transformers.replacement import Replacement, refuse_attentions
 from triton_offset_bias.modules.t5 import t5_buckets
 
@@ -61,6 +61,7 @@ class _BucketTable(Replacement):
 class _TableAttention(_BucketTable):
     """Self- and cross-attention of the family; reached through `transformers.AttentionInterface`."""
 
+    config: PretrainedConfig
     is_causal: bool
 
     @property
@@ -71,7 +72,16 @@ class _TableAttention(_BucketTable):
     def compute_bias(
         self, query_length: int, key_length: int, device: object = None, past_seen_tokens: object = 0
     ) -> Tensor | None:
-        """The table in place of the dense bias; None for no bias, as in cross-attention."""
+        """The table in place of the dense bias; None for no bias, as in cross-attention.
+
+        Raises:
+            RuntimeError: the model was told to attend in another way since it was enabled.
+        """
+        if self.config._attn_implementation != TABLE:
+            raise RuntimeError(
+                f"`attn_implementation` must stay {TABLE!r} until disable_offset_bias(model) is called, "
+                f"got {self.config._attn_implementation!r}"
+            )
         return self.table()
 
 
@@ -101,7 +111,15 @@ def attend_with_table(
 
     Returns:
         (B, Lq, H * D), and None for the weights.
+
+    Raises:
+        TypeError: `module` is not one that `enable_offset_bias` has changed.
     """
+    if not isinstance(module, _TableAttention):
+        raise TypeError(
+            f"`config` must not be that of a model that enable_offset_bias was called with, got it in a new "
+            f"{type(module).__name__}: build the model with attn_implementation='eager'"
+        )
     refuse_attentions(output_attentions)
     out = module.attend(
         query,
@@ -197,4 +215,4 @@ REPLACEMENTS: tuple[type[Replacement], ...] = (
     OffsetBiasPop2PianoAttention,
 )
 
-AttentionInterface.register(PLAIN, attend_with_table)
+AttentionInterface.register(TABLE, attend_with_table)
