@@ -10,7 +10,7 @@ OLDEST_TRANSFORMERS := $(VENV)/transformers-5.15.0
 PTXEMU ?= $(wildcard ../shared/tools/ptxemu)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-interpreted test-emulated test-gpu test-oldest-transformers compile-kernels gpu-static lint fmt bench plots ci clean
+.PHONY: help setup demo test test-interpreted test-emulated test-gpu test-oldest-transformers test-sanitized compile-kernels gpu-static lint fmt bench plots ci clean
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 26
@@ -36,6 +36,9 @@ test-gpu: $(INSTALLED)  ## run the tests on CUDA tensors (SANITIZER="compute-san
 test-oldest-transformers: $(INSTALLED) $(OLDEST_TRANSFORMERS)  ## run the tests of the integration on the oldest transformers that it declares
 	PYTHONPATH=$(OLDEST_TRANSFORMERS) $(RUN) -m pytest tests/integrations $(OPTIONS)
 
+test-sanitized: $(INSTALLED)  ## run the engine's tests under address, undefined-behaviour and thread sanitizers (needs GCC)
+	$(RUN) tests/sanitized/run.py $(OPTIONS)
+
 compile-kernels: $(INSTALLED) $(OLDEST_TRITON)  ## compile the GPU kernels for every target, newest and oldest Triton, within a budget of registers and spills
 	$(RUN) -m bench.compile_kernels $(OPTIONS)
 	PYTHONPATH=$(OLDEST_TRITON) $(RUN) -m bench.compile_kernels $(OPTIONS)
@@ -47,12 +50,12 @@ lint: $(INSTALLED)  ## ruff, mypy and clang-format
 	$(RUN) -m ruff format --check .
 	$(RUN) -m ruff check .
 	$(RUN) -m mypy
-	$(VENV)/bin/clang-format --dry-run --Werror csrc_ref/*
+	$(VENV)/bin/clang-format --dry-run --Werror csrc_ref/* tests/sanitized/*.cpp
 
 fmt: $(INSTALLED)  ## format the code
 	$(RUN) -m ruff format .
 	$(RUN) -m ruff check --fix .
-	$(VENV)/bin/clang-format -i csrc_ref/*
+	$(VENV)/bin/clang-format -i csrc_ref/* tests/sanitized/*.cpp
 
 bench: $(INSTALLED)  ## measure against other ways to do the same, on this machine
 	$(RUN) -m bench $(OPTIONS)

@@ -296,8 +296,9 @@ template <class Real> class Backward {
   const Real *row_max, *row_sum, *dlse;
   Real *dbias;
   const std::vector<Band> bands = bands_of(p);
-  const BiasStrips<Real> strips{p};
-  const Gathered<Real> gathered{p};
+  const BiasTable<Real> table{p};
+  const BiasStrips<Real> strips{p, table};
+  const Gathered<Real> gathered{p, table};
   const KeyMask<Real> mask{p};
   const int chunks = round_up(int(p.dim), P) / P, chunks_v = round_up(int(p.dim_v), P) / P;  // dims in panels
   const int keys = keys_per_task();                                                          // keys a task

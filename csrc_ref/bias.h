@@ -14,8 +14,9 @@ template <class Real> Real in_bits(Real nats) {
   return std::isinf(nats) ? nats : std::clamp(nats * Real(kLog2E), -kLargest, kLargest);
 }
 
-// The row of the table, and of its gradient, that a sequence and a head share with others.
+// The row of the table, and of its gradient, that a sequence and a head share with others; 0 without a table.
 inline int64_t bias_row(const tob_problem &p, int64_t b, int64_t h) {
+  if (!p.bias) return 0;
   return (p.bias_batch == 1 ? 0 : b) * p.bias_heads + (p.bias_heads == 1 ? 0 : h);
 }
 
@@ -23,9 +24,45 @@ inline int64_t bias_column(const tob_problem &p, int64_t offset) {
   return std::clamp<int64_t>(offset - p.bias_first, 0, p.bias_columns - 1);
 }
 
+// The rows of the table, each counted from a constant that its log-sum-exp gets back. Where the finite numbers of a row
+// have one sign and lie within a factor 2 of one another it is one of them: subtracting that is exact (Sterbenz 1974),
+// and scores keep the digits that its size would take. Elsewhere it is 0.
+template <class Real> class BiasTable {
+ public:
+  explicit BiasTable(const tob_problem &p)
+      : columns_(p.bias ? p.bias_columns : 0),
+        nats_(static_cast<const Real *>(p.bias)),
+        constants_(size_t(p.bias ? p.bias_batch * p.bias_heads : 1)) {
+    for (size_t row = 0; p.bias && row < constants_.size(); ++row)
+      constants_[row] = constant_of(nats_ + int64_t(row) * columns_);
+  }
+
+  Real constant(int64_t row) const { return constants_[size_t(row)]; }
+  Real bits(int64_t row, int64_t column) const { return in_bits(nats_[row * columns_ + column] - constant(row)); }
+
+ private:
+  Real constant_of(const Real *row) const {
+    Real low = std::numeric_limits<Real>::infinity(), high = -low;
+    for (int64_t column = 0; column < columns_; ++column) {
+      if (!std::isfinite(row[column])) continue;
+      low = std::min(low, row[column]);
+      high = std::max(high, row[column]);
+    }
+    if (low > 0 && low <= high && high <= 2 * low) return low;
+    if (high < 0 && low <= high && low >= 2 * high) return high;
+    return 0;
+  }
+
+  int64_t columns_;
+  const Real *nats_;
+  std::vector<Real> constants_;
+};
+
 // strip[y - first] for y = key position - query position in [first, last]: the bias in bits that pairs so far apart see
 // in a row of the table, -inf outside the band; 0 inside of it without a bias.
-template <class Real> void fill_strip(const tob_problem &p, int64_t row, int64_t first, int64_t last, Real *strip) {
+template <class Real>
+void fill_strip(const tob_problem &p, const BiasTable<Real> &table, int64_t row, int64_t first, int64_t last,
+                Real *strip) {
   const auto fill = [&](int64_t from, int64_t to, Real value) {  // from <= y < to
     std::fill(strip + (from - first), strip + (to - first), value);
   };
@@ -37,13 +74,12 @@ template <class Real> void fill_strip(const tob_problem &p, int64_t row, int64_t
     fill(begin, end, Real(0));
     return;
   }
-  const Real *bias = static_cast<const Real *>(p.bias) + row * p.bias_columns;
   const int64_t last_column = p.bias_columns - 1;
   const int64_t left = std::clamp(-(p.bias_first + last_column), begin, end);  // where the table begins, reversed
   const int64_t right = std::clamp(-p.bias_first + 1, left, end);              // and where it has ended
-  fill(begin, left, in_bits(bias[last_column]));
-  for (int64_t y = left; y < right; ++y) strip[y - first] = in_bits(bias[-y - p.bias_first]);
-  fill(right, end, in_bits(bias[0]));
+  fill(begin, left, table.bits(row, last_column));
+  for (int64_t y = left; y < right; ++y) strip[y - first] = table.bits(row, -y - p.bias_first);
+  fill(right, end, table.bits(row, 0));
 }
 
 // The bias of every row of the table over y = key position - query position, in bits, -inf outside the band: 8
@@ -54,7 +90,8 @@ template <class Real> class BiasStrips {
   static constexpr int kPad = 256;
 
   // At least one strip, which is 0 inside the band without a bias; none where tensors give the positions.
-  explicit BiasStrips(const tob_problem &p) : p_(p), rows_(p.bias ? p.bias_batch * p.bias_heads : 1) {
+  BiasStrips(const tob_problem &p, const BiasTable<Real> &table)
+      : p_(p), rows_(p.bias ? p.bias_batch * p.bias_heads : 1) {
     if (p.query_positions) return;
     for (int64_t b = 0; b < p.batch; ++b) {
       const tob_sequence &s = p.sequences[b];
@@ -65,14 +102,14 @@ template <class Real> class BiasStrips {
     length_ = last_ - first_ + 1 + 2 * kPad;
     values_.reset(new Scratch<Real>(rows_ * length_));
     std::fill_n(values_->get(), rows_ * length_, -std::numeric_limits<Real>::infinity());
-    for (int64_t row = 0; row < rows_; ++row) fill_strip(p, row, first_, last_, values_->get() + row * length_ + kPad);
+    for (int64_t row = 0; row < rows_; ++row)
+      fill_strip(p, table, row, first_, last_, values_->get() + row * length_ + kPad);
   }
 
   // Points at the key x behind the query of sequence b, counted from its first ones; null where there is no strip.
   const Real *at(int64_t b, int64_t h, int64_t x) const {
     if (!values_) return nullptr;
-    const int64_t row = p_.bias ? bias_row(p_, b, h) : 0;
-    return values_->get() + row * length_ + kPad - first_ - p_.sequences[b].query_start + x;
+    return values_->get() + bias_row(p_, b, h) * length_ + kPad - first_ - p_.sequences[b].query_start + x;
   }
 
  private:
@@ -119,17 +156,18 @@ template <class Real> class Gathered {
  public:
   using Int = typename Simd<Real>::Traits::Int;
 
-  explicit Gathered(const tob_problem &p)
+  Gathered(const tob_problem &p, const BiasTable<Real> &table)
       : p_(p),
         length_q_(p.len_q + kPad),
         length_k_(p.len_k + kPad),
         queries_(copies(p.query_positions, p.position_stride_q, p.len_q, length_q_)),
         keys_(copies(p.key_positions, p.position_stride_k, p.len_k, length_k_)),
-        table_(p.query_positions && p.bias ? p.bias_batch * p.bias_heads * p.bias_columns : 1) {
+        table_(present() && p.bias ? p.bias_batch * p.bias_heads * p.bias_columns : 1) {
     table_.get()[0] = 0;
-    const Real *bias = static_cast<const Real *>(p.bias);
-    for (int64_t i = 0; p.query_positions && bias && i < p.bias_batch * p.bias_heads * p.bias_columns; ++i)
-      table_.get()[i] = in_bits(bias[i]);
+    if (!present() || !p.bias) return;
+    for (int64_t row = 0; row < p.bias_batch * p.bias_heads; ++row)
+      for (int64_t column = 0; column < p.bias_columns; ++column)
+        table_.get()[row * p.bias_columns + column] = table.bits(row, column);
   }
 
   bool present() const { return p_.query_positions != nullptr; }
@@ -138,7 +176,7 @@ template <class Real> class Gathered {
     if (!present()) return {};
     return {queries_->get() + (p_.position_stride_q ? b * length_q_ : 0) + query,
             keys_->get() + (p_.position_stride_k ? b * length_k_ : 0) + key,
-            table_.get() + (p_.bias ? bias_row(p_, b, h) * p_.bias_columns : 0),
+            table_.get() + bias_row(p_, b, h) * p_.bias_columns,
             saturated(p_.bias_first),
             saturated(p_.bias ? p_.bias_columns - 1 : 0),
             saturated(p_.min_offset),

@@ -99,7 +99,7 @@ template <class Real> class Decode {
       for (int row = 0; row < int(group) * len_q; ++row) {
         if (row % len_q == 0) {
           const int64_t table_row = bias_row(p, b, h * group + row / len_q);
-          fill_strip(p, table_row, first_y, first_y + count + len_q - 2, t.strip);
+          fill_strip(p, outputs.table, table_row, first_y, first_y + count + len_q - 2, t.strip);
         }
         score(t.query + row * padded, key_rows, count, t.scores, values_soon);
         add(t.scores, t.strip + len_q - 1 - row % len_q, mask.present() ? mask.at(b) + key : nullptr, count);

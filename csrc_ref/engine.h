@@ -67,8 +67,8 @@ typedef struct {
 } tob_problem;
 
 /* A real for every query, that of query i of a sequence at b row_stride_b + h row_stride_h + first_query + i: the
-   softmax, as P = exp2(S log2(e) - row_max) / row_sum. Kept apart because row_max + log2(row_sum) would round. A row
-   that attends to nothing has row_max +inf, row_sum 0. */
+   softmax, as P = exp2(S log2(e) - row_max) / row_sum, where S is counted from a constant of the row of the bias. Kept
+   apart because row_max + log2(row_sum) would round. A row that attends to nothing has row_max +inf, row_sum 0. */
 typedef struct {
   void *row_max, *row_sum;
 } tob_row_stats;

@@ -115,9 +115,9 @@ template <class Real> class Forward {
   // Scores become exps under the new running maximum; t.rescale is what older sums have to be multiplied with.
   TOB_INLINE void softmax_step(Block &t, int row, int rows, Range columns) const {
     Real old_max[kRows + W];
+    std::copy_n(t.max + row, round_up(rows, W), old_max);
     for (int r = 0; r < rows; ++r) {
       const Real *s = t.scores + r * kScoreStride;
-      old_max[r] = t.max[row + r];
       Vec m0 = S::broadcast(old_max[r]), m1 = m0;
       for (int j = columns.begin; j < columns.end; j += P) {
         m0 = S::max(m0, S::load(s + j));
@@ -147,8 +147,8 @@ template <class Real> class Forward {
   const tob_problem &p;
   const Outputs<Real> &outputs;
   const std::vector<Band> bands = bands_of(p);
-  const BiasStrips<Real> strips{p};
-  const Gathered<Real> gathered{p};
+  const BiasStrips<Real> strips{p, outputs.table};
+  const Gathered<Real> gathered{p, outputs.table};
   const KeyMask<Real> mask{p};
   const int chunks = round_up(int(p.dim), P) / P, chunks_v = round_up(int(p.dim_v), P) / P;  // dims in panels
   const int keys_padded = round_up(int(p.len_k), P);

@@ -9,13 +9,15 @@ template <class Real> struct Outputs {
   const tob_problem &p;
   const tob_tensor &out;
   Real *lse, *row_max, *row_sum;
+  const BiasTable<Real> table;
 
   Outputs(const tob_problem &problem, const tob_tensor &out, void *lse, const tob_row_stats &stats)
       : p(problem),
         out(out),
         lse(static_cast<Real *>(lse)),
         row_max(static_cast<Real *>(stats.row_max)),
-        row_sum(static_cast<Real *>(stats.row_sum)) {}
+        row_sum(static_cast<Real *>(stats.row_sum)),
+        table(problem) {}
 
   // The row of query i from acc, the sum of E V, where E = exp2(S - max) adds up to `sum`. A row whose sum is 0
   // attended to nothing.
@@ -27,7 +29,7 @@ template <class Real> struct Outputs {
     write_row(matrix_of(out, p.dtype, int(p.dim_v), b, h, first), i, empty ? Real(0) : kept_scale / sum, acc);
     row_max[index] = empty ? std::numeric_limits<Real>::infinity() : max;
     row_sum[index] = sum;
-    lse[index] = Real(kLn2) * (max + std::log2(sum));
+    lse[index] = Real(kLn2) * (max + std::log2(sum)) + table.constant(bias_row(p, b, h));
   }
 };
 

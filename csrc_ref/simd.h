@@ -24,7 +24,8 @@ template <class Real> struct SimdTraits;
 
 template <> struct SimdTraits<float> {
   using Int = int32_t;
-  static constexpr float kRoundMagic = 12582912.f;  // 1.5 * 2^23: adding it rounds to an integer, kept in the low bits
+  // 1.5 * 2^23 + 127: adding it rounds to an integer, kept in the low bits with the exponent's bias.
+  static constexpr float kRoundMagic = 12583039.f;
   static constexpr int kMantissaBits = 23;
   static constexpr float kMinExponent = -127.f;
   // 2^f on [-1/2, 1/2] with relative error 1.1e-7; the minimax polynomial among those with constant term 1.
@@ -35,7 +36,7 @@ template <> struct SimdTraits<float> {
 
 template <> struct SimdTraits<double> {
   using Int = int64_t;
-  static constexpr double kRoundMagic = 6755399441055744.0;  // 1.5 * 2^52
+  static constexpr double kRoundMagic = 6755399441056767.0;  // 1.5 * 2^52 + 1023
   static constexpr int kMantissaBits = 52;
   static constexpr double kMinExponent = -1023.0;
   // The Taylor series of 2^f: its remainder on [-1/2, 1/2] is below 1e-17.
@@ -53,6 +54,7 @@ template <class Real> struct Simd {
   typedef Real Vec __attribute__((vector_size(TOB_VECTOR_BYTES)));
   typedef Real Unaligned __attribute__((vector_size(TOB_VECTOR_BYTES), aligned(alignof(Real)), may_alias));
   typedef typename Traits::Int IntVec __attribute__((vector_size(TOB_VECTOR_BYTES)));
+  typedef std::make_unsigned_t<typename Traits::Int> Bits __attribute__((vector_size(TOB_VECTOR_BYTES)));
 
   static TOB_INLINE Vec load(const Real *p) { return *reinterpret_cast<const Unaligned *>(p); }
   static TOB_INLINE void store(Real *p, Vec v) { *reinterpret_cast<Unaligned *>(p) = v; }
@@ -73,7 +75,7 @@ template <class Real> struct Simd {
 #endif
   }
 
-  // 2^x for x <= 1. At or below the smallest exponent exactly 0; NaN stays NaN.
+  // 2^x for x <= 1. At or below the smallest exponent exactly 0; NaN, of whatever bits, stays NaN.
   static TOB_INLINE Vec exp2(Vec x) {
     x = max(broadcast(Traits::kMinExponent), x);
     const Vec shifted = x + Traits::kRoundMagic;
@@ -81,7 +83,7 @@ template <class Real> struct Simd {
     Vec p = broadcast(Traits::kExp2[Traits::kDegree - 1]);
     for (int i = Traits::kDegree - 2; i >= 0; --i) p = p * f + Traits::kExp2[i];
     p = p * f + Real(1);
-    return (Vec)((IntVec)p + ((IntVec)shifted << Traits::kMantissaBits));
+    return p * (Vec)((Bits)shifted << Traits::kMantissaBits);
   }
 
   // Transposes a square of kLanes rows: blocks of 1, 2, 4, ... off the diagonal change places.

@@ -29,7 +29,7 @@ SHAPES = [
     Case("fewer queries than keys, causal: bottom-right aligned", (70, 211), options={"is_causal": True}),
     Case("more queries than keys, causal: the first see nothing", (211, 70), options={"is_causal": True}),
     Case("causal, the first key of a block of 32 seen by one query", (64, 65), options={"is_causal": True}),
-    Case("the last key of a block of 64 seen by one query", (128, 128), options={"window_size": (65, -1)}),
+    Case("the last key of a block of 64 seen by one query", (129, 129), options={"window_size": (65, -1)}),
     Case("long", (1031, 1033), (32, 32), batch=1, heads=(1, 1)),
     Case("long, causal", (1031, 1031), batch=1, heads=(2, 2), options={"is_causal": True}, through_lse=True),
     Case("long against short", (1201, 45), batch=1),
@@ -68,6 +68,7 @@ TABLES = [
         options={"is_causal": True, "bias_origin": 0, "beyond": "error"},
     ),
     Case("offsets that are never attended to", columns=61, forbidden=(20, 30, 31, 60)),
+    Case("the table ends two offsets inside of a block, on both sides", (200, 200), columns=133),
     Case("both clamped ends -inf: a window by the table", (200, 200), columns=31, forbidden=(0, 30)),
     Case("a table that forbids everything", columns=1, forbidden=(0,), through_lse=True),
     Case("bfloat16 table", bias_dtype=torch.bfloat16),
@@ -120,6 +121,24 @@ DTYPES = [
     ),
     Case("float64 with a float32 table", dtype=torch.float64, bias="BHN", columns=21),
 ]
+DETERMINISTIC = [
+    Case("deterministic", (29, 31), through_lse=True, options={"deterministic": True}),
+    Case(
+        "deterministic, causal, grouped heads, a clamped table",
+        (150, 130),
+        heads=(4, 2),
+        columns=41,
+        options={"deterministic": True, "is_causal": True},
+    ),
+    Case(
+        "deterministic, holes, a window inside of blocks, a table per sequence",
+        (130, 150),
+        bias="BHN",
+        columns=31,
+        mask="holes",
+        options={"deterministic": True, "window_size": (40, 21), "beyond": "zero"},
+    ),
+]
 LAYOUTS = [
     Case("transposed views", (40, 50), heads=(6, 2), layout="transposed BLHD"),
     Case("slices of a packed qkv", (40, 40), layout="slice of a packed qkv"),
@@ -136,7 +155,7 @@ LAYOUTS = [
         layout="rows 2**26 elements apart",
     ),
 ]
-CASES = [*SHAPES, *HEAD_DIMS, *TABLES, *MASKS, *DTYPES, *LAYOUTS]
+CASES = [*SHAPES, *HEAD_DIMS, *TABLES, *MASKS, *DTYPES, *DETERMINISTIC, *LAYOUTS]
 
 
 def _is_served(backend: str, case: Case) -> bool:
@@ -229,7 +248,9 @@ def test_a_query_with_nothing_to_attend_to_gives_zero_output_and_no_gradient(bac
 def test_a_table_of_very_negative_finite_numbers_forbids_nothing(backend, lowest):
     """Only -inf forbids: equal biases, however low, leave every key its share (equal, as the rest rounds away)."""
     q, k, v = (torch.randn(1, 2, 20, 8) for _ in range(3))
-    out, lse = offset_bias_attention(q, k, v, torch.full((39,), lowest), return_lse=True, backend=backend)
+    table = torch.full((41,), lowest)
+    table[0] = 0.0  # reached by no offset: a constant table would be counted from its constant
+    out, lse = offset_bias_attention(q, k, v, table, return_lse=True, backend=backend)
     torch.testing.assert_close(out, v.mean(2, keepdim=True).expand(out.shape))
     if lowest == -1e31:  # in bits, as the engine counts, the lowest float32 is beyond float32
         torch.testing.assert_close(lse, torch.full_like(lse, lowest))

@@ -26,6 +26,7 @@ CASES = [
     Case("the same for all, causal", (13, 17), columns=21, options={**SHARED, "is_causal": True}),
     Case("out of order, for each sequence", (13, 17), options=EACH),
     Case("out of order, causal, some see nothing", (13, 17), through_lse=True, options={**EACH, "is_causal": True}),
+    Case("deterministic", (13, 17), columns=21, through_lse=True, options={**EACH, "deterministic": True}),
     Case(
         "a window, grouped heads, padding",
         (13, 17),

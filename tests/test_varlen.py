@@ -60,13 +60,21 @@ def _each_by_itself(inputs, lengths_q, lengths_k, options, dout, dlse, dtype) ->
     return Results(**packed)
 
 
+@pytest.mark.parametrize("deterministic", [False, True], ids=["any order", "deterministic"])
 @pytest.mark.parametrize(("lengths_q", "lengths_k", "heads", "bias", "options"), CASES.values(), ids=CASES)
-def test_packed_sequences_give_what_each_gives_by_itself(backend, lengths_q, lengths_k, heads, bias, options):
+def test_packed_sequences_give_what_each_gives_by_itself(
+    backend, lengths_q, lengths_k, heads, bias, options, deterministic
+):
     """Output, log-sum-exp and every gradient."""
     inputs = _inputs(lengths_q, lengths_k, heads, bias)
     longest = max(lengths_q, default=0), max(lengths_k, default=0)
     out, lse = offset_bias_attention_varlen(
-        *inputs, _bounds(lengths_q), _bounds(lengths_k), *longest, **options, return_lse=True, backend=backend
+        *inputs,
+        *(_bounds(lengths_q), _bounds(lengths_k), *longest),
+        **options,
+        deterministic=deterministic,
+        return_lse=True,
+        backend=backend,
     )
     assert lse.shape == (heads[0], sum(lengths_q))
     assert out.shape == (sum(lengths_q), heads[0], 6)

@@ -47,7 +47,7 @@ def kept(
     column = torch.arange(8 * blocks_k, device=device)
     head = (torch.arange(num_sequences * heads, device=device) + sequence * heads).view(-1, 1, 1)
     words = torch.stack(_philox(seed, row, column, head), dim=-1)  # (sequences * heads, rows, columns, 4)
-    words = words.view(-1, blocks_q, 8, blocks_k, 8, 2, 2).permute(0, 1, 5, 2, 3, 6, 4)
+    words = words.view(num_sequences * heads, blocks_q, 8, blocks_k, 8, 2, 2).permute(0, 1, 5, 2, 3, 6, 4)
     words = words.reshape(num_sequences, heads, 16 * blocks_q, 16 * blocks_k)
     return words[:, :, :len_q, :len_k] > largest_dropped(dropout_p)
 

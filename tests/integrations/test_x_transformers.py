@@ -67,6 +67,9 @@ def test_what_would_lose_the_bias_is_an_error():
         use_offset_bias(TransformerWrapper(num_tokens=5, max_seq_len=9, attn_layers=layers), T5Bias(4))
     with pytest.raises(ValueError, match="`layers` must have no position bias of their own"):
         use_offset_bias(Decoder(attn_flash=True, alibi_pos_bias=True, **OPTIONS), T5Bias(4))
+    use_offset_bias(layers, T5Bias(4))
+    with pytest.raises(ValueError, match=r"`layers` must have no position bias .* got RelativePositionTable"):
+        use_offset_bias(layers, T5Bias(4))
     with pytest.raises(ValueError, match="plain softmax"):
         use_offset_bias(Decoder(attn_flash=True, attn_gumbel_softmax=True, **OPTIONS), T5Bias(4))
 

@@ -1,8 +1,8 @@
 """The compiled CPU engine (`csrc_ref/`), called through ctypes; the contract is in `csrc_ref/engine.h`.
 
 The package holds one build of the engine for each instruction set; the fastest that the processor can run is loaded at
-import. `TRITON_OFFSET_BIAS_BUILD=portable` (or `avx2`, `avx512`) asks for one by name; `TRITON_OFFSET_BIAS_FOLDER` names
-a folder to look for builds in, instead of the package's.
+import. `TRITON_OFFSET_BIAS_BUILD=portable` (or `avx2`, `avx512`) asks for one by name, `TRITON_OFFSET_BIAS_FOLDER=...`
+for those in a folder instead of the package's. A process that was forked after the import works on one thread.
 """
 
 import ctypes
@@ -102,6 +102,7 @@ def _load() -> tuple[ctypes.CDLL | None, str, str]:
 
 
 _ENGINE, BUILD, _WHY_NOT = _load()
+_PROCESS = os.getpid()
 
 
 def build_description() -> str:
@@ -186,7 +187,7 @@ class _Call:
         self._sequences = (_Sequence * len(placed.sequences))(*(_Sequence(*rows) for rows in placed.sequences))
         is_dropping = problem.seed is not None
         self.problem = _Problem(
-            *(_DTYPES[query.dtype], torch.get_num_threads(), problem.num_sequences, heads_q, key.shape[1]),
+            *(_DTYPES[query.dtype], _num_threads(), problem.num_sequences, heads_q, key.shape[1]),
             *(problem.max_seqlen_q, problem.max_seqlen_k, query.shape[3], value.shape[3]),
             *(problem.min_offset, problem.max_offset, problem.scale),
             *(_tensor(x, is_packed) for x in (query, key, value)),
@@ -235,6 +236,11 @@ def _tensor(tensor: Tensor | None, is_packed: bool) -> _Tensor:
         return _Tensor()
     batch, *strides = tensor.stride()
     return _Tensor(tensor.data_ptr(), 0 if is_packed else batch, *strides)
+
+
+def _num_threads() -> int:
+    """Threads do not survive a fork, and GCC's OpenMP runtime waits for those that the parent had for ever."""
+    return torch.get_num_threads() if os.getpid() == _PROCESS else 1
 
 
 def _pointer(tensor: Tensor | None) -> int | None:

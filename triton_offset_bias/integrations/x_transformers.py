@@ -88,14 +88,14 @@ def use_offset_bias(layers: AttentionLayers, bias: nn.Module, scale: float = 1.0
     x-transformers' own flash attention, ``layers(x, causal=...)`` has no effect.
 
     Args:
-        layers: built with ``attn_flash=True``, which makes x-transformers itself refuse what is no softmax attention,
-            and without a position bias of its own.
+        layers: built with ``attn_flash=True``, for plain softmax attention without a position bias of its own.
         bias: such as `T5Bias` (``rel_pos_bias=True`` in x-transformers) or `ALiBiBias` (``alibi_pos_bias=True``).
         scale: factor on its table; x-transformers multiplies that of ``rel_pos_bias`` by ``dim_head ** 0.5``.
 
     Raises:
         TypeError: `layers` is no Encoder, Decoder or CrossAttender, but for example a whole TransformerWrapper.
-        ValueError: the layers are built in another way, or have memory keys, which are at no position.
+        ValueError: the layers are built in another way, have a position bias, as after a first call of this, or have
+            memory keys, which are at no position.
     """
     if not isinstance(layers, AttentionLayers):
         raise TypeError(f"`layers` must be an Encoder or a Decoder of x-transformers, got {type(layers).__name__}")
