@@ -10,7 +10,7 @@ OLDEST_TRANSFORMERS := $(VENV)/transformers-5.15.0
 PTXEMU ?= $(wildcard ../shared/tools/ptxemu)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-interpreted test-emulated test-gpu test-oldest-transformers test-sanitized compile-kernels gpu-static lint fmt bench plots ci clean
+.PHONY: help setup demo test test-interpreted test-emulated test-gpu test-oldest-transformers test-sanitized test-mutations compile-kernels gpu-static lint fmt bench plots ci clean
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 26
@@ -38,6 +38,9 @@ test-oldest-transformers: $(INSTALLED) $(OLDEST_TRANSFORMERS)  ## run the tests 
 
 test-sanitized: $(INSTALLED)  ## run the engine's tests under address, undefined-behaviour and thread sanitizers (needs GCC)
 	$(RUN) tests/sanitized/run.py $(OPTIONS)
+
+test-mutations: $(INSTALLED)  ## plant mistakes one at a time and show that the tests see each
+	$(RUN) tests/mutations.py $(OPTIONS)
 
 compile-kernels: $(INSTALLED) $(OLDEST_TRITON)  ## compile the GPU kernels for every target, newest and oldest Triton, within a budget of registers and spills
 	$(RUN) -m bench.compile_kernels $(OPTIONS)

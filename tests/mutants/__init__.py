@@ -1,0 +1,8 @@
+"""Mistakes that the tests have to see; `mutations.py` plants them, one at a time."""
+
+from mutants.engine import ENGINE
+from mutants.kernels import KERNELS
+from mutants.mutant import Mutant
+from mutants.package import PACKAGE
+
+__all__ = ["ENGINE", "KERNELS", "PACKAGE", "Mutant"]

@@ -1,0 +1,30 @@
+"""What a mistake is."""
+
+from dataclasses import dataclass
+
+Row = tuple[str, str, str, str, str]
+
+
+@dataclass(frozen=True)
+class Mutant:
+    """A mistake: `new` in the place of `old`, which its file holds once.
+
+    Attributes:
+        file: from the repository's root on.
+        name: what is wrong.
+        tests: the file in tests/ that sees it.
+        wanted: which of its tests, as pytest's -k has it.
+        old, new: text.
+    """
+
+    file: str
+    name: str
+    tests: str
+    wanted: str
+    old: str
+    new: str
+
+
+def mutants_in(folder: str, rows: dict[str, list[Row]]) -> list[Mutant]:
+    """The mistakes in the files of a folder, each listed without its file."""
+    return [Mutant(f"{folder}/{file}", *row) for file, listed in rows.items() for row in listed]

@@ -1,0 +1,197 @@
+"""Mutation check: plants the mistakes in `mutants/`, one at a time, and shows that the tests see each of them.
+
+    python tests/mutations.py [--only PATTERN] [--jobs N] [--list]
+
+Mistakes are planted in temporary copies of the repository, never in this one. Those in the CPU engine are compiled with
+the flags of `setup.py` for its portable build, those in GPU kernels run in Triton's interpreter. First the tests of all
+mistakes have to pass without any. The exit status is 1 if a mistake is not seen, or does not even run.
+"""
+
+import argparse
+import contextlib
+import functools
+import os
+import queue
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+# setuptools brings the distutils that newer Pythons no longer have.
+import setuptools  # noqa: F401  # isort: skip
+from distutils.core import run_setup
+
+from mutants import ENGINE, KERNELS, PACKAGE, Mutant
+from tqdm import tqdm
+
+ROOT = Path(__file__).parents[1]
+LEFT_OUT = shutil.ignore_patterns(".*", "build", "dist", "out", "images", "*.egg-info", "__pycache__", "*.so")
+LIBRARY = "triton_offset_bias/_engine_portable.abi3.so"
+TIME_LIMIT = 300  # seconds
+SEEN = ("seen", "crashes", "hangs")
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What became of a mistake, in how many seconds, and the first test that failed or else what was printed."""
+
+    verdict: str
+    seconds: float
+    detail: str
+
+
+@functools.cache
+def portable_flags() -> list[str]:
+    """What `setup.py` compiles the portable build with."""
+    extensions = run_setup(str(ROOT / "setup.py"), stop_after="init").ext_modules
+    return next(extension for extension in extensions if extension.name.endswith("portable")).extra_compile_args
+
+
+class Copy:
+    """A copy of the repository, in which commands run."""
+
+    def __init__(self, folder: Path, engine: Path | None = None) -> None:
+        self.folder = folder
+        shutil.copytree(ROOT, folder, ignore=LEFT_OUT)
+        if engine is not None:
+            shutil.copy2(engine, folder / LIBRARY)
+
+    def compile_engine(self) -> None:
+        """Raises CalledProcessError if the compiler refuses."""
+        compiler, target = os.environ.get("CXX", "c++"), self.folder / LIBRARY
+        flags = [*portable_flags(), "-O1", "-fPIC", "-w", "-c", "csrc_ref/engine.cpp", "-o", "engine.o"]
+        # Linked without OpenMP's runtime: torch brings it.
+        for command in ([compiler, *flags], [compiler, "-shared", "engine.o", "-o", str(target)]):
+            subprocess.run(command, cwd=self.folder, check=True, capture_output=True, text=True)
+
+    @contextlib.contextmanager
+    def planted(self, mutant: Mutant) -> Iterator[None]:
+        """The mistake is in this copy, compiled, while the context lasts."""
+        path, library = self.folder / mutant.file, self.folder / LIBRARY
+        source, engine = path.read_text(), library.read_bytes()
+        path.write_text(source.replace(mutant.old, mutant.new))
+        try:
+            if mutant in ENGINE:
+                self.compile_engine()
+            yield
+        finally:
+            path.write_text(source)
+            library.write_bytes(engine)
+
+    def test(self, file: str, wanted: str, is_interpreted: bool) -> Outcome:
+        """Runs the tests of a file that the expression picks, to the first failure."""
+        environment = {
+            **os.environ,
+            "OMP_NUM_THREADS": "1",
+            "PYTHONPATH": str(self.folder),
+            "PYTHONDONTWRITEBYTECODE": "1",  # a mistake may be as old and as long as the truth
+            "TRITON_OFFSET_BIAS_BUILD": "portable",
+            "TRITON_OFFSET_BIAS_FOLDER": "",
+            "TRITON_INTERPRET": "1" if is_interpreted else "0",
+        }
+        options = ["-x", "-rf", "--tb=short", "-p", "no:cacheprovider", "-k", wanted]
+        command = [sys.executable, "-m", "pytest", *options, f"tests/{file}"]
+        start = time.monotonic()
+        try:
+            done = subprocess.run(
+                command, cwd=self.folder, env=environment, capture_output=True, text=True, timeout=TIME_LIMIT
+            )
+        except subprocess.TimeoutExpired:
+            return Outcome("hangs", time.monotonic() - start, f"{file} -k {wanted!r}")
+        failed = re.search(r"^FAILED .*?::(.*?)( - .*)?$", done.stdout, re.MULTILINE)
+        verdict = {0: "NOT SEEN", 1: "seen"}.get(done.returncode, "crashes" if done.returncode < 0 else "DOES NOT RUN")
+        detail = failed[1] if failed else done.stdout[-2000:] + done.stderr[-2000:] if done.returncode else ""
+        return Outcome(verdict, time.monotonic() - start, detail)
+
+
+def main() -> None:
+    """Does what the command line asks for."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", metavar="PATTERN", default="", help="regular expression in a mistake's name or file")
+    parser.add_argument("--jobs", metavar="N", type=int, default=os.cpu_count(), help="mistakes at a time (all cores)")
+    parser.add_argument("--list", action="store_true", help="list the mistakes and plant none")
+    arguments = parser.parse_args()
+    chosen = [
+        mutant for mutant in (*KERNELS, *ENGINE, *PACKAGE) if re.search(arguments.only, f"{mutant.name} {mutant.file}")
+    ]
+    if not chosen or arguments.jobs < 1:
+        parser.error("no mistake matches PATTERN" if not chosen else "N must be at least 1")
+    check_snippets(chosen)
+    if arguments.list:
+        print("\n".join(f"{mutant.file}: {mutant.name}" for mutant in chosen))
+        return
+    with tempfile.TemporaryDirectory(prefix="mutations-") as folder, ThreadPoolExecutor(arguments.jobs) as pool:
+        copies: queue.Queue[Copy] = queue.Queue()
+        first = Copy(Path(folder, "0"))
+        first.compile_engine()
+        copies.put(first)
+        for index in range(1, arguments.jobs):
+            copies.put(Copy(Path(folder, str(index)), first.folder / LIBRARY))
+        check_unmutated(chosen, copies, pool)
+        outcomes = list(tqdm(pool.map(lambda mutant: outcome_of(mutant, copies), chosen), total=len(chosen)))
+    report(chosen, outcomes)
+    sys.exit(any(outcome.verdict not in SEEN for outcome in outcomes))
+
+
+def check_snippets(mutants: list[Mutant]) -> None:
+    """Leaves with an error if code has moved: every snippet must be in its file, once."""
+    for mutant in mutants:
+        count = (ROOT / mutant.file).read_text().count(mutant.old)
+        if count != 1 or mutant.old == mutant.new:
+            sys.exit(f"{mutant.name!r}: must be in {mutant.file} once and change it, is there {count} times")
+
+
+def check_unmutated(mutants: list[Mutant], copies: "queue.Queue[Copy]", pool: ThreadPoolExecutor) -> None:
+    """Leaves with an error unless the tests of all mistakes pass where there is none."""
+    wanted: dict[tuple[str, bool], list[str]] = {}
+    for mutant in mutants:
+        wanted.setdefault((mutant.tests, mutant in KERNELS), []).append(f"({mutant.wanted})")
+
+    def run(group: tuple[str, bool]) -> Outcome:
+        with borrowed(copies) as copy:
+            return copy.test(group[0], " or ".join(dict.fromkeys(wanted[group])), group[1])
+
+    for group, outcome in tqdm(zip(wanted, pool.map(run, wanted), strict=True), "no mistake", len(wanted)):
+        if outcome.verdict != "NOT SEEN":
+            sys.exit(f"{group[0]} fails without any mistake: {outcome.verdict}\n{outcome.detail}")
+
+
+def outcome_of(mutant: Mutant, copies: "queue.Queue[Copy]") -> Outcome:
+    """Plants a mistake in a free copy and runs its tests there."""
+    with borrowed(copies) as copy:
+        try:
+            with copy.planted(mutant):
+                return copy.test(mutant.tests, mutant.wanted, mutant in KERNELS)
+        except subprocess.CalledProcessError as error:
+            return Outcome("DOES NOT RUN", 0.0, error.stderr[-2000:])
+
+
+@contextlib.contextmanager
+def borrowed(copies: "queue.Queue[Copy]") -> Iterator[Copy]:
+    """A copy that nobody else uses meanwhile."""
+    copy = copies.get()
+    try:
+        yield copy
+    finally:
+        copies.put(copy)
+
+
+def report(mutants: list[Mutant], outcomes: list[Outcome]) -> None:
+    """Prints a line for each mistake, and what was printed where none of the tests saw it."""
+    for mutant, outcome in zip(mutants, outcomes, strict=True):
+        detail = outcome.detail if outcome.verdict in SEEN else f"{mutant.tests} -k {mutant.wanted!r}"
+        print(f"{outcome.verdict:12} {outcome.seconds:4.0f} s  {mutant.file}: {mutant.name}\n{' ' * 21}{detail}")
+        if outcome.verdict == "DOES NOT RUN":
+            print(outcome.detail)
+    seen = sum(outcome.verdict in SEEN for outcome in outcomes)
+    print(f"\n{seen} of {len(mutants)} mistakes are seen")
+
+
+if __name__ == "__main__":
+    main()
