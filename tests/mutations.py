@@ -134,9 +134,13 @@ def main() -> None:
         for index in range(1, arguments.jobs):
             copies.put(Copy(Path(folder, str(index)), first.folder / LIBRARY))
         check_unmutated(chosen, copies, pool)
-        outcomes = list(tqdm(pool.map(lambda mutant: outcome_of(mutant, copies), chosen), total=len(chosen)))
-    report(chosen, outcomes)
-    sys.exit(any(outcome.verdict not in SEEN for outcome in outcomes))
+        outcomes = pool.map(lambda mutant: outcome_of(mutant, copies), chosen)
+        seen = 0
+        for mutant, outcome in tqdm(zip(chosen, outcomes, strict=True), "mistakes", len(chosen)):
+            tqdm.write(line_of(mutant, outcome), file=sys.stdout)
+            seen += outcome.verdict in SEEN
+    print(f"{seen} of {len(chosen)} mistakes are seen")
+    sys.exit(seen < len(chosen))
 
 
 def check_snippets(mutants: list[Mutant]) -> None:
@@ -182,15 +186,10 @@ def borrowed(copies: "queue.Queue[Copy]") -> Iterator[Copy]:
         copies.put(copy)
 
 
-def report(mutants: list[Mutant], outcomes: list[Outcome]) -> None:
-    """Prints a line for each mistake, and what was printed where none of the tests saw it."""
-    for mutant, outcome in zip(mutants, outcomes, strict=True):
-        detail = outcome.detail if outcome.verdict in SEEN else f"{mutant.tests} -k {mutant.wanted!r}"
-        print(f"{outcome.verdict:12} {outcome.seconds:4.0f} s  {mutant.file}: {mutant.name}\n{' ' * 21}{detail}")
-        if outcome.verdict == "DOES NOT RUN":
-            print(outcome.detail)
-    seen = sum(outcome.verdict in SEEN for outcome in outcomes)
-    print(f"\n{seen} of {len(mutants)} mistakes are seen")
+def line_of(mutant: Mutant, outcome: Outcome) -> str:
+    """A row of the table: what became of a mistake, how fast, what it is, the test that saw it or those that should."""
+    detail = f"{mutant.tests} -k {mutant.wanted!r}" if outcome.verdict == "NOT SEEN" else outcome.detail
+    return f"{outcome.verdict:12} {outcome.seconds:4.0f} s  {mutant.file}: {mutant.name}\n{' ' * 21}{detail}"
 
 
 if __name__ == "__main__":
