@@ -14,6 +14,7 @@ from triton_offset_bias import offset_bias_attention
 PADDED = Case(
     "grouped heads, causal, padding",
     (40, 40),
+    (16, 24),
     heads=(4, 2),
     mask="right padding",
     through_lse=True,
@@ -144,7 +145,15 @@ def test_a_gradient_from_a_sum_whose_memory_is_one_number(backend):
 
 def _operator_arguments(requires_grad: bool) -> dict:
     call = build(
-        Case("opcheck", (17, 19), heads=(4, 2), bias_dtype=torch.bfloat16, mask="holes", layout="transposed BLHD")
+        Case(
+            "opcheck",
+            (17, 19),
+            (16, 12),
+            heads=(4, 2),
+            bias_dtype=torch.bfloat16,
+            mask="holes",
+            layout="transposed BLHD",
+        )
     )
     tensors = {"query": call.q, "key": call.k, "value": call.v, "bias": call.bias}
     return {
