@@ -9,9 +9,11 @@ namespace tob {
 inline constexpr double kLog2E = 1.4426950408889634, kLn2 = 0.6931471805599453;
 
 // Finite numbers stay finite: only -inf forbids.
-template <class Real> Real in_bits(Real nats) {
-  constexpr Real kLargest = std::numeric_limits<Real>::max();
-  return std::isinf(nats) ? nats : std::clamp(nats * Real(kLog2E), -kLargest, kLargest);
+template <class Real> TOB_INLINE typename Simd<Real>::Vec in_bits(typename Simd<Real>::Vec nats) {
+  using S = Simd<Real>;
+  const typename S::Vec largest = S::broadcast(std::numeric_limits<Real>::max()), bits = nats * Real(kLog2E);
+  const typename S::Vec clamped = bits > largest ? largest : bits < -largest ? -largest : bits;
+  return (nats > largest) | (nats < -largest) ? nats : clamped;
 }
 
 // The row of the table, and of its gradient, that a sequence and a head share with others; 0 without a table.
@@ -38,16 +40,37 @@ template <class Real> class BiasTable {
   }
 
   Real constant(int64_t row) const { return constants_[size_t(row)]; }
-  Real bits(int64_t row, int64_t column) const { return in_bits(nats_[row * columns_ + column] - constant(row)); }
+
+  Real bits(int64_t row, int64_t column) const {
+    return in_bits<Real>(S::broadcast(nats_[row * columns_ + column] - constant(row)))[0];
+  }
+
+  // bits[i] = that of column last - i, for `count` columns.
+  void reversed(int64_t row, int64_t last, int64_t count, Real *bits) const {
+    const Real *nats = nats_ + row * columns_ + last;
+    int64_t i = 0;
+    for (; i + W <= count; i += W)
+      S::store(bits + i, in_bits<Real>(S::reverse(S::load(nats - i - (W - 1))) - constant(row)));
+    for (; i < count; ++i) bits[i] = this->bits(row, last - i);
+  }
 
  private:
+  using S = Simd<Real>;
+  static constexpr int W = S::kLanes;
+
   Real constant_of(const Real *row) const {
-    Real low = std::numeric_limits<Real>::infinity(), high = -low;
-    for (int64_t column = 0; column < columns_; ++column) {
-      if (!std::isfinite(row[column])) continue;
-      low = std::min(low, row[column]);
-      high = std::max(high, row[column]);
-    }
+    using Vec = typename S::Vec;
+    const Vec none = S::broadcast(-std::numeric_limits<Real>::infinity());
+    Vec highest = none, lowest_negated = none;
+    const auto add = [&](Vec x) {
+      const auto is_finite = x - x == Vec{};
+      highest = S::max(is_finite ? x : none, highest);
+      lowest_negated = S::max(is_finite ? -x : none, lowest_negated);
+    };
+    int64_t column = 0;
+    for (; column + W <= columns_; column += W) add(S::load(row + column));
+    for (; column < columns_; ++column) add(S::broadcast(row[column]));
+    const Real low = -S::max_lane(lowest_negated), high = S::max_lane(highest);
     if (low > 0 && low <= high && high <= 2 * low) return low;
     if (high < 0 && low <= high && low >= 2 * high) return high;
     return 0;
@@ -78,7 +101,7 @@ void fill_strip(const tob_problem &p, const BiasTable<Real> &table, int64_t row,
   const int64_t left = std::clamp(-(p.bias_first + last_column), begin, end);  // where the table begins, reversed
   const int64_t right = std::clamp(-p.bias_first + 1, left, end);              // and where it has ended
   fill(begin, left, table.bits(row, last_column));
-  for (int64_t y = left; y < right; ++y) strip[y - first] = table.bits(row, -y - p.bias_first);
+  table.reversed(row, -left - p.bias_first, right - left, strip + (left - first));
   fill(right, end, table.bits(row, 0));
 }
 

@@ -11,9 +11,11 @@ template <class Real> class Decode {
   using S = Simd<Real>;
   using Vec = typename S::Vec;
   static constexpr int W = S::kLanes;
-  static constexpr int kMaxRows = 16;  // queries that share a key head: with more, packing pays
-  static constexpr int kKeys = 64;     // keys a step: they stay in the L1 cache while the rows pass by
-  static constexpr int kKeysPerTask = 512;
+  static constexpr int kMaxRows = 16;             // queries that share a key head: with more, packing pays
+  static constexpr int kSharing = W < 4 ? W : 4;  // of them, those that share what is in registers
+  static constexpr int kKeys = 512;               // a task's
+  static constexpr int kCopied = 64;              // keys at a time, of those that have to be copied
+  static constexpr int kScores = kKeys + W;       // a row's
   static constexpr Real kNoScore = std::numeric_limits<Real>::lowest();
 
  public:
@@ -38,27 +40,9 @@ template <class Real> class Decode {
   // A task's working set.
   struct Block {
     Real query[kMaxRows * (kMaxDim + W)];  // in bits
-    Real keys[kKeys * (kMaxDim + W)], values[kKeys * (kMaxDim + W)];
+    Real copy[kCopied * (kMaxDim + W)];
     Real strip[kKeys + kMaxRows + W];
-    Real scores[kKeys + W];
-  };
-
-  // Rows in memory, or a copy of them.
-  struct Rows {
-    const Real *data;
-    int64_t stride;
-  };
-
-  // Rows that will be read where they lie: their memory is asked for while others are worked on.
-  struct Soon {
-    Rows rows;
-    int count, bytes;  // a row's
-
-    TOB_INLINE void ask(int row) const {
-      if (row >= count) return;
-      const char *data = reinterpret_cast<const char *>(rows.data + row * rows.stride);
-      for (int at = 0; at < bytes; at += 64) __builtin_prefetch(data + at);
-    }
+    Real scores[kMaxRows * kScores];
   };
 
   // What a task found for a row: acc holds the sum of exp2(S - max) V behind the two numbers.
@@ -75,8 +59,8 @@ template <class Real> class Decode {
   // All queries of a key head, row g * len_q + i for the g-th of its query heads, against a part of its keys.
   void attend(int64_t b, int64_t h, int64_t part, Block &t) {
     const tob_sequence &s = p.sequences[b];
-    const int len_q = int(s.len_q), first = int(part) * kKeysPerTask;
-    for (int row = 0; row < int(group) * len_q; ++row) {
+    const int len_q = int(s.len_q), first = int(part) * kKeys, used_rows = int(group) * len_q;
+    for (int row = 0; row < used_rows; ++row) {
       const Matrix q = matrix_of(p.query, p.dtype, int(p.dim), b, h * group + row / len_q, s.first_query);
       read_rows(q, row % len_q, 1, Real(p.scale * kLog2E), t.query + row * padded, padded);
       const Partial sums = partial(b, h, part, row);
@@ -86,65 +70,87 @@ template <class Real> class Decode {
 
     const Range used = mask.used(b);
     const Range keys =
-        Band(p, b).keys_of(0, len_q).clip(std::max(first, used.begin), std::min(first + kKeysPerTask, used.end));
-    const Matrix k = matrix_of(p.key, p.dtype, int(p.dim), b, h, s.first_key);
+        Band(p, b).keys_of(0, len_q).clip(std::max(first, used.begin), std::min(first + kKeys, used.end));
+    const int count = keys.end - keys.begin;
+    if (count <= 0) return;
+    visit_rows(matrix_of(p.key, p.dtype, int(p.dim), b, h, s.first_key), keys, padded, t.copy, [&](int at, auto found) {
+      int row = 0;
+      for (; row + kSharing <= used_rows; row += kSharing) score<kSharing>(t.query, row, found, t.scores + at);
+      for (; row < used_rows; ++row) score<1>(t.query, row, found, t.scores + at);
+    });
+    const int64_t first_y = keys.begin - (s.query_start + len_q - 1);
+    for (int row = 0; row < used_rows; ++row) {
+      if (row % len_q == 0) {
+        const int64_t table_row = bias_row(p, b, h * group + row / len_q);
+        fill_strip(p, outputs.table, table_row, first_y, first_y + count + len_q - 2, t.strip);
+      }
+      Real *scores = t.scores + row * kScores;
+      add(scores, t.strip + len_q - 1 - row % len_q, mask.present() ? mask.at(b) + keys.begin : nullptr, count);
+      softmax(scores, count, partial(b, h, part, row));
+    }
     const Matrix v = matrix_of(p.value, p.dtype, int(p.dim_v), b, h, s.first_key);
-    for (int key = keys.begin; key < keys.end; key += kKeys) {
-      const int count = std::min(kKeys, keys.end - key);
-      const int64_t first_y = key - (s.query_start + len_q - 1);
-      const Rows key_rows = rows_of(k, key, count, padded, t.keys);
-      const Rows value_rows = rows_of(v, key, count, padded_v, t.values);
-      Soon values_soon = soon(v, key, key + count, padded_v);
-      Soon keys_soon = soon(k, key + kKeys, std::min(key + 2 * kKeys, keys.end), padded);
-      for (int row = 0; row < int(group) * len_q; ++row) {
-        if (row % len_q == 0) {
-          const int64_t table_row = bias_row(p, b, h * group + row / len_q);
-          fill_strip(p, outputs.table, table_row, first_y, first_y + count + len_q - 2, t.strip);
-        }
-        score(t.query + row * padded, key_rows, count, t.scores, values_soon);
-        add(t.scores, t.strip + len_q - 1 - row % len_q, mask.present() ? mask.at(b) + key : nullptr, count);
-        accumulate(t.scores, value_rows, count, partial(b, h, part, row), keys_soon);
-        values_soon.count = keys_soon.count = 0;
+    visit_rows(v, keys, padded_v, t.copy, [&](int at, auto found) {
+      const auto sums_of = [&](int row) { return partial(b, h, part, row).acc; };
+      int row = 0;
+      for (; row + kSharing <= used_rows; row += kSharing) accumulate<kSharing>(t.scores + at, row, found, sums_of);
+      for (; row < used_rows; ++row) accumulate<1>(t.scores + at, row, found, sums_of);
+    });
+  }
+
+  // Rows in memory, or a copy of them.
+  template <class Stored> struct Rows {
+    const Stored *data;
+    int64_t stride;
+    int count;
+
+    TOB_INLINE const Stored *at(int row) const { return data + row * stride; }
+  };
+
+  // Calls visit(index of the first, Rows) for the rows of a range, some at a time: where they lie if whole vectors can
+  // be read there, else a copy.
+  template <class Visit> void visit_rows(const Matrix &m, Range range, int padded_dim, Real *copy, Visit visit) const {
+    for (int first = range.begin; first < range.end; first += kCopied) {
+      const int count = std::min(kCopied, range.end - first), at = first - range.begin;
+      if (m.stride_d == 1 && m.dim == padded_dim) {
+        visit_stored<Real>(m, [&](const auto *data) {
+          using Stored = std::remove_const_t<std::remove_pointer_t<decltype(data)>>;
+          visit(at, Rows<Stored>{data + first * m.stride_l, m.stride_l, count});
+        });
+      } else {
+        read_rows(m, first, count, Real(1), copy, padded_dim);
+        visit(at, Rows<Real>{copy, padded_dim, count});
       }
     }
   }
 
-  // Whether rows can be read where they lie, in whole vectors.
-  static bool lie_ready(const Matrix &m, int padded_dim) {
-    constexpr bool is_double = std::is_same_v<Real, double>;
-    return m.dtype == (is_double ? TOB_FLOAT64 : TOB_FLOAT32) && m.stride_d == 1 && m.dim == padded_dim;
-  }
-  static Rows in_place(const Matrix &m, int first) {
-    return {static_cast<const Real *>(m.data) + first * m.stride_l, m.stride_l};
-  }
-
-  // The rows [first, first + count) where they lie, if they can be read there, else a copy.
-  static Rows rows_of(const Matrix &m, int first, int count, int padded_dim, Real *copy) {
-    if (lie_ready(m, padded_dim)) return in_place(m, first);
-    read_rows(m, first, count, Real(1), copy, padded_dim);
-    return {copy, padded_dim};
-  }
-  // The rows [first, last), if they will be read where they lie, else none.
-  static Soon soon(const Matrix &m, int first, int last, int padded_dim) {
-    if (first >= last || !lie_ready(m, padded_dim)) return {};
-    return {in_place(m, first), last - first, int(padded_dim * sizeof(Real))};
-  }
-
-  // scores[j] = <query, keys[j]>: a vector of partial sums a key, W keys at a time.
-  TOB_INLINE void score(const Real *query, Rows keys, int count, Real *scores, const Soon &soon) const {
-    for (int j = 0; j < count; j += W) {
-      const Real *at[W];
-      for (int e = 0; e < W; ++e) at[e] = keys.data + std::min(j + e, count - 1) * keys.stride;
-      for (int e = 0; e < W; ++e) soon.ask(j + e);
-      Vec sums[W] = {};
-      for (int d = 0; d < padded; d += W) {
-        const Vec q = S::load(query + d);
-        for (int e = 0; e < W; ++e) sums[e] += q * S::load(at[e] + d);
+  // scores[j] = <query, keys[j]> of kRows rows: a vector of partial sums each, W of them at a time. The keys are read
+  // in the order in which they lie, as the processor expects.
+  template <int kRows, class Stored>
+  TOB_INLINE void score(const Real *queries, int first_row, Rows<Stored> keys, Real *scores) const {
+    constexpr int kTile = W / kRows;                   // keys
+    constexpr int kTogether = kRows == 1 ? 1 : kTile;  // of them, those that share a load of the queries
+    queries += first_row * padded;
+    scores += first_row * kScores;
+    for (int j = 0; j < keys.count; j += kTile) {
+      Vec sums[W];
+      for (int e = 0; e < kTile; e += kTogether) {
+        const Stored *key[kTogether];
+        for (int i = 0; i < kTogether; ++i) key[i] = keys.at(std::min(j + e + i, keys.count - 1));
+        Vec products[kTogether][kRows] = {};
+        for (int d = 0; d < padded; d += W) {
+          Vec x[kTogether];
+          for (int i = 0; i < kTogether; ++i) x[i] = load_stored<Real>(key[i] + d);
+          for (int r = 0; r < kRows; ++r) {
+            const Vec q = S::load(queries + r * padded + d);
+            for (int i = 0; i < kTogether; ++i) products[i][r] += q * x[i];
+          }
+        }
+        for (int i = 0; i < kTogether; ++i)
+          for (int r = 0; r < kRows; ++r) sums[r * kTile + e + i] = products[i][r];
       }
-      S::transpose(sums);
-      for (int width = W / 2; width > 0; width /= 2)
-        for (int e = 0; e < width; ++e) sums[e] += sums[e + width];
-      S::store(scores + j, sums[0]);
+      Real lanes[W];
+      S::store(lanes, S::sum_each(sums));
+      for (int r = 0; r < kRows; ++r) std::memcpy(scores + r * kScores + j, lanes + r * kTile, sizeof(Real) * kTile);
     }
   }
 
@@ -158,38 +164,50 @@ template <class Real> class Decode {
     std::fill(scores + count, scores + round_up(count, W), -std::numeric_limits<Real>::infinity());
   }
 
-  // A step of the running softmax, and what it weighs.
-  TOB_INLINE void accumulate(Real *scores, Rows values, int count, Partial sums, const Soon &soon) const {
-    Vec maxima = S::broadcast(sums.max);
+  // Replaces the scores by exp2(scores - their maximum).
+  TOB_INLINE void softmax(Real *scores, int count, Partial found) const {
+    Vec maxima = S::broadcast(kNoScore), sums{};
     for (int j = 0; j < count; j += W) maxima = S::max(maxima, S::load(scores + j));
-    const Real max = S::max_lane(maxima), rescale = std::exp2(sums.max - max);
-    Vec exps{};
+    const Real max = S::max_lane(maxima);
     for (int j = 0; j < count; j += W) {
       const Vec e = S::exp2(S::load(scores + j) - max);
       S::store(scores + j, e);
-      exps += e;
+      sums += e;
     }
-    sums.max = max;
-    sums.sum = rescale * sums.sum + S::sum(exps);
-    int d = 0;
-    for (; d + 8 * W <= padded_v; d += 8 * W) weigh<8>(scores, values, count, rescale, sums.acc, d, soon);
-    for (; d + 2 * W <= padded_v; d += 2 * W) weigh<2>(scores, values, count, rescale, sums.acc, d, soon);
-    for (; d < padded_v; d += W) weigh<1>(scores, values, count, rescale, sums.acc, d, soon);
+    found.max = max;
+    found.sum = S::sum(sums);
   }
 
-  // acc = rescale * acc + weights values, in the kVecs vectors from column d on.
-  template <int kVecs>
-  TOB_INLINE static void weigh(const Real *weights, Rows values, int count, Real rescale, Real *acc, int d,
-                               const Soon &soon) {
-    Vec sums[kVecs];
-    for (int i = 0; i < kVecs; ++i) sums[i] = rescale * S::load(acc + d + i * W);
-    const Real *row = values.data + d;
-    for (int j = 0; j < count; ++j, row += values.stride) {
-      if (d == 0) soon.ask(j);
-      const Vec weight = S::broadcast(weights[j]);
-      for (int i = 0; i < kVecs; ++i) sums[i] += weight * S::load(row + i * W);
+  // Adds the weighted values to the sums of kRows rows: as many columns at once as registers hold.
+  template <int kRows, class Stored, class SumsOf>
+  TOB_INLINE void accumulate(const Real *weights, int first_row, Rows<Stored> values, SumsOf sums_of) const {
+    constexpr int kWidest = kRows == 1 ? 8 : TOB_VECTOR_BYTES == 64 ? 4 : 2;
+    weights += first_row * kScores;
+    Real *sums[kRows];
+    for (int r = 0; r < kRows; ++r) sums[r] = sums_of(first_row + r);
+    int d = 0;
+    for (; d + kWidest * W <= padded_v; d += kWidest * W) weigh<kRows, kWidest>(weights, values, sums, d);
+    if constexpr (kWidest > 4)
+      for (; d + 4 * W <= padded_v; d += 4 * W) weigh<kRows, 4>(weights, values, sums, d);
+    for (; d + 2 * W <= padded_v; d += 2 * W) weigh<kRows, 2>(weights, values, sums, d);
+    for (; d < padded_v; d += W) weigh<kRows, 1>(weights, values, sums, d);
+  }
+
+  // The same in the kVecs vectors from column d on.
+  template <int kRows, int kVecs, class Stored>
+  TOB_INLINE static void weigh(const Real *weights, Rows<Stored> values, Real *const (&sums)[kRows], int d) {
+    Vec acc[kRows][kVecs];
+    for (int r = 0; r < kRows; ++r)
+      for (int i = 0; i < kVecs; ++i) acc[r][i] = S::load(sums[r] + d + i * W);
+    for (int j = 0; j < values.count; ++j) {
+      const Stored *value = values.at(j) + d;
+      for (int i = 0; i < kVecs; ++i) {
+        const Vec x = load_stored<Real>(value + i * W);
+        for (int r = 0; r < kRows; ++r) acc[r][i] += S::broadcast(weights[r * kScores + j]) * x;
+      }
     }
-    for (int i = 0; i < kVecs; ++i) S::store(acc + d + i * W, sums[i]);
+    for (int r = 0; r < kRows; ++r)
+      for (int i = 0; i < kVecs; ++i) S::store(sums[r] + d + i * W, acc[r][i]);
   }
 
   // Adds up what a head's tasks found, and writes its rows.
@@ -214,7 +232,7 @@ template <class Real> class Decode {
   const int padded = round_up(int(p.dim), W), padded_v = round_up(int(p.dim_v), W);
   const int64_t group = p.heads_q / p.heads_kv;  // query heads a key head
   const int rows = int(group * p.len_q);
-  const int64_t parts = std::max<int64_t>((p.len_k + kKeysPerTask - 1) / kKeysPerTask, 1);
+  const int64_t parts = std::max<int64_t>((p.len_k + kKeys - 1) / kKeys, 1);
   const Scratch<Real> partials{p.batch * p.heads_kv * parts * rows * (2 + padded_v)};
 };
 

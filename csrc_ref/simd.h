@@ -86,8 +86,16 @@ template <class Real> struct Simd {
     return p * (Vec)((Bits)shifted << Traits::kMantissaBits);
   }
 
+  static TOB_INLINE Vec reverse(Vec v) { return reverse(v, std::make_integer_sequence<int, kLanes>()); }
+
   // Transposes a square of kLanes rows: blocks of 1, 2, 4, ... off the diagonal change places.
   static TOB_INLINE void transpose(Vec (&rows)[kLanes]) { transpose_from<1>(rows); }
+
+  // The sums of kLanes vectors, in a vector: what transposing and adding would give, with half of the exchanges.
+  static TOB_INLINE Vec sum_each(Vec (&rows)[kLanes]) {
+    add_halves<1>(rows);
+    return rows[0];
+  }
 
   static TOB_INLINE Real sum(Vec v) {
     Real lanes[kLanes];
@@ -106,6 +114,10 @@ template <class Real> struct Simd {
   }
 
  private:
+  template <int... kLane> static TOB_INLINE Vec reverse(Vec v, std::integer_sequence<int, kLane...>) {
+    return __builtin_shufflevector(v, v, (kLanes - 1 - kLane)...);
+  }
+
   template <int kBlock> static TOB_INLINE void transpose_from(Vec (&rows)[kLanes]) {
     if constexpr (kBlock < kLanes) {
       for (int i = 0; i < kLanes; ++i) {
@@ -115,6 +127,17 @@ template <class Real> struct Simd {
         rows[i + kBlock] = exchange<kBlock, true>(upper, lower, std::make_integer_sequence<int, kLanes>());
       }
       transpose_from<2 * kBlock>(rows);
+    }
+  }
+
+  template <int kBlock> static TOB_INLINE void add_halves(Vec (&rows)[kLanes]) {
+    if constexpr (kBlock < kLanes) {
+      for (int i = 0; i < kLanes; i += 2 * kBlock) {
+        const Vec upper = rows[i], lower = rows[i + kBlock];
+        rows[i] = exchange<kBlock, false>(upper, lower, std::make_integer_sequence<int, kLanes>()) +
+                  exchange<kBlock, true>(upper, lower, std::make_integer_sequence<int, kLanes>());
+      }
+      add_halves<2 * kBlock>(rows);
     }
   }
 

@@ -84,19 +84,16 @@ template <class Real, class Stored> TOB_INLINE typename Simd<Real>::Vec load_sto
   if constexpr (std::is_same_v<Stored, Real>) {
     return S::load(data);
   } else {
+    // Spelled out on x86, where compilers miss the instructions.
 #if defined(__AVX512F__) && TOB_VECTOR_BYTES == 64
-    if constexpr (std::is_same_v<Stored, Float16>)
-      return (typename S::Vec)_mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i *>(data)));
-#elif defined(__F16C__) && TOB_VECTOR_BYTES == 32
-    if constexpr (std::is_same_v<Stored, Float16>)
-      return (typename S::Vec)_mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i *>(data)));
-#endif
-#if defined(__AVX2__) && TOB_VECTOR_BYTES == 32
-    if constexpr (std::is_same_v<Stored, BFloat16>) {
-      const __m128i halves = _mm_loadu_si128(reinterpret_cast<const __m128i *>(data));
-      return (typename S::Vec)_mm256_slli_epi32(_mm256_cvtepu16_epi32(halves), 16);
-    }
-#endif
+    const __m256i halves = _mm256_loadu_si256(reinterpret_cast<const __m256i *>(data));
+    if constexpr (std::is_same_v<Stored, Float16>) return (typename S::Vec)_mm512_cvtph_ps(halves);
+    else return (typename S::Vec)_mm512_slli_epi32(_mm512_cvtepu16_epi32(halves), 16);
+#elif defined(__AVX2__) && defined(__F16C__) && TOB_VECTOR_BYTES == 32
+    const __m128i halves = _mm_loadu_si128(reinterpret_cast<const __m128i *>(data));
+    if constexpr (std::is_same_v<Stored, Float16>) return (typename S::Vec)_mm256_cvtph_ps(halves);
+    else return (typename S::Vec)_mm256_slli_epi32(_mm256_cvtepu16_epi32(halves), 16);
+#else
     if constexpr (std::is_same_v<Stored, BFloat16>) {
       typedef uint16_t Halves __attribute__((vector_size(2 * S::kLanes)));
       Halves halves;
@@ -106,6 +103,7 @@ template <class Real, class Stored> TOB_INLINE typename Simd<Real>::Vec load_sto
     typename S::Vec values;
     for (int lane = 0; lane < S::kLanes; ++lane) values[lane] = data[lane];
     return values;
+#endif
   }
 }
 

@@ -82,6 +82,12 @@ ENGINE = mutants_in("csrc_ref", {
         ("the first query sees the last one's bias", "test_decode.py", "cpp and sixteen",
          "t.strip + len_q - 1 - row % len_q",
          "t.strip + row % len_q"),
+        ("rows that share registers take one another's scores", "test_decode.py", "cpp and sixteen",
+         "lanes + r * kTile",
+         "lanes + (kRows - 1 - r) * kTile"),
+        ("a step's last value is left out", "test_decode.py", "cpp and long and beyond",
+         "for (int j = 0; j < values.count; ++j)",
+         "for (int j = 0; j < values.count - 1; ++j)"),
     ],
     "dropout.h": [
         ("the words of a Philox change places", "test_dropout.py", "cpp and plain",
