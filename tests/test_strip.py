@@ -70,13 +70,14 @@ def test_the_strip_is_the_table_at_every_offset_and_constant_beyond_the_bounds(l
     """What a kernel reads for a pair is its bias; far tiles may use one value; loops that are left out have no work."""
     problem = _problem(len_q, len_k, columns, options)
     expected, bounds = _biases_in_bits(problem, options), strip.bounds_of(problem)
-    values = strip.build_strip(problem, bounds, math.log2(math.e))
+    constants = strip.constants_of(problem)
+    values = strip.build_strip(problem, bounds, math.log2(math.e), constants)
     for offset, bias in expected.items():
         is_attended = bounds.band_lo <= offset <= bounds.band_hi
         assert is_attended == bool((bias > -math.inf).all())
         if values is not None:
             within = min(max(offset, bounds.near_lo - strip.PAD // 2), bounds.near_hi + strip.PAD // 2)
-            torch.testing.assert_close(values[0, :, bounds.zero + within], bias)
+            torch.testing.assert_close(values[0, :, bounds.zero + within] + math.log2(math.e) * constants[:, 0], bias)
     parts = strip.loops(problem, bounds)
     for name, is_far, end in (
         ("FAR_LEFT", lambda offset: bounds.near_hi <= offset <= bounds.band_hi, max(bounds.near_hi, 1 - len_k)),
@@ -96,3 +97,23 @@ def test_the_gradient_of_every_offset_folds_back_into_the_table():
     columns = (torch.arange(lo, hi + 1) + 4).clamp(0, 8)
     expected = torch.bincount(columns, minlength=9).float().expand(2, -1)
     assert torch.equal(strip.fold_offsets(problem, doffsets, lo), expected)
+
+
+HEADS = {
+    "of one sign, near one another": ([1000.0, 1001.5, 999.25], 999.25),
+    "negative ones": ([-1000.0, -1001.5, -999.25], -999.25),
+    "of both signs": ([1.0, -1.0, 0.5], 0.0),
+    "too far from one another": ([1.0, 2.5, 2.0], 0.0),
+    "forbidden ones beside them": ([8.0, -math.inf, 10.0], 8.0),
+    "forbidden ones alone": ([-math.inf, -math.inf, -math.inf], 0.0),
+}
+
+
+@pytest.mark.parametrize(("bias", "expected"), HEADS.values(), ids=HEADS)
+def test_a_head_is_counted_from_one_of_its_numbers_where_that_is_exact(bias, expected):
+    """Whatever the other head is like; inputs of 16 bits have no use for it."""
+    problem = _problem(20, 24, 3, {})
+    bias = torch.tensor([bias, [1.0, -1.0, 0.0]])
+    constants = strip.constants_of(problem._replace(bias=bias))
+    torch.testing.assert_close(constants, torch.tensor([[expected], [0.0]]), rtol=0, atol=0)
+    assert strip.constants_of(problem._replace(bias=bias, query=problem.query.bfloat16())) is None

@@ -33,6 +33,11 @@ assert_type(out, Tensor)
 pair = offset_bias_attention_varlen(packed, packed, packed, table, bounds, bounds, 3, 3, return_lse=True)
 assert_type(pair, tuple[Tensor, Tensor])
 
+flag = bool(torch.ones(1))
+assert_type(offset_bias_attention(query, query, query, table, return_lse=flag), Tensor | tuple[Tensor, Tensor])
+either = offset_bias_attention_varlen(packed, packed, packed, table, bounds, bounds, 3, 3, return_lse=flag)
+assert_type(either, Tensor | tuple[Tensor, Tensor])
+
 # Under --strict an ignored error that is none is an error.
 offset_bias_attention(query, query, query, table, window_size=3)  # type: ignore[call-overload]
 offset_bias_attention(query, query, query, table, causal=True)  # type: ignore[call-overload]

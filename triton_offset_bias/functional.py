@@ -1,6 +1,8 @@
 """The two public functions."""
 
-from typing import Literal, overload
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Literal, TypedDict, overload
 
 from torch import Tensor
 
@@ -8,51 +10,44 @@ from triton_offset_bias import ops
 from triton_offset_bias.checks import check_attention, check_varlen, with_autocast
 from triton_offset_bias.dispatch import select_backend
 
+if TYPE_CHECKING:
+    from typing_extensions import Unpack  # typing's from Python 3.11 on
+
+
+class _SharedOptions(TypedDict, total=False):
+    dropout_p: float
+    is_causal: bool
+    scale: float | None
+    enable_gqa: bool
+    bias_origin: int | None
+    beyond: str
+    window_size: tuple[int, int]
+    deterministic: bool | None
+    backend: str
+
+
+class _Options(_SharedOptions, total=False):
+    query_start: int | None
+    key_padding_mask: Tensor | None
+    query_positions: Tensor | None
+    key_positions: Tensor | None
+
 
 @overload
 def offset_bias_attention(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    bias: Tensor | None,
-    *,
-    dropout_p: float = ...,
-    is_causal: bool = ...,
-    scale: float | None = ...,
-    enable_gqa: bool = ...,
-    bias_origin: int | None = ...,
-    beyond: str = ...,
-    query_start: int | None = ...,
-    window_size: tuple[int, int] = ...,
-    key_padding_mask: Tensor | None = ...,
-    query_positions: Tensor | None = ...,
-    key_positions: Tensor | None = ...,
-    deterministic: bool | None = ...,
-    return_lse: Literal[False] = ...,
-    backend: str = ...,
-) -> Tensor: ...
+    query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None,
+    *, return_lse: Literal[False] = ..., **options: Unpack[_Options],
+) -> Tensor: ...  # fmt: skip
 @overload
 def offset_bias_attention(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    bias: Tensor | None,
-    *,
-    dropout_p: float = ...,
-    is_causal: bool = ...,
-    scale: float | None = ...,
-    enable_gqa: bool = ...,
-    bias_origin: int | None = ...,
-    beyond: str = ...,
-    query_start: int | None = ...,
-    window_size: tuple[int, int] = ...,
-    key_padding_mask: Tensor | None = ...,
-    query_positions: Tensor | None = ...,
-    key_positions: Tensor | None = ...,
-    deterministic: bool | None = ...,
-    return_lse: Literal[True],
-    backend: str = ...,
-) -> tuple[Tensor, Tensor]: ...
+    query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None,
+    *, return_lse: Literal[True], **options: Unpack[_Options],
+) -> tuple[Tensor, Tensor]: ...  # fmt: skip
+@overload
+def offset_bias_attention(
+    query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None,
+    *, return_lse: bool, **options: Unpack[_Options],
+) -> Tensor | tuple[Tensor, Tensor]: ...  # fmt: skip
 def offset_bias_attention(
     query: Tensor,
     key: Tensor,
@@ -103,7 +98,8 @@ def offset_bias_attention(
         query_start: position of query 0 counted from key 0; default ``Lk - Lq``: the last query is on the last key.
         window_size: (left, right): attend only where -right <= offset <= left; -1 is unlimited (as in flash-attn).
         key_padding_mask: (B, Lk) bool, True = attend.
-        query_positions: (Lq,) or (B, Lq) integers; offset is then ``query_positions[i] - key_positions[j]``.
+        query_positions: (Lq,) or (B, Lq) integers; offset is then ``query_positions[i] - key_positions[j]``. Then no
+            tile is skipped for causality or a window, but on a CPU that finds them contiguous; say ``query_start``.
         key_positions: (Lk,) or (B, Lk) integers.
         deterministic: bitwise equal gradients in repeated runs; None follows
             ``torch.are_deterministic_algorithms_enabled()``. The CPU engine always is. On a GPU it costs two more
@@ -153,48 +149,22 @@ def offset_bias_attention(
 
 @overload
 def offset_bias_attention_varlen(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    bias: Tensor | None,
-    cu_seqlens_q: Tensor,
-    cu_seqlens_k: Tensor,
-    max_seqlen_q: int,
-    max_seqlen_k: int,
-    *,
-    dropout_p: float = ...,
-    is_causal: bool = ...,
-    scale: float | None = ...,
-    enable_gqa: bool = ...,
-    bias_origin: int | None = ...,
-    beyond: str = ...,
-    window_size: tuple[int, int] = ...,
-    deterministic: bool | None = ...,
-    return_lse: Literal[False] = ...,
-    backend: str = ...,
-) -> Tensor: ...
+    query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None,
+    cu_seqlens_q: Tensor, cu_seqlens_k: Tensor, max_seqlen_q: int, max_seqlen_k: int,
+    *, return_lse: Literal[False] = ..., **options: Unpack[_SharedOptions],
+) -> Tensor: ...  # fmt: skip
 @overload
 def offset_bias_attention_varlen(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    bias: Tensor | None,
-    cu_seqlens_q: Tensor,
-    cu_seqlens_k: Tensor,
-    max_seqlen_q: int,
-    max_seqlen_k: int,
-    *,
-    dropout_p: float = ...,
-    is_causal: bool = ...,
-    scale: float | None = ...,
-    enable_gqa: bool = ...,
-    bias_origin: int | None = ...,
-    beyond: str = ...,
-    window_size: tuple[int, int] = ...,
-    deterministic: bool | None = ...,
-    return_lse: Literal[True],
-    backend: str = ...,
-) -> tuple[Tensor, Tensor]: ...
+    query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None,
+    cu_seqlens_q: Tensor, cu_seqlens_k: Tensor, max_seqlen_q: int, max_seqlen_k: int,
+    *, return_lse: Literal[True], **options: Unpack[_SharedOptions],
+) -> tuple[Tensor, Tensor]: ...  # fmt: skip
+@overload
+def offset_bias_attention_varlen(
+    query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None,
+    cu_seqlens_q: Tensor, cu_seqlens_k: Tensor, max_seqlen_q: int, max_seqlen_k: int,
+    *, return_lse: bool, **options: Unpack[_SharedOptions],
+) -> Tensor | tuple[Tensor, Tensor]: ...  # fmt: skip
 def offset_bias_attention_varlen(
     query: Tensor,
     key: Tensor,

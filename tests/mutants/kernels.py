@@ -121,7 +121,15 @@ KERNELS = mutants_in("triton_offset_bias/backends/triton", {
          "mask=offs_n < len_k, other=0) != 0",
          "mask=offs_n < len_k, other=0) >= 0"),
     ],
+    "__init__.py": [
+        ("the log-sum-exp does not get a head's constant back", "test_hostile.py", "triton and constant and alone",
+         "lse += call.constants_of_heads",
+         "lse += 0 * call.constants_of_heads"),
+    ],
     "strip.py": [
+        ("a head is counted from a number too far from others", "test_strip.py", "counted",
+         "(high <= 2 * low)",
+         "(high <= 3 * low)"),
         ("the strip allows the first offset beyond the window", "test_strip.py", "window and inside",
          "strip[..., : PAD + below] = ",
          "strip[..., : PAD + below - 1] = "),

@@ -77,11 +77,21 @@ def unsupported_reasons(problem: Problem) -> list[str]:
 
 
 def forward(problem: Problem, out: Tensor, lse: Tensor, row_max: Tensor, row_sum: Tensor) -> None:
-    """Writes the output, the log-sum-exp in nats, and the rows' maximum in bits and sum."""
+    """Writes the output, the log-sum-exp in nats, and the rows' maximum in bits and sum, which backward wants again.
+
+    The last two are of the table less `strip.constants_of`.
+    """
     call = Call(problem)
     if problem.seed is None and configs.is_decode(call.group * call.len_q, call.len_k):
         _decode(call, out, lse, row_max, row_sum)
-        return
+    else:
+        _forward(call, out, lse, row_max, row_sum)
+    if call.constants_of_heads is not None:
+        lse += call.constants_of_heads
+
+
+def _forward(call: Call, out: Tensor, lse: Tensor, row_max: Tensor, row_sum: Tensor) -> None:
+    problem = call.problem
     has_positions = problem.query_positions is not None
     config = configs.forward_config(call.target, problem.query.dtype, call.block_d, has_positions)
     arguments = (
@@ -96,7 +106,7 @@ def forward(problem: Problem, out: Tensor, lse: Tensor, row_max: Tensor, row_sum
 
 
 def _decode(call: Call, out: Tensor, lse: Tensor, row_max: Tensor, row_sum: Tensor) -> None:
-    """`forward` of few queries, with the keys split among programs."""
+    """The same of few queries, with the keys split among programs."""
     config = configs.decode_config(call.target, out.dtype, call.block_d, call.group * call.len_q)
     key_heads = call.batch * call.num_heads // call.group
     splits = configs.num_splits(key_heads, call.len_k, multiprocessors(out.device))

@@ -33,7 +33,9 @@ class Call:
         self.sizes = (self.num_heads, self.group, self.len_q, self.len_k, query.shape[2], key.shape[2])
         self.bounds = strip.bounds_of(problem)
         is_bias_in_acc = configs.is_bias_in_acc(self.target, query.dtype, self.scale_log2)
-        self.strip = strip.build_strip(problem, self.bounds, 1 / self.scale if is_bias_in_acc else math.log2(math.e))
+        unit = 1 / self.scale if is_bias_in_acc else math.log2(math.e)
+        self.constants_of_heads = strip.constants_of(problem)
+        self.strip = strip.build_strip(problem, self.bounds, unit, self.constants_of_heads)
         mask = problem.key_padding_mask
         optional = (
             self.strip, None if mask is None else mask.contiguous().view(torch.uint8),

@@ -77,22 +77,38 @@ def loops(problem: Problem, bounds: Bounds) -> dict[str, bool]:
     }
 
 
-def build_strip(problem: Problem, bounds: Bounds, unit: float) -> Tensor | None:
-    """(1 or B, 1 or H, columns) float32: the table at every offset times `unit`, -inf outside the band.
+def constants_of(problem: Problem) -> Tensor | None:
+    """(1 or H, 1) float32: what each head's table is counted from, and its log-sum-exp gets back; None: from 0.
+
+    Where the finite numbers of a head have one sign and lie within a factor 2 of one another it is one of them:
+    subtracting that is exact (Sterbenz 1974), and scores keep the digits that its size would take. Elsewhere it is 0.
+    Inputs of 16 bits have no such digits.
+    """
+    if problem.bias is None or problem.query.dtype != torch.float32:
+        return None
+    bias = _with_heads(problem.bias)
+    is_finite = bias.isfinite()
+    low = bias.where(is_finite, math.inf).amin((0, 2))
+    high = bias.where(is_finite, -math.inf).amax((0, 2))
+    constants = low.where((low > 0) & (high <= 2 * low), high.where((high < 0) & (low >= 2 * high), 0.0))
+    return constants.where(constants.isfinite(), 0.0)[:, None]
+
+
+def build_strip(problem: Problem, bounds: Bounds, unit: float, constants: Tensor | None = None) -> Tensor | None:
+    """(1 or B, 1 or H, columns) float32: the table less `constants` at every offset, in `unit`s, -inf outside the band.
 
     Offsets in which no tile looks it up are left out. With positions, the table alone. Finite numbers stay finite: only
     -inf forbids.
     """
-    bias = problem.bias
-    if bias is None:
+    if problem.bias is None:
         return None
-    bias = bias.detach().float().reshape((1,) * (3 - bias.dim()) + bias.shape)
+    bias = _with_heads(problem.bias)
     if problem.query_positions is not None:
         values, _ = table.extended(bias, problem.bias_origin, problem.beyond)
-        return _in_units(values, unit).contiguous()
+        return _in_units(_less(values, constants), unit).contiguous()
     lo, hi = _strip_offsets(problem, bounds)
-    values = _in_units(table.per_offset(bias, lo, hi, problem.bias_origin, problem.beyond), unit)
-    strip = torch.nn.functional.pad(values, (PAD, PAD), value=-math.inf)
+    values = table.per_offset(bias, lo, hi, problem.bias_origin, problem.beyond)
+    strip = torch.nn.functional.pad(_in_units(_less(values, constants), unit), (PAD, PAD), value=-math.inf)
     below, above = max(problem.min_offset - lo, 0), max(hi - problem.max_offset, 0)
     if below:
         strip[..., : PAD + below] = -math.inf
@@ -113,6 +129,11 @@ def fold_offsets(problem: Problem, doffsets: Tensor, lo: int) -> Tensor:
     assert problem.bias is not None
     folded = table.fold(doffsets, problem.bias.shape[-1], lo, problem.bias_origin, problem.beyond)
     return _as_table(problem, folded)
+
+
+def _with_heads(bias: Tensor) -> Tensor:
+    """(1 or B, 1 or H, N) float32."""
+    return bias.detach().float().reshape((1,) * (3 - bias.dim()) + bias.shape)
 
 
 def _as_table(problem: Problem, grad: Tensor) -> Tensor:
@@ -138,6 +159,10 @@ def _changing(problem: Problem) -> tuple[int, int]:
 def _bounds_of_positions(problem: Problem) -> Bounds:
     first, last = (0, 0) if problem.bias is None else _changing(problem)
     return Bounds(-first, problem.min_offset, problem.max_offset, first, last)
+
+
+def _less(values: Tensor, constants: Tensor | None) -> Tensor:
+    return values if constants is None else values - constants
 
 
 def _in_units(values: Tensor, unit: float) -> Tensor:
