@@ -6,7 +6,7 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from bench.cases import CASES, MODES, QUICK_CASES, SUITES
+from bench.cases import CASES, GPU_CASES, GPU_MODEL_DIM, GPU_TOKENS, MODES, QUICK_CASES, SUITES
 from bench.providers import PROVIDERS
 from bench.report import print_requirements, print_summary, read_results
 from bench.rows import ROOT, Row, RowMaker, write_rows
@@ -21,32 +21,38 @@ Measures offset_bias_attention beside other ways to compute the same attention, 
 
 Providers are checked against the dense reference (output and gradients) before they are timed. They are interleaved: in
 each round every provider runs once, in rotating order, and ratios are taken within a round. One thread is timed in CPU
-time, more in wall time. Forward is inference, without gradients; forward+backward takes the gradients of all inputs.
+time, more in wall time, a GPU by its own events with an empty L2 cache. Forward is inference, without gradients;
+forward+backward takes the gradients of all inputs. What is measured unless named depends on --device.
 """
 
 
 def main(arguments: list[str] | None = None) -> None:
     """Measures, writes the CSV, and prints a summary of it."""
-    options = _parser().parse_args(arguments)
-    maker = RowMaker(options.device)
+    parser = make_parser()
+    options = parser.parse_args(arguments)
+    if options.device.type == "cuda" and not torch.cuda.is_available():
+        parser.error(f"argument --device: torch {torch.__version__} finds no GPU for {options.device}")
+    output = options.output or ROOT / "bench" / "out" / f"{options.device.type}.csv"
+    maker = RowMaker(str(options.device))
     rows: list[Row] = []
     try:
-        for plan in tqdm(_plans(options), desc="benchmark", unit="case"):
+        for plan in tqdm(plans_of(options), desc="benchmark", unit="case"):
             rows += measure(plan, maker)
             torch.set_num_threads(options.threads)
     except KeyboardInterrupt:
         tqdm.write("interrupted: what is measured so far is written")
     if not rows:
         raise SystemExit("nothing was measured: no case, mode and provider of a chosen suite go together")
-    write_rows(options.output, rows, options.append)
-    results = read_results(options.output)
+    write_rows(output, rows, options.append)
+    results = read_results(output)
     print_summary(results)
     if options.check:
         print_requirements(results)
-    print(f"\nwrote {options.output}; `python -m bench.plots {options.output}` draws it")
+    print(f"\nwrote {output}; `python -m bench.plots {output}` draws it")
 
 
-def _parser() -> argparse.ArgumentParser:
+def make_parser() -> argparse.ArgumentParser:
+    """What the command line understands."""
     parser = argparse.ArgumentParser(
         "python -m bench", description=ABOUT, epilog=_choices(), formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -60,10 +66,15 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--rounds", type=_count, help=f"rounds of each case and mode (default {ROUNDS})")
     parser.add_argument("--limit", type=float, help=f"begin no round after so many seconds (default {LIMIT:g})")
     parser.add_argument("--threads", type=_count, default=1, help="threads of every provider (default 1)")
-    parser.add_argument("--device", default="cpu", help="device of the tensors (default cpu)")
+    parser.add_argument(
+        "--device",
+        type=_device,
+        default=_device("cpu"),
+        help="cpu, cuda or cuda:N: where the tensors are (default cpu)",
+    )
     parser.add_argument("--quick", action="store_true", help="about a minute: few cases, few rounds, nothing compiled")
     parser.add_argument("--check", action="store_true", help="also print the table of what must be reached")
-    parser.add_argument("--output", type=Path, default=ROOT / "bench" / "out" / "cpu.csv", help="the CSV to write")
+    parser.add_argument("--output", type=Path, help="the CSV to write (default bench/out/DEVICE.csv)")
     parser.add_argument("--append", action="store_true", help="keep the rows of the CSV that are not measured again")
     return parser
 
@@ -74,22 +85,26 @@ def _choices() -> str:
         lines.append(f"  {name:18} {suite.about} ({', '.join(suite.modes)})")
     lines.append("cases:")
     for name, case in CASES.items():
+        if case in GPU_CASES:
+            continue
         used = ", ".join(suite for suite in SUITES if name in SUITES[suite].cases)
         shape = f"B={case.batch} H={case.heads} L={case.length} D={case.head_dim} {case.dtype}"
         lines.append(f"  {name:18} {shape}{' causal' * case.is_causal} ({used})")
+    shape = f"B=max(1, {GPU_TOKENS} / L) H={GPU_MODEL_DIM} / D bfloat16, a table that ends at 128 with _c128"
+    lines.append(f"  lL_dD[_c128][_causal] for L in 512, 1024, .. 32768, D in 64, 128: {shape} (gpu)")
     lines += ["modes:", *(f"  {mode}" for mode in MODES), "providers:"]
     lines += [f"  {name:18} {provider.prepare.__doc__}".partition("\n")[0] for name, provider in PROVIDERS.items()]
     return "\n".join(lines)
 
 
-def _plans(options: argparse.Namespace) -> list[Plan]:
-    """One plan for every suite and case that the options leave."""
+def plans_of(options: argparse.Namespace) -> list[Plan]:
+    """One plan for every suite and case that the options of `make_parser` leave."""
     effort = Effort(
         options.rounds or (QUICK_ROUNDS if options.quick else ROUNDS),
         options.limit if options.limit is not None else (QUICK_LIMIT if options.quick else LIMIT),
     )
     plans = []
-    for name in options.suite or SUITES:
+    for name in options.suite or [name for name, suite in SUITES.items() if suite.device == options.device.type]:
         suite = SUITES[name]
         cases = options.case or (QUICK_CASES[name] if options.quick else suite.cases)
         # A choice by name narrows every suite when no suite is chosen; a chosen suite takes any case and provider.
@@ -102,9 +117,20 @@ def _plans(options: argparse.Namespace) -> list[Plan]:
         if not (modes and providers):
             continue
         plans += [
-            Plan(name, CASES[case], modes, tuple(providers), options.device, options.threads, effort) for case in cases
+            Plan(name, CASES[case], modes, tuple(providers), str(options.device), options.threads, effort)
+            for case in cases
         ]
     return plans
+
+
+def _device(text: str) -> torch.device:
+    try:
+        device = torch.device(text)
+    except RuntimeError:
+        device = None
+    if device is None or device.type not in ("cpu", "cuda"):
+        raise argparse.ArgumentTypeError(f"must be cpu, cuda or cuda:N, got {text}")
+    return device
 
 
 def _count(text: str) -> int:

@@ -23,6 +23,7 @@ class Case:
         is_causal: attend only where offset >= 0.
         decoded: queries a sequence, the last ones, as in decoding with a cache; None: as many as keys.
         window: keys on each side that a query attends to; -1: all.
+        clamp: the table's last offset on each side, beyond which its ends are seen; None: a table of all offsets.
     """
 
     name: str
@@ -34,6 +35,12 @@ class Case:
     is_causal: bool = False
     decoded: int | None = None
     window: int = -1
+    clamp: int | None = None
+
+    @property
+    def reach(self) -> int:
+        """The table's last offset on each side."""
+        return self.length - 1 if self.clamp is None else min(self.clamp, self.length - 1)
 
     @property
     def queries(self) -> int:
@@ -56,14 +63,33 @@ def _both_masks(name: str, batch: int, heads: int, length: int) -> list[Case]:
     return [plain, Case(f"{name}_causal", batch, heads, length, is_causal=True)]
 
 
+GPU_TOKENS, GPU_MODEL_DIM = 16384, 2048  # of all sequences together, and of all heads together
+
+
+def _gpu_case(length: int, head_dim: int, clamp: int | None, is_causal: bool) -> Case:
+    name = f"l{length}_d{head_dim}{'' if clamp is None else f'_c{clamp}'}{'_causal' * is_causal}"
+    batch, heads = max(1, GPU_TOKENS // length), GPU_MODEL_DIM // head_dim
+    return Case(name, batch, heads, length, head_dim, "bfloat16", is_causal, clamp=clamp)
+
+
+GPU_CASES = [
+    _gpu_case(length, head_dim, clamp, is_causal)
+    for length in (512, 1024, 2048, 4096, 8192, 16384, 32768)
+    for head_dim in (64, 128)
+    for clamp in (None, 128)
+    for is_causal in (False, True)
+]
 CASES = {
     case.name: case
     for case in (
+        *GPU_CASES,
         *_both_masks("h8_l1024", 1, 8, 1024),
         *_both_masks("h8_l2048", 1, 8, 2048),
         *_both_masks("h8_l4096", 1, 8, 4096),
         *_both_masks("h8_l8192", 1, 8, 8192),
-        *_both_masks("b8h8_l128", 8, 8, 128),  # many short sequences: call overhead counts
+        Case("b8h8_l64", 8, 8, 64),  # many short sequences: call overhead counts
+        *_both_masks("b8h8_l128", 8, 8, 128),
+        Case("b8h8_l256", 8, 8, 256),
         *_both_masks("h1_l2048", 1, 1, 2048),  # one head: threads must share it
         *_both_masks("h3_l512", 1, 3, 512),  # heads that two threads cannot share evenly
         Case("h8_l512_bf16", 1, 8, 512, dtype="bfloat16"),
@@ -78,12 +104,13 @@ CASES = {
 
 @dataclass(frozen=True)
 class Suite:
-    """A kind of measurement, and what it is taken of unless the command line says otherwise."""
+    """A kind of measurement, and what it is taken of, and on which device, unless the command line says otherwise."""
 
     about: str
     cases: tuple[str, ...]
     modes: tuple[str, ...]
     providers: tuple[str, ...]
+    device: str = "cpu"
 
 
 def _with_causal(*names: str) -> tuple[str, ...]:
@@ -93,7 +120,7 @@ def _with_causal(*names: str) -> tuple[str, ...]:
 SUITES = {
     "speed": Suite(
         "time of every provider and its ratio to ours",
-        (*_with_causal("h8_l1024", "b8h8_l128"), "h8_l512_bf16"),
+        (*_with_causal("h8_l1024"), "b8h8_l64", *_with_causal("b8h8_l128"), "b8h8_l256", "h8_l512_bf16"),
         (FORWARD, BOTH),
         (
             *("ours", "ours_no_bias", "sdpa_no_bias", "sdpa_index", "sdpa_strided", "sdpa_strided_copy"),
@@ -130,6 +157,13 @@ SUITES = {
         (BOTH,),
         ("ours", "sdpa_no_bias", "sdpa_strided"),  # of the dense ones the leanest
     ),
+    "gpu": Suite(
+        "time and rate of floating point operations on a GPU, over lengths, head dims, masks and clamps",
+        tuple(case.name for case in GPU_CASES),
+        MODES,
+        ("ours", "ours_no_bias", "ours_atomics", "flash_attn", "sdpa_no_bias", "sdpa_index", "flex_compiled"),
+        device="cuda",
+    ),
 }
 
 # What --quick keeps of the suites above; it leaves out the compiled providers as well.
@@ -140,6 +174,7 @@ QUICK_CASES = {
     "decode": ("h8_cache32k",),
     "window": ("h1_l8192_w128",),
     "memory": ("h8_l2048",),
+    "gpu": tuple(case.name for case in GPU_CASES if case.length in (1024, 4096) and case.head_dim == 64),
 }
 
 
@@ -149,7 +184,7 @@ class Inputs:
 
     Attributes:
         q: (B, H, M, D), as is `dout`, the gradient that comes back to the output; `k` and `v` (B, H, L, D).
-        table: (H, 2L - 1) float32, the bias of every offset from -(L - 1) to L - 1.
+        table: (H, 2R + 1) float32, the bias of every offset from -R to R, where R is L - 1 or the case's clamp.
         is_causal: attend only where offset >= 0.
         window: keys on each side that a query attends to; -1: all.
     """
@@ -161,6 +196,11 @@ class Inputs:
     dout: Tensor
     is_causal: bool
     window: int
+
+    @property
+    def reach(self) -> int:
+        """R, the table's last offset on each side."""
+        return self.table.shape[1] // 2
 
     def arguments(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """(q, k, v, table), the leaves."""
@@ -182,5 +222,5 @@ def make_inputs(case: Case, device: str) -> Inputs:
     lengths = (case.queries, case.length, case.length)
     shapes = [(case.batch, case.heads, length, case.head_dim) for length in lengths]
     q, k, v = (normal(*shape, dtype=dtype).requires_grad_() for shape in shapes)
-    table = normal(case.heads, 2 * case.length - 1, dtype=torch.float32).requires_grad_()
+    table = normal(case.heads, 2 * case.reach + 1, dtype=torch.float32).requires_grad_()
     return Inputs(q, k, v, table, normal(*shapes[0], dtype=dtype), case.is_causal, case.window)

@@ -36,6 +36,9 @@ COLORS = {
     "sdpa_index": DENSE,
     "sdpa_strided": "#5585b5",
     "sdpa_strided_copy": "#234668",
+    "ours_atomics": "#b98a1e",
+    "flash_attn": "#3f7d4e",
+    "flex_compiled": "#8556a6",
 }
 MODE_COLORS = {FORWARD: OURS, BACKWARD: DENSE, BOTH: ELSE}
 
@@ -159,6 +162,35 @@ def draw_thread_speedup(rows: pd.DataFrame) -> Figure:
     return figure
 
 
+def draw_throughput(rows: pd.DataFrame) -> Figure:
+    """Rate over the length, a line for each provider: a row of panels a mode, a column for each head dim and mask."""
+    modes = [mode for mode in MODES if mode in set(rows["mode"])]
+    rows = rows.assign(clamp=rows.case.str.contains("_c128"))
+    columns = sorted({(row.D, row.clamp, row.causal) for row in rows.itertuples()})
+    size = (1.6 + 2.7 * len(columns), 0.9 + 2.4 * len(modes))
+    figure, axes = plt.subplots(
+        len(modes), len(columns), figsize=size, squeeze=False, sharex=True, sharey="row", layout="constrained"
+    )
+    for line, mode in zip(axes, modes, strict=True):
+        for ax, (dim, clamp, causal) in zip(line, columns, strict=True):
+            chosen = rows[(rows["mode"] == mode) & rows.D.eq(dim) & rows.clamp.eq(clamp) & rows.causal.eq(causal)]
+            for name, points in chosen.groupby("provider", sort=False):
+                points = points.sort_values("M")
+                color = COLORS.get(str(name), ELSE)
+                ax.plot(points.M, points.p50, marker="o", markersize=3, color=color, label=PROVIDERS[str(name)].label)
+            ax.set_xscale("log", base=2)
+            ax.grid()
+            if line is axes[0]:
+                ax.set_title(f"D={dim}{', table of +-128' * clamp}{_causal_of(causal)}")
+            if line is axes[-1]:
+                ax.set_xlabel("sequence length L")
+        line[0].set_ylabel(f"{mode}\nTFLOP/s")
+        line[0].set_ylim(bottom=0)
+    lines = {label: line for ax in figure.axes for line, label in zip(*ax.get_legend_handles_labels(), strict=True)}
+    figure.legend(lines.values(), lines.keys(), loc="outside right center")
+    return figure
+
+
 def _grouped(rows: pd.DataFrame) -> Figure:
     groups, modes = list(rows.group.unique()), [mode for mode in MODES if mode in set(rows["mode"])]
     figure, ax = plt.subplots(figsize=(3.5 + 1.1 * len(groups), 3.4), layout="constrained")
@@ -178,19 +210,22 @@ def _grouped(rows: pd.DataFrame) -> Figure:
 
 
 def _causal(rows: pd.DataFrame) -> pd.Series:
-    return rows.causal.map({True: ", causal", False: ""})
+    return rows.causal.map(_causal_of)
+
+
+def _causal_of(causal: bool) -> str:
+    return ", causal" if causal else ""
 
 
 def _shape(rows: pd.DataFrame, with_length: bool = True) -> str:
     row = rows.iloc[0]
     length = f"L={row.M} " if with_length else ""
-    return f"B={row.B} H={row.H} {length}D={row.D}, {row['dtype']}, {row.device.rpartition(', ')[2]}"
+    return f"B={row.B} H={row.H} {length}D={row.D}, {row['dtype']}"
 
 
 def _add_origin(figure: Figure, rows: pd.DataFrame) -> None:
     row = rows.iloc[-1]
-    device = row.device.rpartition(", ")[0]
-    text = f"{device} | torch {row.torch} | commit {row.commit} | {row.date[:10]}"
+    text = f"{row.device} | torch {row.torch} | commit {row.commit} | {row.date[:10]}"
     figure.supxlabel(text, x=0.99, ha="right", fontsize=7, color="#888888")
 
 
@@ -199,6 +234,7 @@ DRAWINGS = {
     ("memory", "memory"): draw_memory,
     ("gemm_fraction", "gemm"): draw_gemm_fraction,
     ("thread_speedup", "threads"): draw_thread_speedup,
+    ("throughput", "gpu"): draw_throughput,
 }
 
 if __name__ == "__main__":

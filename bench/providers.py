@@ -6,7 +6,8 @@ a table that is being trained asks for. `sdpa_index` is what models do, a causal
 peers put -inf into the table instead, which is faster.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -32,6 +33,7 @@ class Provider:
         is_compiled: compiled by torch.compile for one shape.
         cpu_modes: the modes that it can run in on a CPU.
         why_not: why it cannot run in the others.
+        context: what surrounds every step, backward too.
     """
 
     label: str
@@ -41,6 +43,7 @@ class Provider:
     is_compiled: bool = False
     cpu_modes: tuple[str, ...] = MODES
     why_not: str = ""
+    context: Callable[[], AbstractContextManager] = nullcontext
 
 
 def ours(inputs: Inputs) -> Run:
@@ -54,6 +57,32 @@ def ours_no_bias(inputs: Inputs) -> Run:
     return lambda q, k, v, _: offset_bias_attention(q, k, v, None, is_causal=inputs.is_causal)
 
 
+def ours_atomics(inputs: Inputs) -> Run:
+    """The same GPU kernels with an atomic add for every score, as are those that compilers generate."""
+    return lambda q, k, v, table: offset_bias_attention(q, k, v, table, is_causal=inputs.is_causal, backend="triton")
+
+
+@contextmanager
+def _atomics_of_scores() -> Iterator[None]:
+    from triton_offset_bias.backends.triton import configs
+
+    configs.DBIAS, before = "elements", configs.DBIAS
+    try:
+        yield
+    finally:
+        configs.DBIAS = before
+
+
+def flash_attn(inputs: Inputs) -> Run:
+    """flash-attn, which has no such bias, if it is installed."""
+    from flash_attn import flash_attn_func
+
+    def run(q: Tensor, k: Tensor, v: Tensor, _: Tensor) -> Tensor:
+        return flash_attn_func(*(x.transpose(1, 2) for x in (q, k, v)), causal=inputs.is_causal).transpose(1, 2)
+
+    return run
+
+
 def sdpa_no_bias(inputs: Inputs) -> Run:
     """SDPA, torch's fused attention, which is at its best without a bias."""
     return lambda q, k, v, _: F.scaled_dot_product_attention(q, k, v, is_causal=inputs.is_causal)
@@ -62,7 +91,7 @@ def sdpa_no_bias(inputs: Inputs) -> Run:
 def sdpa_index(inputs: Inputs) -> Run:
     """SDPA with the bias looked up, and masked, for every pair, as Swin and most models write it."""
     index = _table_index(inputs)
-    is_future = index < inputs.q.shape[2] - 1  # (M, N)
+    is_future = index < inputs.reach  # (M, N)
 
     def run(q: Tensor, k: Tensor, v: Tensor, table: Tensor) -> Tensor:
         bias = table[:, index]  # (H, M, N)
@@ -80,7 +109,7 @@ def sdpa_strided(inputs: Inputs) -> Run:
     """
 
     def run(q: Tensor, k: Tensor, v: Tensor, table: Tensor) -> Tensor:
-        bias = _masked_table(table, inputs.is_causal).unfold(-1, k.shape[2], 1)  # (H, M, N), strides (2L - 1, 1, 1)
+        bias = _all_offsets(table, inputs).unfold(-1, k.shape[2], 1)  # (H, M, N), strides (2L - 1, 1, 1)
         return F.scaled_dot_product_attention(q, k.flip(2), v.flip(2), bias.to(q.dtype)[None])
 
     return run
@@ -90,7 +119,7 @@ def sdpa_strided_copy(inputs: Inputs) -> Run:
     """SDPA with the bias copied out of that view: no index, keys in their order."""
 
     def run(q: Tensor, k: Tensor, v: Tensor, table: Tensor) -> Tensor:
-        bias = _masked_table(table, inputs.is_causal).unfold(-1, k.shape[2], 1).flip(-1)  # (H, M, N)
+        bias = _all_offsets(table, inputs).unfold(-1, k.shape[2], 1).flip(-1)  # (H, M, N)
         return F.scaled_dot_product_attention(q, k, v, bias.to(q.dtype)[None])
 
     return run
@@ -111,13 +140,14 @@ def t5_compiled(inputs: Inputs) -> Run:
 
 def flex_compiled(inputs: Inputs) -> Run:
     """FlexAttention, compiled, that captures the table; on a CPU it has no backward."""
-    length, device = inputs.q.shape[2], inputs.q.device.type
+    length, reach, device = inputs.q.shape[2], inputs.reach, inputs.q.device.type
     mask = create_block_mask(lambda b, h, i, j: i >= j, None, None, length, length, device=device)
     compiled = _compile(flex_attention)
 
     def run(q: Tensor, k: Tensor, v: Tensor, table: Tensor) -> Tensor:
         def add_bias(score: Tensor, b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
-            return score + table[h, i - j + length - 1]
+            offset = i - j if reach == length - 1 else (i - j).clamp(-reach, reach)
+            return score + table[h, offset + reach]
 
         return compiled(q, k, v, score_mod=add_bias, block_mask=mask if inputs.is_causal else None)
 
@@ -138,10 +168,17 @@ def _masked_table(table: Tensor, is_causal: bool) -> Tensor:
     return table.masked_fill(offsets < 0, float("-inf"))
 
 
+def _all_offsets(table: Tensor, inputs: Inputs) -> Tensor:
+    """(H, 2L - 1): the masked table, its ends repeated where it is shorter than the sequence."""
+    beyond = inputs.q.shape[2] - 1 - inputs.reach
+    masked = _masked_table(table, inputs.is_causal)
+    return F.pad(masked[None], (beyond, beyond), mode="replicate")[0] if beyond else masked
+
+
 def _table_index(inputs: Inputs) -> Tensor:
     """(M, N) column of the table for every pair."""
     positions = torch.arange(inputs.q.shape[2], device=inputs.q.device)
-    return positions[:, None] - positions[None, :] + inputs.q.shape[2] - 1
+    return (positions[:, None] - positions[None, :]).clamp(-inputs.reach, inputs.reach) + inputs.reach
 
 
 def _compile(function: Callable) -> Callable:
@@ -152,6 +189,20 @@ def _compile(function: Callable) -> Callable:
 PROVIDERS = {
     "ours": Provider("ours", ours),
     "ours_no_bias": Provider("ours, no bias", ours_no_bias, uses_table=False),
+    "ours_atomics": Provider(
+        "ours, atomic per score",
+        ours_atomics,
+        cpu_modes=(),
+        why_not="it is about GPU kernels",
+        context=_atomics_of_scores,
+    ),
+    "flash_attn": Provider(
+        "flash-attn, no bias",
+        flash_attn,
+        uses_table=False,
+        cpu_modes=(),
+        why_not="flash-attn is for GPUs",
+    ),
     "sdpa_no_bias": Provider("SDPA, no bias", sdpa_no_bias, uses_table=False),
     "sdpa_index": Provider("SDPA + bias[:, index]", sdpa_index, is_dense=True),
     "sdpa_strided": Provider("SDPA + strided view", sdpa_strided, is_dense=True),

@@ -51,6 +51,7 @@ class RowMaker:
 
     def __init__(self, device: str) -> None:
         """Asks for the machine, the versions and the date. `device` is a torch device."""
+        self._is_cpu = device == "cpu"
         self._device = f"{device} {_processor()}" if device == "cpu" else torch.cuda.get_device_name(device)
         self._origin = {
             "torch": torch.__version__,
@@ -80,7 +81,7 @@ class RowMaker:
             D=case.head_dim,
             dtype=case.dtype,
             causal=case.is_causal,
-            device=f"{self._device}, {threads} thread{'s' * (threads > 1)}",
+            device=f"{self._device}, {threads} thread{'s' * (threads > 1)}" if self._is_cpu else self._device,
             **self._origin,
         )
 

@@ -12,7 +12,7 @@ from bench.memory import measure_growth
 from bench.providers import PROVIDERS, Run
 from bench.rows import Row, RowMaker
 from bench.steps import Checker, Step, make_step
-from bench.timing import Effort, Task, clock_for, interleave
+from bench.timing import Effort, Task, interleave, sampler_for
 
 GEMM_SIZE = 2048
 COPIED = 2**26  # numbers of float32: far more than caches hold
@@ -46,9 +46,7 @@ def measure(plan: Plan, maker: RowMaker) -> Iterator[Row]:
     torch._dynamo.reset()  # else the shapes of earlier cases count towards the limit of recompilations
     inputs = make_inputs(plan.case, plan.device)
     runs = _checked_runs(plan, inputs)
-    measure_mode = {"speed": _speed, "gemm": _gemm, "threads": _threads, "decode": _decode, "window": _window}[
-        plan.suite
-    ]
+    measure_mode = _MEASURES[plan.suite]
     for mode in plan.modes:
         able = [name for name in runs if _can_run(plan, name, mode)]
         steps = {name: make_step(PROVIDERS[name], runs[name], inputs, mode) for name in able}
@@ -57,11 +55,20 @@ def measure(plan: Plan, maker: RowMaker) -> Iterator[Row]:
 
 def _speed(plan: Plan, mode: str, steps: dict[str, Step], maker: RowMaker) -> Iterator[Row]:
     tasks = {name: Task(step, plan.threads) for name, step in steps.items()}
-    seconds = interleave(tasks, clock_for(plan.device, plan.threads), plan.effort, _about(plan, mode))
+    seconds = interleave(tasks, sampler_for(plan.device, plan.threads), plan.effort, _about(plan, mode))
     for name, values in seconds.items():
         yield maker.make(plan.case, name, mode, "time", "ms", 1e3 * values, plan.threads)
         if "ours" in seconds:
             yield maker.make(plan.case, name, mode, "ratio", "x", values / seconds["ours"], plan.threads)
+
+
+def _gpu(plan: Plan, mode: str, steps: dict[str, Step], maker: RowMaker) -> Iterator[Row]:
+    tasks = {name: Task(step, plan.threads) for name, step in steps.items()}
+    seconds = interleave(tasks, sampler_for(plan.device, plan.threads), plan.effort, _about(plan, mode))
+    for name, values in seconds.items():
+        yield maker.make(plan.case, name, mode, "time", "ms", 1e3 * values, plan.threads)
+        rate = plan.case.flops(mode) / values
+        yield maker.make(plan.case, name, mode, "throughput", "TFLOP/s", rate / 1e12, plan.threads)
 
 
 def _gemm(plan: Plan, mode: str, steps: dict[str, Step], maker: RowMaker) -> Iterator[Row]:
@@ -69,7 +76,7 @@ def _gemm(plan: Plan, mode: str, steps: dict[str, Step], maker: RowMaker) -> Ite
     out = torch.empty_like(a)
     gemm = Step(lambda _: torch.mm(a, b, out=out))
     tasks = {name: Task(step, plan.threads) for name, step in {**steps, "sgemm": gemm}.items()}
-    seconds = interleave(tasks, clock_for(plan.device, plan.threads), plan.effort, _about(plan, mode))
+    seconds = interleave(tasks, sampler_for(plan.device, plan.threads), plan.effort, _about(plan, mode))
     gemm_rate = 2 * GEMM_SIZE**3 / seconds.pop("sgemm")
     yield maker.make(plan.case, "sgemm", mode, "rate", "GFLOP/s", gemm_rate / 1e9, plan.threads)
     for name, values in seconds.items():
@@ -82,7 +89,7 @@ def _threads(plan: Plan, mode: str, steps: dict[str, Step], maker: RowMaker) -> 
     many = max(2, plan.threads)
     for name, step in steps.items():
         tasks = {"one": Task(step, 1), "many": Task(step, many)}
-        seconds = interleave(tasks, clock_for(plan.device, many), plan.effort, f"{_about(plan, mode)} {name}")
+        seconds = interleave(tasks, sampler_for(plan.device, many), plan.effort, f"{_about(plan, mode)} {name}")
         speedup = seconds["one"] / seconds["many"]
         yield maker.make(plan.case, name, mode, "thread_speedup", "x", speedup, many)
 
@@ -92,7 +99,7 @@ def _decode(plan: Plan, mode: str, steps: dict[str, Step], maker: RowMaker) -> I
     target = torch.empty_like(source)
     copy = Step(lambda _: target.copy_(source))
     tasks = {name: Task(step, plan.threads) for name, step in {**steps, "copy": copy}.items()}
-    seconds = interleave(tasks, clock_for(plan.device, plan.threads), plan.effort, _about(plan, mode))
+    seconds = interleave(tasks, sampler_for(plan.device, plan.threads), plan.effort, _about(plan, mode))
     copy_rate = 2 * source.nbytes / seconds.pop("copy")
     yield maker.make(plan.case, "copy", mode, "bandwidth", "GB/s", copy_rate / 1e9, plan.threads)
     for name, values in seconds.items():
@@ -106,9 +113,19 @@ def _window(plan: Plan, mode: str, steps: dict[str, Step], maker: RowMaker) -> I
     for name, step in steps.items():
         whole_step = make_step(PROVIDERS[name], PROVIDERS[name].prepare(whole), whole, mode)
         tasks = {"window": Task(step, plan.threads), "whole": Task(whole_step, plan.threads)}
-        seconds = interleave(tasks, clock_for(plan.device, plan.threads), plan.effort, f"{_about(plan, mode)} {name}")
+        seconds = interleave(tasks, sampler_for(plan.device, plan.threads), plan.effort, f"{_about(plan, mode)} {name}")
         speedup = seconds["whole"] / seconds["window"]
         yield maker.make(plan.case, name, mode, "window_speedup", "x", speedup, plan.threads)
+
+
+_MEASURES = {
+    "speed": _speed,
+    "gemm": _gemm,
+    "threads": _threads,
+    "decode": _decode,
+    "window": _window,
+    "gpu": _gpu,
+}
 
 
 def _memory(plan: Plan, maker: RowMaker) -> Iterator[Row]:
@@ -131,6 +148,9 @@ def _checked_runs(plan: Plan, inputs: Inputs) -> dict[str, Run]:
     for name in tqdm(plan.providers, desc=f"{plan.suite} {plan.case.name}: compile and check", leave=False):
         provider = PROVIDERS[name]
         modes = [mode for mode in plan.modes if plan.device != "cpu" or mode in provider.cpu_modes]
+        if not modes:
+            _say_absent(plan, name, "every mode", provider.why_not)
+            continue
         try:
             run = provider.prepare(inputs)
             checker.check(provider, run, needs_gradients=any(mode != FORWARD for mode in modes))
@@ -139,6 +159,8 @@ def _checked_runs(plan: Plan, inputs: Inputs) -> dict[str, Run]:
             if name.startswith("ours"):
                 raise
             _say_absent(plan, name, "every mode", str(error).strip().partition("\n")[0])
+        if plan.device != "cpu":
+            torch.cuda.empty_cache()  # a dense provider's matrices
     return runs
 
 

@@ -8,14 +8,14 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+import triton.testing
 from tqdm import tqdm
 
 from bench.steps import Step
 
 SHORTEST_SAMPLE = 0.005  # seconds: shorter calls are repeated
+GPU_WARM_UP, GPU_SAMPLE = 5, 30  # milliseconds
 FEWEST_ROUNDS = 3
-
-Clock = Callable[[], float]
 
 
 @dataclass(frozen=True)
@@ -26,6 +26,9 @@ class Task:
     threads: int
 
 
+Sampler = Callable[[Task], float]  # seconds a call
+
+
 @dataclass(frozen=True)
 class Effort:
     """How long to measure: `rounds` rounds, or as many (at least `FEWEST_ROUNDS`) as begin within `limit` seconds."""
@@ -34,58 +37,68 @@ class Effort:
     limit: float
 
 
-def clock_for(device: str, threads: int) -> Clock:
-    """The clock of a device: the one place that knows how to time there.
+def sampler_for(device: str, threads: int) -> Sampler:
+    """How to time on a device: the one place that knows.
 
     One thread on a CPU is timed in CPU time, which a busy neighbour disturbs less; it counts every thread of the
-    process, so that a provider with helpers pays for them. More threads are timed in wall time.
+    process, so that a provider with helpers pays for them. More threads are timed in wall time. A GPU is timed by its
+    own events, with an empty L2 cache, by `triton.testing.do_bench`.
     """
-    if device == "cpu":
-        return time.process_time if threads == 1 else time.perf_counter
-
-    def synchronized() -> float:
-        torch.cuda.synchronize(device)
-        return time.perf_counter()
-
-    return synchronized
+    if device != "cpu":
+        return _sample_on_gpu
+    return _CpuSampler(time.process_time if threads == 1 else time.perf_counter)
 
 
-def interleave(tasks: dict[str, Task], clock: Clock, effort: Effort, about: str) -> dict[str, np.ndarray]:
+class _CpuSampler:
+    def __init__(self, clock: Callable[[], float]) -> None:
+        self._clock = clock
+        self._calls: dict[int, int] = {}  # of a task, in a sample
+
+    def __call__(self, task: Task) -> float:
+        if id(task) not in self._calls:
+            self._mean(task, 1)  # warms it up
+            self._calls[id(task)] = max(1, round(SHORTEST_SAMPLE / max(self._mean(task, 1), 1e-6)))
+        return self._mean(task, self._calls[id(task)])
+
+    def _mean(self, task: Task, calls: int) -> float:
+        if torch.get_num_threads() != task.threads:
+            torch.set_num_threads(task.threads)
+            task.step.timed(task.step.before())  # the other threads start here
+        total = 0.0
+        for _ in range(calls):
+            state = task.step.before()
+            start = self._clock()
+            task.step.timed(state)
+            total += self._clock() - start
+        return total / calls
+
+
+def _sample_on_gpu(task: Task) -> float:
+    state = task.step.before()
+    median = triton.testing.do_bench(
+        lambda: task.step.timed(state), warmup=GPU_WARM_UP, rep=GPU_SAMPLE, return_mode="median"
+    )
+    return median / 1e3
+
+
+def interleave(tasks: dict[str, Task], sample: Sampler, effort: Effort, about: str) -> dict[str, np.ndarray]:
     """Seconds a call of every task, one number a round; each round begins with the next task.
 
     The arrays belong together: element r of all of them is from round r.
     """
     names = list(tasks)
-    calls = {name: _calls(task, clock) for name, task in tasks.items()}
+    for task in tasks.values():
+        sample(task)
     seconds: dict[str, list[float]] = {name: [] for name in names}
     end = time.perf_counter() + effort.limit
     with _no_collection():
         for turn in tqdm(range(effort.rounds), desc=about, leave=False, unit="round"):
             first = turn % len(names)
             for name in names[first:] + names[:first]:
-                seconds[name].append(_sample(tasks[name], clock, calls[name]))
+                seconds[name].append(sample(tasks[name]))
             if turn + 1 >= FEWEST_ROUNDS and time.perf_counter() > end:
                 break
     return {name: np.array(values) for name, values in seconds.items()}
-
-
-def _calls(task: Task, clock: Clock) -> int:
-    """How many calls make a sample; warms the task up."""
-    _sample(task, clock, 1)
-    return max(1, round(SHORTEST_SAMPLE / max(_sample(task, clock, 1), 1e-6)))
-
-
-def _sample(task: Task, clock: Clock, calls: int) -> float:
-    if torch.get_num_threads() != task.threads:
-        torch.set_num_threads(task.threads)
-        task.step.timed(task.step.before())  # the other threads start here
-    total = 0.0
-    for _ in range(calls):
-        state = task.step.before()
-        start = clock()
-        task.step.timed(state)
-        total += clock() - start
-    return total / calls
 
 
 @contextmanager

@@ -1,0 +1,135 @@
+"""The benchmark: what it measures is right, complete, and drawn."""
+
+import re
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+
+from bench.__main__ import main, make_parser, plans_of
+from bench.cases import BACKWARD, BOTH, CASES, FORWARD, GPU_CASES, MODES, SUITES, Case, make_inputs
+from bench.plots import draw_throughput
+from bench.providers import PROVIDERS
+from bench.report import read_results
+from bench.rows import RowMaker, write_rows
+from bench.steps import Checker, make_step
+from bench.suites import Plan, measure
+from bench.timing import Effort, Task, interleave, sampler_for
+
+SMALL = Case("small_c128", 2, 3, 40, 16, clamp=9)
+WITH_TABLE = ("ours", "sdpa_index", "sdpa_strided", "sdpa_strided_copy", "t5_eager")
+
+
+@pytest.mark.parametrize("is_causal", [False, True])
+@pytest.mark.parametrize("clamp", [None, 9, 100])
+@pytest.mark.parametrize("name", WITH_TABLE)
+def test_providers_agree_with_the_reference(name, clamp, is_causal):
+    """With tables of all offsets, of some, and of more than there are; the check itself sees a wrong sign."""
+    inputs = make_inputs(replace(SMALL, clamp=clamp, is_causal=is_causal), "cpu")
+    provider = PROVIDERS[name]
+    run = provider.prepare(inputs)
+    Checker(inputs).check(provider, run, needs_gradients=True)
+    with pytest.raises(ArithmeticError, match="out differs from the reference"):
+        Checker(inputs).check(provider, lambda q, k, v, table: run(q, k, v, table.flip(-1)), needs_gradients=False)
+
+
+def test_large_cases_are_checked_by_their_first_head(monkeypatch):
+    """A mistake there is seen, one in another head is not: the dense reference of all would not fit."""
+    monkeypatch.setattr("bench.steps.MOST_PAIRS", 1)
+    inputs = make_inputs(SMALL, "cpu")
+    run = PROVIDERS["ours"].prepare(inputs)
+
+    def wrong_in(head):
+        return lambda *arguments: run(*arguments) + torch.eye(3)[head].reshape(1, 3, 1, 1)
+
+    Checker(inputs).check(PROVIDERS["ours"], wrong_in(1), needs_gradients=True)
+    with pytest.raises(ArithmeticError, match="out differs"):
+        Checker(inputs).check(PROVIDERS["ours"], wrong_in(0), needs_gradients=True)
+
+
+def test_the_gpu_suite_gives_times_and_rates_and_says_what_is_absent(capsys):
+    """On a CPU, where two of its providers cannot run."""
+    providers = ("ours", "ours_no_bias", "ours_atomics", "flash_attn", "sdpa_index")
+    plan = Plan("gpu", SMALL, (FORWARD, BACKWARD), providers, "cpu", 1, Effort(3, 1.0))
+    rows = list(measure(plan, RowMaker("cpu")))
+    found = {(row.provider, row.mode, row.metric): row.p50 for row in rows}
+    for name in ("ours", "ours_no_bias", "sdpa_index"):
+        for mode in (FORWARD, BACKWARD):
+            time, rate = found.pop((name, mode, "time")), found.pop((name, mode, "throughput"))
+            assert rate * 1e12 == pytest.approx(SMALL.flops(mode) / (time / 1e3), rel=1e-3)
+    assert not found
+    said = capsys.readouterr()
+    assert "flash_attn is absent from every mode: flash-attn is for GPUs" in said.out + said.err
+
+
+def test_gpus_are_timed_by_tritons_benchmark(monkeypatch):
+    """From one forward, as often as it likes, in milliseconds."""
+    calls = []
+
+    def do_bench(function, **_):
+        calls.extend(function() for _ in range(3))
+        return 2.0
+
+    monkeypatch.setattr("triton.testing.do_bench", do_bench)
+    inputs = make_inputs(SMALL, "cpu")
+    provider = PROVIDERS["ours"]
+    steps = {mode: Task(make_step(provider, provider.prepare(inputs), inputs, mode), 1) for mode in MODES}
+    seconds = interleave(steps, sampler_for("cuda", 1), Effort(4, 10.0), "test")
+    assert {mode: list(values) for mode, values in seconds.items()} == {mode: [0.002] * 4 for mode in MODES}
+    assert len(calls) == 3 * 3 * 5
+
+
+def test_atomics_of_scores_are_chosen_for_their_provider_alone():
+    """The switch is back where it was after each step."""
+    configs = pytest.importorskip("triton_offset_bias.backends.triton.configs", reason="Triton is not installed")
+    before = configs.DBIAS
+    with PROVIDERS["ours_atomics"].context():
+        assert configs.DBIAS == "elements" != before
+    assert before == configs.DBIAS
+
+
+def test_the_device_decides_what_is_measured():
+    """Every length, head dim, clamp and mask on a GPU; nothing of that on a CPU, unless it is asked for."""
+    on_gpu = plans_of(make_parser().parse_args(["--device", "cuda"]))
+    assert {plan.suite for plan in on_gpu} == {"gpu"}
+    assert [plan.case for plan in on_gpu] == GPU_CASES
+    combinations = {(case.length, case.head_dim, case.clamp, case.is_causal) for case in GPU_CASES}
+    assert len(combinations) == len(GPU_CASES) == 7 * 2 * 2 * 2
+    on_cpu = plans_of(make_parser().parse_args([]))
+    assert {plan.suite for plan in on_cpu} == set(SUITES) - {"gpu"}
+    asked = plans_of(make_parser().parse_args(["--suite", "gpu", "--case", "h8_l1024"]))
+    assert [(plan.suite, plan.case) for plan in asked] == [("gpu", CASES["h8_l1024"])]
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="tells what is said where there is no GPU")
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--device", "cuda"], "argument --device: torch .* finds no GPU for cuda"),
+        (["--device", "tpu"], "argument --device: must be cpu, cuda or cuda:N, got tpu"),
+        (["--rounds", "0"], "argument --rounds: must be at least 1, got 0"),
+    ],
+)
+def test_mistakes_on_the_command_line_are_named(arguments, message, capsys, tmp_path):
+    """On one line, before anything is measured."""
+    with pytest.raises(SystemExit):
+        main([*arguments, "--output", str(tmp_path / "out.csv")])
+    assert re.search(f"error: {message}$", capsys.readouterr().err.strip())
+
+
+def test_throughput_is_drawn_over_the_length(tmp_path):
+    """A panel for each mode and each kind of case, a line for each provider."""
+    maker = RowMaker("cpu")
+    cases = [case for case in GPU_CASES if case.length <= 1024]
+    rows = [
+        maker.make(case, name, mode, "throughput", "TFLOP/s", np.array([case.length / 10.0]), 1)
+        for case in cases
+        for name in ("ours", "flash_attn")
+        for mode in (FORWARD, BOTH)
+    ]
+    write_rows(tmp_path / "gpu.csv", rows, keep_others=False)
+    figure = draw_throughput(read_results(tmp_path / "gpu.csv"))
+    assert len(figure.axes) == 2 * 8
+    for ax in figure.axes:
+        assert [line.get_xydata().tolist() for line in ax.lines] == [[[512, 51.2], [1024, 102.4]]] * 2
