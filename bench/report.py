@@ -103,20 +103,21 @@ def _quantiles(p50: float, p20: float, p80: float, unit: str) -> str:
     return f"{p50:.{digits}f}{spread}"
 
 
-def _median(results: pd.DataFrame, metric: str, case: str, provider: str, mode: str) -> float:
+def median(results: pd.DataFrame, metric: str, case: str, provider: str, mode: str) -> float:
+    """The median of one quantity with one thread, or not a number where the CSV lacks it."""
     rows = results[(results.metric == metric) & (results.case == case)]
     rows = rows[(rows.provider == provider) & (rows["mode"] == mode) & rows.device.str.endswith(", 1 thread")]
     return float(rows.p50.iloc[-1]) if len(rows) else float("nan")
 
 
 def _one(metric: str, case: str, provider: str, mode: str) -> Value:
-    return lambda results: _median(results, metric, case, provider, mode)
+    return lambda results: median(results, metric, case, provider, mode)
 
 
 def _speedup(case: str, mode: str, peers: tuple[str, ...]) -> Value:
     def value(results: pd.DataFrame) -> float:
-        times = pd.Series([_median(results, "time", case, peer, mode) for peer in peers])
-        return times.min() / _median(results, "time", case, "ours", mode)
+        times = pd.Series([median(results, "time", case, peer, mode) for peer in peers])
+        return times.min() / median(results, "time", case, "ours", mode)
 
     return value
 
@@ -128,7 +129,7 @@ def _least_thread_speedup(results: pd.DataFrame) -> float:
 def _growth(suffix: str) -> Value:
     def value(results: pd.DataFrame) -> float:
         lengths = (2048, 4096, 8192)
-        peaks = pd.Series([_median(results, "memory", f"h8_l{length}{suffix}", "ours", BOTH) for length in lengths])
+        peaks = pd.Series([median(results, "memory", f"h8_l{length}{suffix}", "ours", BOTH) for length in lengths])
         return (peaks / peaks.shift()).max()
 
     return value
@@ -137,8 +138,8 @@ def _growth(suffix: str) -> Value:
 def _memory_ratio(suffix: str) -> Value:
     def value(results: pd.DataFrame) -> float:
         case = f"h8_l4096{suffix}"
-        peers = pd.Series([_median(results, "memory", case, peer, BOTH) for peer in SDPA_WITH_BIAS])
-        return peers.min() / _median(results, "memory", case, "ours", BOTH)
+        peers = pd.Series([median(results, "memory", case, peer, BOTH) for peer in SDPA_WITH_BIAS])
+        return peers.min() / median(results, "memory", case, "ours", BOTH)
 
     return value
 

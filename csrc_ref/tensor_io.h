@@ -149,29 +149,32 @@ TOB_INLINE void scatter_row(const Real *row, int panels, int64_t index, Real *ou
 // are 0. out + panel_stride is the next panel.
 template <class Real>
 void pack_rows(const Matrix &m, int64_t first, int count, int padded, Real factor, Real *out, int64_t panel_stride) {
-  constexpr int P = kPanel<Real>;
-  alignas(64) Real row[kMaxDim + P];
-  const int padded_dim = round_up(m.dim, P);
-  for (int i = 0; i < padded; ++i) {
-    if (i < count) read_rows(m, first + i, 1, factor, row, padded_dim);
-    else std::memset(row, 0, sizeof(Real) * padded_dim);
-    scatter_row(row, padded_dim / P, i, out, panel_stride);
-  }
+  using S = Simd<Real>;
+  constexpr int P = kPanel<Real>, W = S::kLanes;
+  const int padded_dim = round_up(m.dim, P), whole = m.stride_d == 1 ? round_down(m.dim, W) : 0;
+  visit_stored<Real>(m, [&](const auto *data) {
+    data += first * m.stride_l;
+    for (int i = 0; i < count; ++i, data += m.stride_l) {
+      const auto at = [&](int d) { return out + d / P * panel_stride + i * P + d % P; };
+      for (int d = 0; d < whole; d += W) S::store(at(d), factor * load_stored<Real>(data + d));
+      for (int d = whole; d < padded_dim; ++d) *at(d) = d < m.dim ? factor * Real(data[d * m.stride_d]) : Real(0);
+    }
+  });
+  for (int d = 0; d < padded_dim && count < padded; d += P)
+    std::fill_n(out + d / P * panel_stride + count * P, (padded - count) * P, Real(0));
 }
 
 // One panel of columns: out[d][i] = m[first + i][d] for kPanel rows, of which `count` exist and the others are 0.
 template <class Real> void pack_transposed(const Matrix &m, int64_t first, int count, Real *out) {
   constexpr int P = kPanel<Real>, W = Simd<Real>::kLanes;
-  alignas(64) Real rows[P][kMaxDim + P];
+  alignas(64) Real rows[P * (kMaxDim + P)];
   const int padded_dim = round_up(m.dim, P);
-  for (int i = 0; i < P; ++i) {
-    if (i < count) read_rows(m, first + i, 1, Real(1), rows[i], padded_dim);
-    else std::memset(rows[i], 0, sizeof(Real) * padded_dim);
-  }
+  read_rows(m, first, count, Real(1), rows, padded_dim);
+  std::fill_n(rows + count * padded_dim, (P - count) * padded_dim, Real(0));
   for (int d = 0; d < padded_dim; d += W)
     for (int i = 0; i < P; i += W) {
       typename Simd<Real>::Vec square[W];
-      for (int e = 0; e < W; ++e) square[e] = Simd<Real>::load(rows[i + e] + d);
+      for (int e = 0; e < W; ++e) square[e] = Simd<Real>::load(rows + (i + e) * padded_dim + d);
       Simd<Real>::transpose(square);
       for (int e = 0; e < W; ++e) Simd<Real>::store(out + int64_t(d + e) * P + i, square[e]);
     }
