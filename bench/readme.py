@@ -1,4 +1,4 @@
-"""The README's paragraphs of CPU numbers, from a CSV: ``python -m bench.readme FILE``. A test holds the README to them."""
+"""The README's CPU numbers, from a CSV: ``python -m bench.readme FILE``. A test holds the README to them."""
 
 import argparse
 from pathlib import Path
@@ -6,7 +6,6 @@ from pathlib import Path
 import pandas as pd
 
 from bench.cases import BACKWARD, BOTH, FORWARD
-from bench.providers import SDPA_WITH_BIAS
 from bench.report import median, read_results
 
 PEERS = {
@@ -15,56 +14,64 @@ PEERS = {
     "t5_compiled": "compiled T5-style attention",
     "sdpa_no_bias": "SDPA without any bias",
 }
-COLUMNS = [
-    (f"{mode}{', causal' * causal}".replace("+", " + "), f"h8_l1024{'_causal' * causal}", mode)
-    for mode in (FORWARD, BOTH)
-    for causal in (False, True)
-]
-SHORT = {64: "b8h8_l64", 128: "b8h8_l128", 256: "b8h8_l256"}
+COLUMNS = {
+    "forward": ("h8_l1024", FORWARD),
+    "forward, causal": ("h8_l1024_causal", FORWARD),
+    "forward + backward": ("h8_l1024", BOTH),
+    "forward + backward, causal": ("h8_l1024_causal", BOTH),
+}
+
+
+# Case, mode, metric, provider of every number in the sentences.
+NUMBERS = {
+    "forward_rate": ("h8_l2048", FORWARD, "gemm_fraction", "ours"),
+    "backward_rate": ("h8_l2048", BACKWARD, "gemm_fraction", "ours"),
+    **{f"l{length}": (f"b8h8_l{length}", BOTH, "ratio", "sdpa_index") for length in (64, 128, 256)},
+    **{f"plain{length}": (f"b8h8_l{length}", BOTH, "ratio", "sdpa_no_bias") for length in (64, 128, 256)},
+    "memory": ("h8_l4096", BOTH, "memory", "ours"),
+    "dense_memory": ("h8_l4096", BOTH, "memory", "sdpa_strided"),
+    "window": ("h1_l8192_w128", BOTH, "window_speedup", "ours"),
+    "cache": ("h8_cache32k", FORWARD, "copy_fraction", "ours"),
+    "cache_d128": ("h8_cache32k_d128", FORWARD, "copy_fraction", "ours"),
+    "cache_bf16": ("h8_cache32k_bf16", FORWARD, "copy_fraction", "ours"),
+}
+SENTENCES = """
+* The rate of floating point operations at L=2048 is {forward_rate:.2f} (forward) and {backward_rate:.2f} (backward)
+  of MKL's sgemm.
+* Short sequences, B * H = 64, forward + backward, at L=64, 128 and 256: the first of these takes {l64:.2f}, {l128:.2f}
+  and {l256:.2f} times longer than ours, the last {plain64:.2f}, {plain128:.2f} and {plain256:.2f}.
+* A training step at L=4096 takes {memory:.1f} MiB where the leanest SDPA with a bias takes {dense_memory:.0f} MiB.
+* A window of 128 keys on each side makes a training step at L=8192 {window:.1f} times faster.
+* Decoding reads a cache of 32768 keys at {cache:.2f} of the rate of copying memory, bytes read and written; with D=128
+  at {cache_d128:.2f}, in bfloat16 at {cache_bf16:.2f}.
+"""
 
 
 def paragraphs(results: pd.DataFrame) -> str:
-    """Markdown, of one thread's medians."""
+    """Markdown, of one thread's medians.
 
-    def value(metric: str, case: str, provider: str = "ours", mode: str = FORWARD) -> float:
+    Raises:
+        ValueError: the results lack one of the numbers.
+    """
+
+    def value(case: str, mode: str, metric: str, provider: str) -> float:
         found = median(results, metric, case, provider, mode)
         if pd.isna(found):
-            raise SystemExit(f"the CSV lacks {metric} of {provider}, {mode}, {case}")
+            raise ValueError(f"the results lack the {metric} of {provider}, {mode}, {case}")
         return found
 
-    def listed(texts: list[str]) -> str:
-        return f"{', '.join(texts[:-1])} and {texts[-1]}"
-
+    shape = "float32, B=1, H=8, D=64, L=1024"
     lines = [
-        f"One thread of an {_processor(results)}, float32, B=1, H=8, D=64, L=1024; peer's time divided by ours, so more is"
-        " better for us:",
+        f"One thread of an {_processor(results)}, {shape}; how many times longer each takes than ours:",
         "",
-        f"| | {' | '.join(title for title, _, _ in COLUMNS)} |",
+        f"| | {' | '.join(COLUMNS)} |",
         f"|{'---|' * (1 + len(COLUMNS))}",
     ]
     for peer, label in PEERS.items():
-        ratios = (f"{value('ratio', case, peer, mode):.2f}" for _, case, mode in COLUMNS)
+        ratios = [f"{value(*column, 'ratio', peer):.2f}" for column in COLUMNS.values()]
         lines.append(f"| {label} | {' | '.join(ratios)} |")
-    speedups = listed([f"{value('ratio', case, 'sdpa_index', BOTH):.2f}" for case in SHORT.values()])
-    rates = [value("gemm_fraction", "h8_l2048", mode=mode) for mode in (FORWARD, BACKWARD)]
-    read, read_wide = (value("copy_fraction", case) for case in ("h8_cache32k", "h8_cache32k_d128"))
-    ours = value("memory", "h8_l4096", mode=BOTH)
-    leanest = min(
-        median(results, "memory", "h8_l4096", peer, BOTH)
-        for peer in SDPA_WITH_BIAS
-        if not pd.isna(median(results, "memory", "h8_l4096", peer, BOTH))
-    )
-    window = value("window_speedup", "h1_l8192_w128", mode=BOTH)
-    lines += [
-        "",
-        f"* 64 short sequences of {listed([str(length) for length in SHORT])}, forward + backward, beside the first of these: {speedups}.",
-        f"* At L=2048 the engine runs at {rates[0]:.2f} (forward) and {rates[1]:.2f} (backward) of the rate of MKL's sgemm.",
-        f"* A training step at L=4096 takes {ours:.1f} MiB where the leanest SDPA with a bias takes {leanest:.0f} MiB.",
-        f"* A window of 128 on each side makes a training step at L=8192 {window:.1f} times faster.",
-        f"* Decoding reads a cache of 32768 keys at {read:.2f} of the rate of copying memory ({read_wide:.2f} with D=128), bytes read"
-        " and written.",
-    ]
-    return "\n".join(lines)
+    numbers = {name: value(*number) for name, number in NUMBERS.items()}
+    return "\n".join(lines) + "\n" + SENTENCES.format(**numbers)
 
 
 def _processor(results: pd.DataFrame) -> str:
@@ -76,4 +83,4 @@ def _processor(results: pd.DataFrame) -> str:
 if __name__ == "__main__":
     parser = argparse.ArgumentParser("python -m bench.readme", description=__doc__)
     parser.add_argument("csv", type=Path, help="a CSV of `python -m bench`")
-    print(paragraphs(read_results(parser.parse_args().csv)))
+    print(paragraphs(read_results(parser.parse_args().csv)), end="")

@@ -7,6 +7,9 @@ from pathlib import Path
 
 import pytest
 
+from bench.readme import paragraphs
+from bench.report import read_results
+
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 
@@ -47,3 +50,8 @@ def test_every_block_has_a_language_that_is_tested() -> None:
         assert set(languages) <= {"python", "sh", "text"}, page.name
     assert code_blocks("python")
     assert code_blocks("sh")
+
+
+def test_the_numbers_are_those_of_the_results() -> None:
+    """`python -m bench.readme bench/results/cpu.csv` prints what the README has to say."""
+    assert paragraphs(read_results(ROOT / "bench/results/cpu.csv")) in (ROOT / "README.md").read_text()
