@@ -47,10 +47,10 @@ template <class Real> class BiasTable {
 
   // bits[i] = that of column last - i, for `count` columns.
   void reversed(int64_t row, int64_t last, int64_t count, Real *bits) const {
-    const Real *nats = nats_ + row * columns_ + last;
+    const int64_t column = row * columns_ + last;  // of the first
     int64_t i = 0;
     for (; i + W <= count; i += W)
-      S::store(bits + i, in_bits<Real>(S::reverse(S::load(nats - i - (W - 1))) - constant(row)));
+      S::store(bits + i, in_bits<Real>(S::reverse(S::load(nats_ + (column - i - (W - 1)))) - constant(row)));
     for (; i < count; ++i) bits[i] = this->bits(row, last - i);
   }
 
