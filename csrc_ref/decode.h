@@ -60,6 +60,7 @@ template <class Real> class Decode {
   void attend(int64_t b, int64_t h, int64_t part, Block &t) {
     const tob_sequence &s = p.sequences[b];
     const int len_q = int(s.len_q), first = int(part) * kKeys, used_rows = int(group) * len_q;
+    if (used_rows == 0) return;
     for (int row = 0; row < used_rows; ++row) {
       const Matrix q = matrix_of(p.query, p.dtype, int(p.dim), b, h * group + row / len_q, s.first_query);
       read_rows(q, row % len_q, 1, Real(p.scale * kLog2E), t.query + row * padded, padded);

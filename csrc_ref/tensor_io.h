@@ -99,10 +99,11 @@ template <class Real, class Stored> TOB_INLINE typename Simd<Real>::Vec load_sto
       Halves halves;
       std::memcpy(&halves, data, sizeof halves);
       return (typename S::Vec)(__builtin_convertvector(halves, typename S::IntVec) << 16);
+    } else {
+      typename S::Vec values;
+      for (int lane = 0; lane < S::kLanes; ++lane) values[lane] = data[lane];
+      return values;
     }
-    typename S::Vec values;
-    for (int lane = 0; lane < S::kLanes; ++lane) values[lane] = data[lane];
-    return values;
 #endif
   }
 }

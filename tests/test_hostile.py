@@ -12,7 +12,7 @@ from cases import Call, Case, assert_matches_oracle, build, results_of
 from oracle import NAMES, Results, oracle
 from torch import Tensor
 
-from triton_offset_bias import offset_bias_attention
+from triton_offset_bias import offset_bias_attention, offset_bias_attention_varlen
 
 INF = float("inf")
 LONG = Case("hostile", (100, 110), (32, 16), through_lse=True)
@@ -28,18 +28,48 @@ def changed(case: Case, **changes) -> Call:
 
 
 TABLES = {
-    "raised by 1000": lambda bias: bias + 1000,
-    "lowered by 1000, one offset forbidden": lambda bias: (bias - 1000).index_fill(-1, torch.tensor([110]), -INF),
-    "each head's raised by another constant": lambda bias: bias + torch.tensor([[1e4], [-3e4]]),
+    "raised by 1000": (LONG, lambda bias: bias + 1000),
+    "lowered by 1000, one offset forbidden": (
+        LONG,
+        lambda bias: (bias - 1000).index_fill(-1, torch.tensor([110]), -INF),
+    ),
+    "each head's raised by another constant": (LONG, lambda bias: bias + torch.tensor([[1e4], [-3e4]])),
+    "each sequence's raised by another constant": (
+        replace(LONG, bias="BHN"),
+        lambda bias: bias + torch.tensor([1000.0, -3000.0])[:, None, None],
+    ),
 }
 
 
 @pytest.mark.parametrize("options", [{}, {"is_causal": True}], ids=str)
-@pytest.mark.parametrize("change", TABLES.values(), ids=TABLES)
-def test_a_constant_on_the_table_costs_no_accuracy(backend, change, options):
+@pytest.mark.parametrize(("case", "change"), TABLES.values(), ids=TABLES)
+def test_a_constant_on_the_table_costs_no_accuracy(backend, case, change, options):
     """The rule for every result, though in float32 scores of a thousand have four digits behind the point."""
-    call = changed(replace(LONG, options=options), bias=change)
+    call = changed(replace(case, options={**case.options, **options}), bias=change)
     assert_matches_oracle(call, results_of(call, backend))
+
+
+def test_no_bias_beyond_a_table_is_no_large_number(backend):
+    """Pairs beyond a table of -1000 carry all the weight: counting from its constant would give them scores of 1000."""
+    call = changed(replace(LONG, columns=21, options={"beyond": "zero"}), bias=lambda bias: bias - 1000)
+    assert_matches_oracle(call, results_of(call, backend))
+
+
+def test_each_packed_sequence_has_its_own_constant(backend):
+    """Also one without queries, and one without keys."""
+    lengths_q, lengths_k = (5, 0, 3, 9), (7, 4, 0, 30)
+    bounds_q, bounds_k = (torch.tensor([0, *lengths]).cumsum(0) for lengths in (lengths_q, lengths_k))
+    q, k, v = torch.randn(17, 2, 8), torch.randn(41, 2, 8), torch.randn(41, 2, 8)
+    bias = torch.randn(4, 2, 9) + torch.tensor([1000.0, -1000.0, 500.0, 3000.0])[:, None, None]
+    out, lse = offset_bias_attention_varlen(q, k, v, bias, bounds_q, bounds_k, 9, 30, return_lse=True, backend=backend)
+    for s in range(4):
+        queries, keys = slice(*bounds_q[s : s + 2]), slice(*bounds_k[s : s + 2])
+        expected, expected_lse = offset_bias_attention(
+            *(x.transpose(0, 1)[None].double() for x in (q[queries], k[keys], v[keys])),
+            bias[s].double(), return_lse=True, backend="reference",
+        )  # fmt: skip
+        torch.testing.assert_close(out[queries].transpose(0, 1)[None].double(), expected, rtol=0, atol=1e-3)
+        torch.testing.assert_close(lse[:, queries][None].double(), expected_lse, rtol=1e-6, atol=0)
 
 
 POSITIONS = {"query_positions": torch.arange(100) * 3 % 71, "key_positions": torch.arange(110) * 5 % 83}

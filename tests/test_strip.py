@@ -77,7 +77,9 @@ def test_the_strip_is_the_table_at_every_offset_and_constant_beyond_the_bounds(l
         assert is_attended == bool((bias > -math.inf).all())
         if values is not None:
             within = min(max(offset, bounds.near_lo - strip.PAD // 2), bounds.near_hi + strip.PAD // 2)
-            torch.testing.assert_close(values[0, :, bounds.zero + within] + math.log2(math.e) * constants[:, 0], bias)
+            torch.testing.assert_close(
+                values[0, :, bounds.zero + within] + math.log2(math.e) * constants[0, :, 0], bias
+            )
     parts = strip.loops(problem, bounds)
     for name, is_far, end in (
         ("FAR_LEFT", lambda offset: bounds.near_hi <= offset <= bounds.band_hi, max(bounds.near_hi, 1 - len_k)),
@@ -99,21 +101,26 @@ def test_the_gradient_of_every_offset_folds_back_into_the_table():
     assert torch.equal(strip.fold_offsets(problem, doffsets, lo), expected)
 
 
-HEADS = {
+ROWS = {
     "of one sign, near one another": ([1000.0, 1001.5, 999.25], 999.25),
-    "negative ones": ([-1000.0, -1001.5, -999.25], -999.25),
+    "negative ones": ([-1000.0, -1001.5, -999.25], -1001.5),
     "of both signs": ([1.0, -1.0, 0.5], 0.0),
     "too far from one another": ([1.0, 2.5, 2.0], 0.0),
     "forbidden ones beside them": ([8.0, -math.inf, 10.0], 8.0),
     "forbidden ones alone": ([-math.inf, -math.inf, -math.inf], 0.0),
+    "infinite ones": ([math.inf, math.inf, math.inf], 0.0),
+    "one that is not a number": ([8.0, math.nan, 10.0], 0.0),
 }
 
 
-@pytest.mark.parametrize(("bias", "expected"), HEADS.values(), ids=HEADS)
-def test_a_head_is_counted_from_one_of_its_numbers_where_that_is_exact(bias, expected):
-    """Whatever the other head is like; inputs of 16 bits have no use for it."""
+@pytest.mark.parametrize(("bias", "expected"), ROWS.values(), ids=ROWS)
+def test_a_row_is_counted_from_one_of_its_numbers_where_that_is_exact(bias, expected):
+    """Whatever other rows are like. Zeros beyond the table are numbers too; inputs of 16 bits have no use for it."""
     problem = _problem(20, 24, 3, {})
     bias = torch.tensor([bias, [1.0, -1.0, 0.0]])
     constants = strip.constants_of(problem._replace(bias=bias))
-    torch.testing.assert_close(constants, torch.tensor([[expected], [0.0]]), rtol=0, atol=0)
+    assert torch.equal(constants, torch.tensor([[[expected], [0.0]]]))
+    constants = strip.constants_of(problem._replace(bias=bias.expand(5, -1, -1)))
+    assert torch.equal(constants, torch.tensor([[[expected], [0.0]]]).expand(5, -1, -1))
+    assert not strip.constants_of(problem._replace(bias=bias, beyond="zero")).any()
     assert strip.constants_of(problem._replace(bias=bias, query=problem.query.bfloat16())) is None

@@ -1,19 +1,16 @@
 """The two public functions."""
 
-from __future__ import annotations
-
-from typing import TYPE_CHECKING, Literal, TypedDict, overload
+from typing import Literal, TypedDict, overload
 
 from torch import Tensor
+from typing_extensions import Unpack  # comes with torch; typing's from Python 3.11 on
 
 from triton_offset_bias import ops
 from triton_offset_bias.checks import check_attention, check_varlen, with_autocast
 from triton_offset_bias.dispatch import select_backend
 
-if TYPE_CHECKING:
-    from typing_extensions import Unpack  # typing's from Python 3.11 on
 
-
+# The keywords but `return_lse`, for the overloads alone, which would repeat all of them three times.
 class _SharedOptions(TypedDict, total=False):
     dropout_p: float
     is_causal: bool

@@ -86,8 +86,8 @@ def forward(problem: Problem, out: Tensor, lse: Tensor, row_max: Tensor, row_sum
         _decode(call, out, lse, row_max, row_sum)
     else:
         _forward(call, out, lse, row_max, row_sum)
-    if call.constants_of_heads is not None:
-        lse += call.constants_of_heads
+    if call.constants_of_rows is not None:
+        strip.add_constants(problem, call.constants_of_rows, lse)
 
 
 def _forward(call: Call, out: Tensor, lse: Tensor, row_max: Tensor, row_sum: Tensor) -> None:

@@ -34,8 +34,8 @@ class Call:
         self.bounds = strip.bounds_of(problem)
         is_bias_in_acc = configs.is_bias_in_acc(self.target, query.dtype, self.scale_log2)
         unit = 1 / self.scale if is_bias_in_acc else math.log2(math.e)
-        self.constants_of_heads = strip.constants_of(problem)
-        self.strip = strip.build_strip(problem, self.bounds, unit, self.constants_of_heads)
+        self.constants_of_rows = strip.constants_of(problem)
+        self.strip = strip.build_strip(problem, self.bounds, unit, self.constants_of_rows)
         mask = problem.key_padding_mask
         optional = (
             self.strip, None if mask is None else mask.contiguous().view(torch.uint8),

@@ -78,20 +78,30 @@ def loops(problem: Problem, bounds: Bounds) -> dict[str, bool]:
 
 
 def constants_of(problem: Problem) -> Tensor | None:
-    """(1 or H, 1) float32: what each head's table is counted from, and its log-sum-exp gets back; None: from 0.
+    """(1 or B, 1 or H, 1) float32: what each row of the table is counted from; None: from 0.
 
-    Where the finite numbers of a head have one sign and lie within a factor 2 of one another it is one of them:
+    Where the numbers of a row, but for -inf, have one sign and lie within a factor 2 of one another it is one of them:
     subtracting that is exact (Sterbenz 1974), and scores keep the digits that its size would take. Elsewhere it is 0.
     Inputs of 16 bits have no such digits.
     """
     if problem.bias is None or problem.query.dtype != torch.float32:
         return None
-    bias = _with_heads(problem.bias)
-    is_finite = bias.isfinite()
-    low = bias.where(is_finite, math.inf).amin((0, 2))
-    high = bias.where(is_finite, -math.inf).amax((0, 2))
-    constants = low.where((low > 0) & (high <= 2 * low), high.where((high < 0) & (low >= 2 * high), 0.0))
-    return constants.where(constants.isfinite(), 0.0)[:, None]
+    bias, _ = table.extended(_with_heads(problem.bias), problem.bias_origin, problem.beyond)
+    high = bias.amax(-1, keepdim=True)
+    low = bias.masked_fill(bias == -math.inf, math.inf).amin(-1, keepdim=True)
+    is_exact = (low <= high) & (
+        high - low <= torch.minimum(low.abs(), high.abs())
+    )  # false where one is infinite or NaN
+    return low.where(is_exact, 0.0)
+
+
+def add_constants(problem: Problem, constants: Tensor, lse: Tensor) -> None:
+    """Gives a (B, H, M) log-sum-exp back what the table was counted from."""
+    if problem.cu_seqlens_q is not None and len(constants) > 1:  # of each token's sequence
+        tokens = torch.arange(lse.shape[2], dtype=problem.cu_seqlens_q.dtype, device=lse.device)
+        sequences = torch.searchsorted(problem.cu_seqlens_q[1:-1].contiguous(), tokens, right=True)
+        constants = constants[sequences, :, 0].mT
+    lse += constants
 
 
 def build_strip(problem: Problem, bounds: Bounds, unit: float, constants: Tensor | None = None) -> Tensor | None:
