@@ -6,7 +6,7 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from bench.cases import CASES, GPU_CASES, GPU_MODEL_DIM, GPU_TOKENS, MODES, QUICK_CASES, SUITES
+from bench.cases import CASES, GPU_CASES, GPU_CLAMP, GPU_MODEL_DIM, GPU_TOKENS, MODES, QUICK_CASES, SUITES
 from bench.providers import PROVIDERS
 from bench.report import print_requirements, print_summary, read_results
 from bench.rows import ROOT, Row, RowMaker, write_rows
@@ -30,20 +30,28 @@ def main(arguments: list[str] | None = None) -> None:
     """Measures, writes the CSV, and prints a summary of it."""
     parser = make_parser()
     options = parser.parse_args(arguments)
-    if options.device.type == "cuda" and not torch.cuda.is_available():
-        parser.error(f"argument --device: torch {torch.__version__} finds no GPU for {options.device}")
+    if options.device.type == "cuda" and (options.device.index or 0) >= torch.cuda.device_count():
+        found = torch.cuda.device_count()
+        parser.error(f"argument --device: torch {torch.__version__} finds {found} GPUs, none is {options.device}")
+    plans = plans_of(options)
+    if not plans:
+        parser.error("no suite takes such cases, modes and providers by itself: name it with --suite")
+    if options.device.type != "cpu" and any(plan.suite == "memory" for plan in plans):
+        parser.error("argument --suite: memory measures a process on a CPU")
     output = options.output or ROOT / "bench" / "out" / f"{options.device.type}.csv"
     maker = RowMaker(str(options.device))
     rows: list[Row] = []
     try:
-        for plan in tqdm(plans_of(options), desc="benchmark", unit="case"):
+        for plan in tqdm(plans, desc="benchmark", unit="case"):
             rows += measure(plan, maker)
             torch.set_num_threads(options.threads)
     except KeyboardInterrupt:
         tqdm.write("interrupted: what is measured so far is written")
+    finally:
+        if rows:
+            write_rows(output, rows, options.append)
     if not rows:
-        raise SystemExit("nothing was measured: no case, mode and provider of a chosen suite go together")
-    write_rows(output, rows, options.append)
+        raise SystemExit("nothing was measured: no provider could run")
     results = read_results(output)
     print_summary(results)
     if options.check:
@@ -90,8 +98,8 @@ def _choices() -> str:
         used = ", ".join(suite for suite in SUITES if name in SUITES[suite].cases)
         shape = f"B={case.batch} H={case.heads} L={case.length} D={case.head_dim} {case.dtype}"
         lines.append(f"  {name:18} {shape}{' causal' * case.is_causal} ({used})")
-    shape = f"B=max(1, {GPU_TOKENS} / L) H={GPU_MODEL_DIM} / D bfloat16, a table that ends at 128 with _c128"
-    lines.append(f"  lL_dD[_c128][_causal] for L in 512, 1024, .. 32768, D in 64, 128: {shape} (gpu)")
+    shape = f"B=max(1, {GPU_TOKENS} / L) H={GPU_MODEL_DIM} / D bfloat16; _c{GPU_CLAMP}: a table that ends there"
+    lines.append(f"  lL_dD[_c{GPU_CLAMP}][_causal] for L in 512, 1024, .. 32768, D in 64, 128: {shape} (gpu)")
     lines += ["modes:", *(f"  {mode}" for mode in MODES), "providers:"]
     lines += [f"  {name:18} {provider.prepare.__doc__}".partition("\n")[0] for name, provider in PROVIDERS.items()]
     return "\n".join(lines)
@@ -128,7 +136,7 @@ def _device(text: str) -> torch.device:
         device = torch.device(text)
     except RuntimeError:
         device = None
-    if device is None or device.type not in ("cpu", "cuda"):
+    if device is None or device.type not in ("cpu", "cuda") or (device.type == "cpu" and device.index is not None):
         raise argparse.ArgumentTypeError(f"must be cpu, cuda or cuda:N, got {text}")
     return device
 

@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -53,8 +54,13 @@ class Case:
         return 2 * self.batch * self.heads * self.length * self.head_dim * getattr(torch, self.dtype).itemsize
 
     def flops(self, mode: str) -> float:
-        """Floating point operations of the matmuls: 4 BHMND forward, 10 backward; half of it when causal."""
-        pairs = self.batch * self.heads * self.length**2 * (0.5 if self.is_causal else 1.0)
+        """Floating point operations of the matmuls: 4 D for each attended pair forward, 10 D backward."""
+        positions = np.arange(self.length - self.queries, self.length)
+        last = positions if self.is_causal else np.full_like(positions, self.length - 1)
+        first = np.zeros_like(positions)
+        if self.window >= 0:
+            first, last = np.maximum(positions - self.window, 0), np.minimum(positions + self.window, last)
+        pairs = self.batch * self.heads * float((last - first + 1).sum())
         return {FORWARD: 4, BACKWARD: 10, BOTH: 14}[mode] * pairs * self.head_dim
 
 
@@ -64,6 +70,7 @@ def _both_masks(name: str, batch: int, heads: int, length: int) -> list[Case]:
 
 
 GPU_TOKENS, GPU_MODEL_DIM = 16384, 2048  # of all sequences together, and of all heads together
+GPU_CLAMP = 128
 
 
 def _gpu_case(length: int, head_dim: int, clamp: int | None, is_causal: bool) -> Case:
@@ -76,7 +83,7 @@ GPU_CASES = [
     _gpu_case(length, head_dim, clamp, is_causal)
     for length in (512, 1024, 2048, 4096, 8192, 16384, 32768)
     for head_dim in (64, 128)
-    for clamp in (None, 128)
+    for clamp in (None, GPU_CLAMP)
     for is_causal in (False, True)
 ]
 CASES = {

@@ -10,7 +10,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, NullLocator
 
-from bench.cases import BACKWARD, BOTH, FORWARD, MODES
+from bench.cases import BACKWARD, BOTH, FORWARD, GPU_CASES, GPU_CLAMP, MODES
 from bench.providers import PROVIDERS
 from bench.report import read_results
 from bench.rows import ROOT
@@ -49,6 +49,8 @@ def main() -> None:
     parser.add_argument("csv", type=Path, nargs="?", default=ROOT / "bench" / "out" / "cpu.csv")
     parser.add_argument("--output", type=Path, help="folder of the plots (default: that of the CSV)")
     options = parser.parse_args()
+    if not options.csv.exists():
+        parser.error(f"argument csv: {options.csv} does not exist; `python -m bench` makes it")
     folder = options.output or options.csv.parent
     folder.mkdir(parents=True, exist_ok=True)
     results = read_results(options.csv)
@@ -165,13 +167,14 @@ def draw_thread_speedup(rows: pd.DataFrame) -> Figure:
 def draw_throughput(rows: pd.DataFrame) -> Figure:
     """Rate over the length, a line for each provider: a row of panels a mode, a column for each head dim and mask."""
     modes = [mode for mode in MODES if mode in set(rows["mode"])]
-    rows = rows.assign(clamp=rows.case.str.contains("_c128"))
+    rows = rows[rows.case.isin([case.name for case in GPU_CASES])]
+    rows = rows.assign(clamp=rows.case.str.contains(f"_c{GPU_CLAMP}"))
     columns = sorted({(row.D, row.clamp, row.causal) for row in rows.itertuples()})
     size = (1.6 + 2.7 * len(columns), 0.9 + 2.4 * len(modes))
     figure, axes = plt.subplots(
         len(modes), len(columns), figsize=size, squeeze=False, sharex=True, sharey="row", layout="constrained"
     )
-    for line, mode in zip(axes, modes, strict=True):
+    for row, (line, mode) in enumerate(zip(axes, modes, strict=True)):
         for ax, (dim, clamp, causal) in zip(line, columns, strict=True):
             chosen = rows[(rows["mode"] == mode) & rows.D.eq(dim) & rows.clamp.eq(clamp) & rows.causal.eq(causal)]
             for name, points in chosen.groupby("provider", sort=False):
@@ -180,9 +183,9 @@ def draw_throughput(rows: pd.DataFrame) -> Figure:
                 ax.plot(points.M, points.p50, marker="o", markersize=3, color=color, label=PROVIDERS[str(name)].label)
             ax.set_xscale("log", base=2)
             ax.grid()
-            if line is axes[0]:
-                ax.set_title(f"D={dim}{', table of +-128' * clamp}{_causal_of(causal)}")
-            if line is axes[-1]:
+            if row == 0:
+                ax.set_title(f"D={dim}{f', table of +-{GPU_CLAMP}' * clamp}{_causal_of(causal)}")
+            if row == len(axes) - 1:
                 ax.set_xlabel("sequence length L")
         line[0].set_ylabel(f"{mode}\nTFLOP/s")
         line[0].set_ylim(bottom=0)

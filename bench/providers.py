@@ -9,6 +9,7 @@ peers put -inf into the table instead, which is faster.
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -48,18 +49,21 @@ class Provider:
 
 def ours(inputs: Inputs) -> Run:
     """This package."""
-    window = (inputs.window, inputs.window)
-    return lambda q, k, v, table: offset_bias_attention(q, k, v, table, is_causal=inputs.is_causal, window_size=window)
+    return lambda q, k, v, table: offset_bias_attention(q, k, v, table, **_band(inputs))
 
 
 def ours_no_bias(inputs: Inputs) -> Run:
     """This package with the bias left out: what the bias costs is the difference."""
-    return lambda q, k, v, _: offset_bias_attention(q, k, v, None, is_causal=inputs.is_causal)
+    return lambda q, k, v, _: offset_bias_attention(q, k, v, None, **_band(inputs))
 
 
 def ours_atomics(inputs: Inputs) -> Run:
     """The same GPU kernels with an atomic add for every score, as are those that compilers generate."""
-    return lambda q, k, v, table: offset_bias_attention(q, k, v, table, is_causal=inputs.is_causal, backend="triton")
+    return lambda q, k, v, table: offset_bias_attention(q, k, v, table, **_band(inputs), backend="triton")
+
+
+def _band(inputs: Inputs) -> dict[str, Any]:
+    return {"is_causal": inputs.is_causal, "window_size": (inputs.window, inputs.window)}
 
 
 @contextmanager
@@ -141,7 +145,9 @@ def t5_compiled(inputs: Inputs) -> Run:
 def flex_compiled(inputs: Inputs) -> Run:
     """FlexAttention, compiled, that captures the table; on a CPU it has no backward."""
     length, reach, device = inputs.q.shape[2], inputs.reach, inputs.q.device.type
-    mask = create_block_mask(lambda b, h, i, j: i >= j, None, None, length, length, device=device)
+    mask = None
+    if inputs.is_causal:
+        mask = create_block_mask(lambda b, h, i, j: i >= j, None, None, length, length, device=device)
     compiled = _compile(flex_attention)
 
     def run(q: Tensor, k: Tensor, v: Tensor, table: Tensor) -> Tensor:
@@ -149,7 +155,7 @@ def flex_compiled(inputs: Inputs) -> Run:
             offset = i - j if reach == length - 1 else (i - j).clamp(-reach, reach)
             return score + table[h, offset + reach]
 
-        return compiled(q, k, v, score_mod=add_bias, block_mask=mask if inputs.is_causal else None)
+        return compiled(q, k, v, score_mod=add_bias, block_mask=mask)
 
     return run
 

@@ -28,6 +28,9 @@ NUMBERS = {
     "backward_rate": ("h8_l2048", BACKWARD, "gemm_fraction", "ours"),
     **{f"l{length}": (f"b8h8_l{length}", BOTH, "ratio", "sdpa_index") for length in (64, 128, 256)},
     **{f"plain{length}": (f"b8h8_l{length}", BOTH, "ratio", "sdpa_no_bias") for length in (64, 128, 256)},
+    "sgemm": ("h8_l2048", FORWARD, "rate", "sgemm"),
+    "bf16": ("h8_l512_bf16", BOTH, "ratio", "sdpa_no_bias"),
+    "bf16_compiled": ("h8_l512_bf16", BOTH, "ratio", "t5_compiled"),
     "memory": ("h8_l4096", BOTH, "memory", "ours"),
     "dense_memory": ("h8_l4096", BOTH, "memory", "sdpa_strided"),
     "window": ("h1_l8192_w128", BOTH, "window_speedup", "ours"),
@@ -37,9 +40,11 @@ NUMBERS = {
 }
 SENTENCES = """
 * The rate of floating point operations at L=2048 is {forward_rate:.2f} (forward) and {backward_rate:.2f} (backward)
-  of MKL's sgemm.
+  of that of torch's sgemm, {sgemm:.0f} GFLOP/s.
 * Short sequences, B * H = 64, forward + backward, at L=64, 128 and 256: the first of these takes {l64:.2f}, {l128:.2f}
   and {l256:.2f} times longer than ours, the last {plain64:.2f}, {plain128:.2f} and {plain256:.2f}.
+* In bfloat16 at L=512, forward + backward, SDPA without a bias takes {bf16:.2f} times as long, compiled T5-style attention
+  {bf16_compiled:.2f} times.
 * A training step at L=4096 takes {memory:.1f} MiB where the leanest SDPA with a bias takes {dense_memory:.0f} MiB.
 * A window of 128 keys on each side makes a training step at L=8192 {window:.1f} times faster.
 * Decoding reads a cache of 32768 keys at {cache:.2f} of the rate of copying memory, bytes read and written; with D=128

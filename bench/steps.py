@@ -26,8 +26,11 @@ class Step:
     before: Callable[[], Any] = lambda: None
 
 
-def make_step(provider: Provider, run: Run, inputs: Inputs, mode: str) -> Step:
-    """The step: forward as in inference, backward alone, or both with the gradients of all inputs."""
+def make_step(provider: Provider, run: Run, inputs: Inputs, mode: str, repeats_backward: bool = False) -> Step:
+    """The step: forward as in inference, backward alone, or both with the gradients of all inputs.
+
+    With `repeats_backward`, backward may be timed more than once after one `before`.
+    """
     arguments = inputs.arguments()
     leaves = _leaves(provider, inputs)
     # Not leaves under no_grad: views of those still say that they require a gradient, and SDPA takes its slow path.
@@ -38,8 +41,8 @@ def make_step(provider: Provider, run: Run, inputs: Inputs, mode: str) -> Step:
             return run(*detached)
 
     def backward(out: Tensor) -> tuple[Tensor, ...]:
-        with provider.context():  # repeated from one forward where a device's clock asks for it
-            return torch.autograd.grad(out, leaves, inputs.dout, retain_graph=mode == BACKWARD)
+        with provider.context():
+            return torch.autograd.grad(out, leaves, inputs.dout, retain_graph=repeats_backward)
 
     if mode == FORWARD:
         return Step(forward)

@@ -5,9 +5,10 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
+from torch._functorch import config as functorch_config
 from tqdm import tqdm
 
-from bench.cases import FORWARD, Case, Inputs, make_inputs
+from bench.cases import BACKWARD, FORWARD, Case, Inputs, make_inputs
 from bench.memory import measure_growth
 from bench.providers import PROVIDERS, Run
 from bench.rows import Row, RowMaker
@@ -49,7 +50,8 @@ def measure(plan: Plan, maker: RowMaker) -> Iterator[Row]:
     measure_mode = _MEASURES[plan.suite]
     for mode in plan.modes:
         able = [name for name in runs if _can_run(plan, name, mode)]
-        steps = {name: make_step(PROVIDERS[name], runs[name], inputs, mode) for name in able}
+        repeats = plan.device != "cpu" and mode == BACKWARD
+        steps = {name: make_step(PROVIDERS[name], runs[name], inputs, mode, repeats) for name in able}
         yield from measure_mode(plan, mode, steps, maker)
 
 
@@ -153,14 +155,15 @@ def _checked_runs(plan: Plan, inputs: Inputs) -> dict[str, Run]:
             continue
         try:
             run = provider.prepare(inputs)
-            checker.check(provider, run, needs_gradients=any(mode != FORWARD for mode in modes))
+            with functorch_config.patch(donated_buffer=False):  # backward alone is repeated from one forward
+                checker.check(provider, run, needs_gradients=any(mode != FORWARD for mode in modes))
             runs[name] = run
         except Exception as error:
             if name.startswith("ours"):
                 raise
             _say_absent(plan, name, "every mode", str(error).strip().partition("\n")[0])
         if plan.device != "cpu":
-            torch.cuda.empty_cache()  # a dense provider's matrices
+            torch.cuda.empty_cache()  # a dense provider's scores
     return runs
 
 

@@ -5,10 +5,10 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import torch
-import triton.testing
 from tqdm import tqdm
 
 from bench.steps import Step
@@ -45,7 +45,7 @@ def sampler_for(device: str, threads: int) -> Sampler:
     own events, with an empty L2 cache, by `triton.testing.do_bench`.
     """
     if device != "cpu":
-        return _sample_on_gpu
+        return _GpuSampler(device)
     return _CpuSampler(time.process_time if threads == 1 else time.perf_counter)
 
 
@@ -73,22 +73,26 @@ class _CpuSampler:
         return total / calls
 
 
-def _sample_on_gpu(task: Task) -> float:
-    state = task.step.before()
-    median = triton.testing.do_bench(
-        lambda: task.step.timed(state), warmup=GPU_WARM_UP, rep=GPU_SAMPLE, return_mode="median"
-    )
-    return median / 1e3
+class _GpuSampler:
+    def __init__(self, device: str) -> None:
+        from triton.testing import do_bench  # Triton is where GPUs are
+
+        self._do_bench = partial(do_bench, warmup=GPU_WARM_UP, rep=GPU_SAMPLE, return_mode="median")
+        self._device = torch.device(device)
+
+    def __call__(self, task: Task) -> float:
+        with torch.cuda.device(self._device):  # whose events are recorded
+            state = task.step.before()
+            return self._do_bench(lambda: task.step.timed(state)) / 1e3
 
 
 def interleave(tasks: dict[str, Task], sample: Sampler, effort: Effort, about: str) -> dict[str, np.ndarray]:
     """Seconds a call of every task, one number a round; each round begins with the next task.
 
-    The arrays belong together: element r of all of them is from round r.
+    The arrays belong together: element r of all of them is from round r. A peer that fails to warm up is left out.
     """
+    tasks = _warm(tasks, sample, about)
     names = list(tasks)
-    for task in tasks.values():
-        sample(task)
     seconds: dict[str, list[float]] = {name: [] for name in names}
     end = time.perf_counter() + effort.limit
     with _no_collection():
@@ -99,6 +103,20 @@ def interleave(tasks: dict[str, Task], sample: Sampler, effort: Effort, about: s
             if turn + 1 >= FEWEST_ROUNDS and time.perf_counter() > end:
                 break
     return {name: np.array(values) for name, values in seconds.items()}
+
+
+def _warm(tasks: dict[str, Task], sample: Sampler, about: str) -> dict[str, Task]:
+    """The tasks that can run. Ours must."""
+    warm = {}
+    for name, task in tasks.items():
+        try:
+            sample(task)
+            warm[name] = task
+        except RuntimeError as error:  # such as that memory is too small for what backward keeps
+            if name.startswith("ours"):
+                raise
+            tqdm.write(f"{about}: {name} is absent: {str(error).strip().partition(chr(10))[0]}")
+    return warm
 
 
 @contextmanager

@@ -1,6 +1,7 @@
 """The benchmark: what it measures is right, complete, and drawn."""
 
 import re
+from contextlib import nullcontext
 from dataclasses import replace
 
 import numpy as np
@@ -13,7 +14,7 @@ from bench.plots import draw_throughput
 from bench.providers import PROVIDERS
 from bench.report import read_results
 from bench.rows import RowMaker, write_rows
-from bench.steps import Checker, make_step
+from bench.steps import Checker, Step, make_step
 from bench.suites import Plan, measure
 from bench.timing import Effort, Task, interleave, sampler_for
 
@@ -66,6 +67,7 @@ def test_the_gpu_suite_gives_times_and_rates_and_says_what_is_absent(capsys):
 def test_gpus_are_timed_by_tritons_benchmark(monkeypatch):
     """From one forward, as often as it likes, in milliseconds."""
     calls = []
+    monkeypatch.setattr("torch.cuda.device", lambda device: nullcontext())
 
     def do_bench(function, **_):
         calls.extend(function() for _ in range(3))
@@ -74,10 +76,51 @@ def test_gpus_are_timed_by_tritons_benchmark(monkeypatch):
     monkeypatch.setattr("triton.testing.do_bench", do_bench)
     inputs = make_inputs(SMALL, "cpu")
     provider = PROVIDERS["ours"]
-    steps = {mode: Task(make_step(provider, provider.prepare(inputs), inputs, mode), 1) for mode in MODES}
+    run = provider.prepare(inputs)
+    steps = {mode: Task(make_step(provider, run, inputs, mode, mode == BACKWARD), 1) for mode in MODES}
     seconds = interleave(steps, sampler_for("cuda", 1), Effort(4, 10.0), "test")
     assert {mode: list(values) for mode, values in seconds.items()} == {mode: [0.002] * 4 for mode in MODES}
     assert len(calls) == 3 * 3 * 5
+
+
+def test_a_peer_that_fails_is_left_out_and_ours_must_not(capsys):
+    """Such as one whose matrices do not fit into memory."""
+
+    def fail(_):
+        raise torch.OutOfMemoryError("no room\nfor it")
+
+    tasks = {"sdpa_index": Task(Step(fail), 1), "ours": Task(Step(lambda _: None), 1)}
+    assert list(interleave(tasks, sampler_for("cpu", 1), Effort(3, 1.0), "a case")) == ["ours"]
+    assert "a case: sdpa_index is absent: no room\n" in "".join(capsys.readouterr())
+    with pytest.raises(torch.OutOfMemoryError):
+        interleave({"ours": Task(Step(fail), 1)}, sampler_for("cpu", 1), Effort(3, 1.0), "a case")
+
+
+def test_what_is_measured_survives_an_error(monkeypatch, tmp_path):
+    """The rows of earlier cases are written before it ends the run."""
+
+    def measure_first(plan, maker):
+        if plan.case is not CASES["h8_l1024"]:
+            raise ZeroDivisionError
+        yield maker.make(plan.case, "ours", FORWARD, "time", "ms", np.array([1.0]), 1)
+
+    monkeypatch.setattr("bench.__main__.measure", measure_first)
+    with pytest.raises(ZeroDivisionError):
+        main(["--case", "h8_l1024", "h8_l1024_causal", "--output", str(tmp_path / "out.csv")])
+    assert list(read_results(tmp_path / "out.csv").case) == ["h8_l1024"]
+
+
+@pytest.mark.parametrize(
+    ("queries", "causal", "window"), [(None, False, -1), (None, True, -1), (3, True, 5), (7, False, 2)]
+)
+def test_operations_are_counted_by_attended_pairs(queries, causal, window):
+    """Of the last queries, as in decoding."""
+    case = Case("counted", 2, 3, 40, 16, is_causal=causal, decoded=queries, window=window)
+    pairs = 0
+    for i in range(40 - case.queries, 40):
+        pairs += sum((not causal or j <= i) and (window < 0 or abs(i - j) <= window) for j in range(40))
+    assert case.flops(FORWARD) == 4 * 2 * 3 * pairs * 16
+    assert case.flops(BOTH) == 14 * 2 * 3 * pairs * 16
 
 
 def test_atomics_of_scores_are_chosen_for_their_provider_alone():
@@ -106,7 +149,9 @@ def test_the_device_decides_what_is_measured():
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--device", "cuda"], "argument --device: torch .* finds no GPU for cuda"),
+        (["--device", "cuda"], "argument --device: torch .* finds 0 GPUs, none is cuda"),
+        (["--device", "cpu:0"], "argument --device: must be cpu, cuda or cuda:N, got cpu:0"),
+        (["--case", "l512_d64"], "no suite takes such cases, modes and providers by itself: name it with --suite"),
         (["--device", "tpu"], "argument --device: must be cpu, cuda or cuda:N, got tpu"),
         (["--rounds", "0"], "argument --rounds: must be at least 1, got 0"),
     ],
@@ -131,5 +176,9 @@ def test_throughput_is_drawn_over_the_length(tmp_path):
     write_rows(tmp_path / "gpu.csv", rows, keep_others=False)
     figure = draw_throughput(read_results(tmp_path / "gpu.csv"))
     assert len(figure.axes) == 2 * 8
+    titles = {ax.get_title() for ax in figure.axes}
+    assert {"", "D=64", "D=64, causal", "D=128, table of +-128, causal"} < titles
+    assert len(titles) == 1 + 8
+    assert [ax.get_xlabel() for ax in figure.axes] == [""] * 8 + ["sequence length L"] * 8
     for ax in figure.axes:
         assert [line.get_xydata().tolist() for line in ax.lines] == [[[512, 51.2], [1024, 102.4]]] * 2
