@@ -152,8 +152,9 @@ template <class Real> class Backward {
       std::fill_n(t.dscores + r * kTileStride, W, Real(0));
       std::fill_n(t.dscores + r * kTileStride + W + round_up(c.count, P), W, Real(0));
     }
-    std::fill_n(t.dkey, kMaxKeys * chunks * P, Real(0));
-    std::fill_n(t.dvalue, kMaxKeys * chunks_v * P, Real(0));
+    const int key_rows = round_up(c.count, kTileRows);
+    std::fill_n(t.dkey, key_rows * chunks * P, Real(0));
+    std::fill_n(t.dvalue, key_rows * chunks_v * P, Real(0));
 
     const Range used = mask.used(b).clip(c.first, c.first + c.count);
     const Range queries = used.empty() ? Range{0, 0} : band.queries_of(used.begin, used.end);

@@ -28,14 +28,16 @@ inline int64_t bias_column(const tob_problem &p, int64_t offset) {
 
 // The rows of the table, each counted from a constant that its log-sum-exp gets back. Where the finite numbers of a row
 // have one sign and lie within a factor 2 of one another it is one of them: subtracting that is exact (Sterbenz 1974),
-// and scores keep the digits that its size would take. Elsewhere it is 0.
+// and scores keep the digits that its size would take. Elsewhere it is 0, and where queries of 16 bits have no such
+// digits.
 template <class Real> class BiasTable {
  public:
   explicit BiasTable(const tob_problem &p)
       : columns_(p.bias ? p.bias_columns : 0),
         nats_(static_cast<const Real *>(p.bias)),
         constants_(size_t(p.bias ? p.bias_batch * p.bias_heads : 1)) {
-    for (size_t row = 0; p.bias && row < constants_.size(); ++row)
+    const bool has_digits = p.dtype == TOB_FLOAT32 || p.dtype == TOB_FLOAT64;
+    for (size_t row = 0; p.bias && has_digits && row < constants_.size(); ++row)
       constants_[row] = constant_of(nats_ + int64_t(row) * columns_);
   }
 

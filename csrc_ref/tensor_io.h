@@ -168,17 +168,24 @@ void pack_rows(const Matrix &m, int64_t first, int count, int padded, Real facto
 // One panel of columns: out[d][i] = m[first + i][d] for kPanel rows, of which `count` exist and the others are 0.
 template <class Real> void pack_transposed(const Matrix &m, int64_t first, int count, Real *out) {
   constexpr int P = kPanel<Real>, W = Simd<Real>::kLanes;
-  alignas(64) Real rows[P * (kMaxDim + P)];
   const int padded_dim = round_up(m.dim, P);
+  const auto transpose = [&](const auto *rows, int64_t stride) {
+    for (int d = 0; d < padded_dim; d += W)
+      for (int i = 0; i < P; i += W) {
+        typename Simd<Real>::Vec square[W];
+        for (int e = 0; e < W; ++e) square[e] = load_stored<Real>(rows + (i + e) * stride + d);
+        Simd<Real>::transpose(square);
+        for (int e = 0; e < W; ++e) Simd<Real>::store(out + int64_t(d + e) * P + i, square[e]);
+      }
+  };
+  if (count == P && m.dim == padded_dim && m.stride_d == 1) {
+    visit_stored<Real>(m, [&](const auto *data) { transpose(data + first * m.stride_l, m.stride_l); });
+    return;
+  }
+  alignas(64) Real rows[P * (kMaxDim + P)];
   read_rows(m, first, count, Real(1), rows, padded_dim);
   std::fill_n(rows + count * padded_dim, (P - count) * padded_dim, Real(0));
-  for (int d = 0; d < padded_dim; d += W)
-    for (int i = 0; i < P; i += W) {
-      typename Simd<Real>::Vec square[W];
-      for (int e = 0; e < W; ++e) square[e] = Simd<Real>::load(rows + (i + e) * padded_dim + d);
-      Simd<Real>::transpose(square);
-      for (int e = 0; e < W; ++e) Simd<Real>::store(out + int64_t(d + e) * P + i, square[e]);
-    }
+  transpose(rows, padded_dim);
 }
 
 }  // namespace tob
