@@ -6,6 +6,8 @@ import pytest
 import torch
 import torch.autograd.forward_ad as forward_ad
 from torch import Tensor, nn
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
 from triton_offset_bias import offset_bias_attention
@@ -66,15 +68,27 @@ def test_a_tangent_is_refused_and_a_call_without_one_is_served(requires_grad):
             offset_bias_attention(q, q, q, dual)
 
 
-def test_under_data_parallelism_a_table_is_a_parameter_like_any_other(tmp_path):
-    """One process: the gradients that DDP gathers are those of the module alone."""
+@pytest.fixture
+def one_process(tmp_path):
+    """A group of processes that has one."""
     torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
-    try:
-        alone, x = _model(), torch.randn(2, 33, 16)
-        parallel = DistributedDataParallel(copy.deepcopy(alone))
-        alone(x).square().mean().backward()
-        parallel(x).square().mean().backward()
-        for wanted, parameter in zip(alone.parameters(), parallel.parameters(), strict=True):
-            torch.testing.assert_close(parameter.grad, wanted.grad, rtol=0.0, atol=0.0)
-    finally:
-        torch.distributed.destroy_process_group()
+    yield
+    torch.distributed.destroy_process_group()
+
+
+def _sharded(model: nn.Module) -> nn.Module:
+    return fully_shard(model, mesh=torch.distributed.init_device_mesh("cpu", (1,)))
+
+
+@pytest.mark.usefixtures("one_process")
+@pytest.mark.filterwarnings("ignore:FSDP2-wrapped module .* returned a view")  # as does every nn.Linear
+@pytest.mark.parametrize("wrap", [DistributedDataParallel, _sharded], ids=["DDP", "FSDP"])
+def test_under_data_parallelism_a_table_is_a_parameter_like_any_other(wrap):
+    """The gradients that are gathered, or scattered, are those of the module alone."""
+    alone, x = _model(), torch.randn(2, 33, 16)
+    parallel = wrap(copy.deepcopy(alone))
+    for model in (alone, parallel):
+        model(x).square().mean().backward()
+    for wanted, parameter in zip(alone.parameters(), parallel.parameters(), strict=True):
+        gradient = parameter.grad.full_tensor() if isinstance(parameter.grad, DTensor) else parameter.grad
+        torch.testing.assert_close(gradient, wanted.grad, rtol=0.0, atol=0.0)
