@@ -89,9 +89,8 @@ def constants_of(problem: Problem) -> Tensor | None:
     bias, _ = table.extended(_with_heads(problem.bias), problem.bias_origin, problem.beyond)
     high = bias.amax(-1, keepdim=True)
     low = bias.masked_fill(bias == -math.inf, math.inf).amin(-1, keepdim=True)
-    is_exact = (low <= high) & (
-        high - low <= torch.minimum(low.abs(), high.abs())
-    )  # false where one is infinite or NaN
+    # False where one of them is infinite or not a number.
+    is_exact = (low <= high) & (high - low <= torch.minimum(low.abs(), high.abs()))
     return low.where(is_exact, 0.0)
 
 
