@@ -4,6 +4,7 @@ Models call `key_mask` where they would build a (batch, 1, queries, keys) mask. 
 """
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -61,7 +62,7 @@ def numbered_key_mask(
     q_length: int,
     kv_length: int,
     attention_mask: Tensor | None = None,
-    **kwargs: object,
+    **kwargs: Any,
 ) -> Tensor | None:
     """`key_mask` for models that number the attended keys of a sequence one after the other.
 
@@ -75,7 +76,7 @@ def numbered_key_mask(
         NotImplementedError: as `key_mask`.
         ValueError: as `key_mask`; or `attention_mask` leaves out keys of the cache.
     """
-    mask = key_mask(batch_size, q_length, kv_length, attention_mask=attention_mask, **kwargs)  # type: ignore[arg-type]
+    mask = key_mask(batch_size, q_length, kv_length, attention_mask=attention_mask, **kwargs)
     if attention_mask is None or mask is None:
         return mask
     if attention_mask.shape[1] < mask.shape[1]:
