@@ -1,5 +1,6 @@
 """Builds the CPU engine: a shared library for each instruction set, loaded by ctypes. Building needs no torch."""
 
+import glob
 import platform
 import sys
 
@@ -21,8 +22,8 @@ if platform.machine().lower() in ("x86_64", "amd64"):
     BUILDS["avx2"] = ["-DTOB_VECTOR_BYTES=32", "-mavx2", "-mfma", "-mf16c"]
     avx512 = [f"-mavx512{subset}" for subset in ("f", "bw", "dq", "vl")]
     BUILDS["avx512"] = ["-DTOB_VECTOR_BYTES=64", "-mavx2", "-mfma", "-mf16c", *avx512, "-mprefer-vector-width=512"]
-HEADERS = [f"csrc_ref/{name}.h" for name in ("engine", "simd", "microkernel", "tensor_io", "runtime", "band", "bias")]
-HEADERS += [f"csrc_ref/{name}.h" for name in ("dropout", "outputs", "scores", "forward", "decode", "dbias", "backward")]
+    BUILDS["avx512_bf16"] = [*BUILDS["avx512"], "-mavx512bf16"]
+HEADERS = sorted(glob.glob("csrc_ref/*.h"))
 
 # optional: without a compiler the package still installs, and `python -m triton_offset_bias.info` says what is missing.
 # MSVC has no vector extensions, so on Windows there is no engine.

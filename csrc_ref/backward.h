@@ -1,26 +1,25 @@
 // The backward pass: for each block of keys, one sweep over the queries with the scores recomputed.
 //
-//   E = exp2(S - row_max)    P = E / row_sum    dP = Z * dO V^T    delta = <dO, O> - dlse    dS = P * (dP - delta)
+//   P = exp2(S - row_max) / row_sum    dP = Z * dO V^T    delta = <dO, O> - dlse    dS = P * (dP - delta)
 //   dV = (Z * P)^T dO    dK = scale dS^T Q    dQ = scale dS K    dbias[offset] = sum of dS along the offset's diagonal
-//
-// The division by row_sum is done once a row, on dO and delta: dV = E^T (dO / row_sum), dS = E * (dP - delta) /
-// row_sum. So is the multiplication by dropout's kept_scale, on dO: tiles see a Z of 0 and 1.
 //
 // A task owns its block's dK and dV. dQ and dbias are shared by the tasks of a head: they add to them in the order of
 // their blocks, held by OrderedSteps, so every sum has one order whatever the number of threads.
 #pragma once
 
 #include "dbias.h"
+#include "tiles.h"
 
 namespace tob {
 
-template <class Real> class Backward {
+template <class Real, class Operand> class Backward {
   using S = Simd<Real>;
   using Vec = typename S::Vec;
-  static constexpr int P = kPanel<Real>, W = S::kLanes;
+  static constexpr int P = kPanel<Real>, W = S::kLanes, kIn = kPerCell<Real, Operand>, kCells = kChunk<Real, Operand>;
   static constexpr int kQueries = 96, kMaxKeys = 96;  // a tile
   static constexpr int kRows = 12;                    // rows a step
-  static constexpr int64_t kTileStride = kMaxKeys + 2 * W;
+  using TilePair = Tiles<Real, Operand, kQueries, kMaxKeys>;
+  static constexpr int64_t kTileStride = TilePair::kStride;
 
  public:
   Backward(const tob_problem &problem, const tob_tensor &out, const tob_row_stats &stats, const tob_tensor &dout,
@@ -61,11 +60,10 @@ template <class Real> class Backward {
  private:
   // A task's working set.
   struct Block {
-    Real key_columns[kMaxKeys * (kMaxDim + P)], value_columns[kMaxKeys * (kMaxDim + P)];  // transposed panels
-    Real key_rows[kMaxKeys * (kMaxDim + P)];                                              // panels of rows, times scale
-    Real dkey[kMaxKeys * (kMaxDim + P)], dvalue[kMaxKeys * (kMaxDim + P)];                // row-major
-    // Tiles of E and dS, with a vector of zeros before and after each row of dS.
-    Real exps[kQueries * kTileStride], dscores[(kQueries + 1) * kTileStride];
+    Real key_columns[kMaxKeys * (kMaxDim + P)], value_columns[kMaxKeys * (kMaxDim + P)];  // right factors, transposed
+    Real key_rows[kMaxKeys * (kMaxDim + P)];                                              // a right factor
+    Real dkey[kMaxKeys * (kMaxDim + P)], dvalue[kMaxKeys * (kMaxDim + P)];                // row-major, to be scaled
+    TilePair tiles;
     KeptWeights<kQueries, kMaxKeys> kept;
   };
 
@@ -96,43 +94,37 @@ template <class Real> class Backward {
     return round_up(keys, P);
   }
 
-  // Pass 1: queries and dO / row_sum as panels of rows, row_max, delta / row_sum. A row that attends to nothing gets E
-  // = 0 and delta 0, whatever dlse is there: a loss may well have an infinite slope at lse = -inf. So do rows past the
-  // end.
+  // Pass 1: queries and dO as factors, row_max, 1 / row_sum and delta. A row that attends to nothing gets P = 0 and
+  // delta 0, whatever dlse is there: a loss may well have an infinite slope at lse = -inf. So do rows past the end.
   void prepare(const Head &head, int first) {
     const tob_sequence &s = p.sequences[head.b];
     if (dbias_sums.needed() && first == 0) dbias_sums.begin_head(head.slot);
     if (first >= s.len_q) return;
-    const int64_t slot = head.slot, base = slot * rows_padded + first, source = first_row(head) + first;
+    const int64_t base = head.slot * rows_padded + first, source = first_row(head) + first;
     const int rows = std::min(kQueries, rows_padded - first), count = std::min(rows, int(s.len_q) - first);
+    const Matrix q = matrix_of(p.query, p.dtype, int(p.dim), head.b, head.h, s.first_query);
     const Matrix o = matrix_of(out, p.dtype, int(p.dim_v), head.b, head.h, s.first_query);
     const Matrix g = matrix_of(dout, p.dtype, int(p.dim_v), head.b, head.h, s.first_query);
-    pack_rows(matrix_of(p.query, p.dtype, int(p.dim), head.b, head.h, s.first_query), first, count, rows,
-              Real(p.scale * kLog2E), queries_of(slot) + int64_t(first) * P, int64_t(rows_padded) * P);
+    queries.pack(head.slot, q, first, count, rows);
+    douts.pack(head.slot, g, first, count, rows);
     if (dquery.data) std::fill_n(dquery_acc.get() + base * chunks * P, rows * chunks * P, Real(0));
-    const Real kept_scale = p.has_dropout ? Real(p.kept_scale) : Real(1);
-    alignas(64) Real g_row[kMaxDim + P];
     for (int r = 0; r < rows; ++r) {
       const Real sum = r < count ? row_sum[source + r] : Real(0);
       const bool empty = sum == 0;
       max.get()[base + r] = empty ? std::numeric_limits<Real>::infinity() : row_max[source + r];
-      std::fill_n(g_row, chunks_v * P, Real(0));
-      if (r < count) read_rows(g, first + r, 1, empty ? Real(1) : 1 / sum, g_row, chunks_v * P);
-      delta.get()[base + r] =
-          empty ? Real(0) : row_delta(o, first + r, g_row) - (dlse ? dlse[source + r] / sum : Real(0));
-      if (p.has_dropout)
-        for (int d = 0; d < chunks_v * P; ++d) g_row[d] *= kept_scale;
-      scatter_row(g_row, chunks_v, first + r, douts_of(slot), int64_t(rows_padded) * P);
+      inverse_sum.get()[base + r] = empty ? Real(0) : 1 / sum;
+      delta.get()[base + r] = empty ? Real(0) : dot(o, g, first + r) - (dlse ? dlse[source + r] : Real(0));
     }
   }
 
-  // <dO, O> of a row, dO as it is given.
-  Real row_delta(const Matrix &o, int64_t index, const Real *g_row) const {
-    alignas(64) Real o_row[kMaxDim + P];
-    read_rows(o, index, 1, Real(1), o_row, chunks_v * P);
-    Vec dot{};
-    for (int d = 0; d < chunks_v * P; d += W) dot += S::load(o_row + d) * S::load(g_row + d);
-    return S::sum(dot);
+  // <dO, O> of a row.
+  Real dot(const Matrix &o, const Matrix &g, int64_t index) const {
+    alignas(64) Real o_row[kMaxDim + P], g_row[kMaxDim + P];
+    read_rows(o, index, 1, o_row, chunks_v * P);
+    read_rows(g, index, 1, g_row, chunks_v * P);
+    Vec sums{};
+    for (int d = 0; d < chunks_v * P; d += W) sums += S::load(o_row + d) * S::load(g_row + d);
+    return S::sum(sums);
   }
 
   // Pass 2: one block of keys against all of its queries, of every query head that shares the keys.
@@ -144,14 +136,11 @@ template <class Real> class Backward {
     const Band &band = bands[size_t(b)];
     Block &t = c.block;
     for (int j = 0; j < c.count; j += P) {
-      pack_transposed(k, c.first + j, std::min(P, c.count - j), t.key_columns + j * chunks * P);
-      pack_transposed(v, c.first + j, std::min(P, c.count - j), t.value_columns + j * chunks_v * P);
+      pack_right_transposed<Operand>(k, c.first + j, std::min(P, c.count - j), t.key_columns + j * chunks * kCells);
+      pack_right_transposed<Operand>(v, c.first + j, std::min(P, c.count - j), t.value_columns + j * chunks_v * kCells);
     }
-    pack_rows(k, c.first, c.count, keys, Real(p.scale), t.key_rows, int64_t(keys) * P);
-    for (int r = 0; r < kQueries; ++r) {
-      std::fill_n(t.dscores + r * kTileStride, W, Real(0));
-      std::fill_n(t.dscores + r * kTileStride + W + round_up(c.count, P), W, Real(0));
-    }
+    pack_right<Operand>(k, c.first, c.count, keys, t.key_rows, int64_t(keys) / kIn * P);
+    t.tiles.clear_margins(round_up(c.count, P));
     const int key_rows = round_up(c.count, kTileRows);
     std::fill_n(t.dkey, key_rows * chunks * P, Real(0));
     std::fill_n(t.dvalue, key_rows * chunks_v * P, Real(0));
@@ -161,10 +150,10 @@ template <class Real> class Backward {
     for (int64_t g = 0; g < group; ++g) sweep(c, head_of(c.head, g), g, used, queries);
 
     for (int j = 0; j < c.count && dkey.data; ++j)
-      write_row(matrix_of(dkey, p.dtype, int(p.dim), b, h, first_key), c.first + j, Real(kLn2),
+      write_row(matrix_of(dkey, p.dtype, int(p.dim), b, h, first_key), c.first + j, Real(p.scale),
                 t.dkey + j * chunks * P);
     for (int j = 0; j < c.count && dvalue.data; ++j)
-      write_row(matrix_of(dvalue, p.dtype, int(p.dim_v), b, h, first_key), c.first + j, Real(1),
+      write_row(matrix_of(dvalue, p.dtype, int(p.dim_v), b, h, first_key), c.first + j, kept_scale,
                 t.dvalue + j * chunks_v * P);
   }
 
@@ -178,7 +167,7 @@ template <class Real> class Backward {
       const int64_t step = g * (query_tiles + 1) + first / kQueries;
       fill_tiles(c, head, first, rows, used);
       if (dbias)
-        dbias_sums.add_tile(c.thread, c.block.dscores + W, kTileStride, first, c.first, rows, round_up(c.count, P),
+        dbias_sums.add_tile(c.thread, c.block.tiles.dscores(0), kTileStride, first, c.first, rows, round_up(c.count, P),
                             gathered.from(head.b, head.h, first, c.first));
       if (!is_first) c.order.wait(c.task - 1, step);
       accumulate(c, head, first, rows);
@@ -192,61 +181,62 @@ template <class Real> class Backward {
     c.order.finish(c.task, last_step);
   }
 
-  // E and dS of the tile at (first, c.first), a few rows at a time so that they stay in the L1 cache.
+  // P and dS of the tile at (first, c.first), a few rows at a time so that they stay in the L1 cache.
   void fill_tiles(Column &c, const Head &head, int first, int rows, Range used) {
     Block &t = c.block;
-    const Band &band = bands[size_t(head.b)];
-    const int width = round_up(c.count, P);
-    const auto kept_from = [&](int row) {
-      return [&t, first_row = first + row, first_column = c.first](int r, int column) {
-        return t.kept.at(first_row + r, first_column + column);
-      };
-    };
     if (p.has_dropout) t.kept.fill(p, head.b, head.h, first, c.first, rows, c.count);
     for (int row = 0; row < rows; row += kRows) {
-      const int step = std::min(kRows, rows - row);
-      const Range attended = band.keys_of(first + row, first + row + step).clip(used.begin, used.end);
-      const Range columns = attended.empty()
-                                ? Range{0, 0}
-                                : Range{round_down(attended.begin - c.first, P), round_up(attended.end - c.first, P)};
-      Real *exps = t.exps + row * kTileStride, *dscores = t.dscores + W + row * kTileStride;
-      clear_outside(exps, kTileStride, step, columns, width);
-      clear_outside(dscores, kTileStride, step, columns, width);
-      if (columns.empty()) continue;
-      const int64_t base = head.slot * rows_padded + first + row;
-      const bool inside = band.covers(first + row, first + row + step, c.first + columns.begin, c.first + columns.end);
-      const Positions<Real> positions = gathered.from(head.b, head.h, first + row, c.first);
-      const ScoreAddends<Real> add{p.bias || !inside ? strips.at(head.b, head.h, c.first - (first + row)) : nullptr,
-                                   gathered.present() ? &positions : nullptr,
-                                   mask.present() ? mask.at(head.b) + c.first : nullptr, max.get() + base};
-      score_block<true>(queries_of(head.slot) + int64_t(first + row) * P, int64_t(rows_padded) * P, t.key_columns,
-                        chunks, exps, kTileStride, add, step, columns, c.count);
-      for (int r = 0; r < step; ++r)
-        for (int j = columns.begin; j < columns.end; j += P) {
-          Real *x = exps + r * kTileStride + j;
-          S::store(x, S::exp2(S::load(x)));
-          S::store(x + W, S::exp2(S::load(x + W)));
-        }
-      const Real *dout_rows = douts_of(head.slot) + int64_t(first + row) * P;
-      const auto dscore = [&](auto is_dropped) {
-        dscore_block<decltype(is_dropped)::value>(dout_rows, int64_t(rows_padded) * P, t.value_columns, chunks_v,
-                                                  delta.get() + base, exps, dscores, kTileStride, step, columns,
-                                                  kept_from(row));
-      };
-      if (needs_dscores()) p.has_dropout ? dscore(std::true_type()) : dscore(std::false_type());
-      if (p.has_dropout) drop(exps, kTileStride, step, columns, kept_from(row));
+      fill_rows(c, head, first, row, std::min(kRows, rows - row), used);
+      t.tiles.pack(row, std::min(kRows, rows - row), round_up(c.count, P));
     }
+  }
+
+  // Rows [row, row + rows) of the tile.
+  void fill_rows(Column &c, const Head &head, int first, int row, int rows, Range used) {
+    Block &t = c.block;
+    const Band &band = bands[size_t(head.b)];
+    const int query = first + row, width = round_up(c.count, P);
+    const Range attended = band.keys_of(query, query + rows).clip(used.begin, used.end);
+    const Range columns =
+        attended.empty() ? Range{0, 0}
+                         : Range{round_down(attended.begin - c.first, P), round_up(attended.end - c.first, P)};
+    Real *probs = t.tiles.probs(row), *dscores = t.tiles.dscores(row);
+    clear_outside(probs, kTileStride, rows, columns, width);
+    clear_outside(dscores, kTileStride, rows, columns, width);
+    if (columns.empty()) return;
+    const int64_t base = head.slot * rows_padded + query;
+    const bool inside = band.covers(query, query + rows, c.first + columns.begin, c.first + columns.end);
+    const Positions<Real> positions = gathered.from(head.b, head.h, query, c.first);
+    const ScoreTerms<Real> terms{Real(p.scale * kLog2E),
+                                 p.bias || !inside ? strips.at(head.b, head.h, c.first - query) : nullptr,
+                                 gathered.present() ? &positions : nullptr,
+                                 mask.present() ? mask.at(head.b) + c.first : nullptr, max.get() + base};
+    score_block<true, Operand>(queries.left(head.slot, query), queries.panel_stride, t.key_columns, chunks, probs,
+                               kTileStride, terms, rows, columns, c.count);
+    for (int r = 0; r < rows; ++r) {
+      const Vec factor = S::broadcast(inverse_sum.get()[base + r]);
+      for (int j = columns.begin; j < columns.end; j += P) {
+        Real *x = probs + r * kTileStride + j;
+        S::store(x, factor * S::exp2(S::load(x)));
+        S::store(x + W, factor * S::exp2(S::load(x + W)));
+      }
+    }
+    const auto kept = [&](int r, int column) { return t.kept.at(query + r, c.first + column); };
+    const auto dscore = [&](auto is_dropped) {
+      dscore_block<decltype(is_dropped)::value, Operand>(douts.left(head.slot, query), douts.panel_stride,
+                                                         t.value_columns, chunks_v, delta.get() + base, probs, dscores,
+                                                         kTileStride, rows, columns, kept_scale, kept);
+    };
+    if (needs_dscores()) p.has_dropout ? dscore(std::true_type()) : dscore(std::false_type());
+    if (p.has_dropout) drop(probs, kTileStride, rows, columns, kept);
   }
 
   // dV += P^T dO, dK += dS^T Q, dQ += dS K
   void accumulate(Column &c, const Head &head, int first, int rows) {
     Block &t = c.block;
     const Band &band = bands[size_t(head.b)];
-    const int64_t slot = head.slot;
-    const int64_t panel_stride = int64_t(rows_padded) * P;
     const int key_rows = round_up(c.count, kTileRows);
-    const Real *dscores = t.dscores + W;
-    const auto queries = [&](int j) {
+    const auto query_range = [&](int j) {
       return band.queries_of(c.first + j, c.first + j + kTileRows).clip(first, first + rows).shift(-first);
     };
     const auto key_range = [&](int r) {
@@ -254,15 +244,16 @@ template <class Real> class Backward {
     };
     const Real *none = nullptr;
     if (dvalue.data)
-      accumulate_product<false>(t.exps, 1, kTileStride, douts_of(slot) + int64_t(first) * P, panel_stride, t.dvalue,
-                                chunks_v * P, key_rows, chunks_v, none, queries);
+      accumulate_product<false, Operand>(t.tiles.transposed_probs(), 1, kTileStride, douts.right(head.slot, first),
+                                         douts.panel_stride, t.dvalue, chunks_v * P, key_rows, chunks_v, none,
+                                         query_range);
     if (dkey.data)
-      accumulate_product<false>(dscores, 1, kTileStride, queries_of(slot) + int64_t(first) * P, panel_stride, t.dkey,
-                                chunks * P, key_rows, chunks, none, queries);
+      accumulate_product<false, Operand>(t.tiles.transposed_dscores(), 1, kTileStride, queries.right(head.slot, first),
+                                         queries.panel_stride, t.dkey, chunks * P, key_rows, chunks, none, query_range);
     if (dquery.data)
-      accumulate_product<false>(dscores, kTileStride, 1, t.key_rows, int64_t(keys) * P,
-                                dquery_acc.get() + (slot * rows_padded + first) * chunks * P, chunks * P, rows, chunks,
-                                none, key_range);
+      accumulate_product<false, Operand>(t.tiles.dscores_factor(), kTileStride, 1, t.key_rows, int64_t(keys) / kIn * P,
+                                         dquery_acc.get() + (head.slot * rows_padded + first) * chunks * P, chunks * P,
+                                         rows, chunks, none, key_range);
   }
 
   // Pass 3: dQ, and the head's diagonals into the rows of dbias that it shares, one head after another.
@@ -271,7 +262,7 @@ template <class Real> class Backward {
     const tob_sequence &s = p.sequences[head.b];
     const Matrix dq = matrix_of(dquery, p.dtype, int(p.dim), head.b, head.h, s.first_query);
     for (int i = first; i < std::min(first + kQueries, int(s.len_q)); ++i)
-      write_row(dq, i, Real(1), dquery_acc.get() + (head.slot * rows_padded + i) * chunks * P);
+      write_row(dq, i, Real(p.scale), dquery_acc.get() + (head.slot * rows_padded + i) * chunks * P);
   }
 
   void sum_dbias(int64_t head, OrderedSteps &order) {
@@ -289,8 +280,6 @@ template <class Real> class Backward {
     return head.b * p.row_stride_b + head.h * p.row_stride_h + p.sequences[head.b].first_query;
   }
   bool needs_dscores() const { return dquery.data || dkey.data || dbias; }
-  Real *queries_of(int64_t slot) const { return query_panels.get() + slot * rows_padded * chunks * P; }
-  Real *douts_of(int64_t slot) const { return dout_panels.get() + slot * rows_padded * chunks_v * P; }
 
   const tob_problem &p;
   const tob_tensor &out, &dout, &dquery, &dkey, &dvalue;
@@ -301,6 +290,7 @@ template <class Real> class Backward {
   const BiasStrips<Real> strips{p, table};
   const Gathered<Real> gathered{p, table};
   const KeyMask<Real> mask{p};
+  const Real kept_scale = p.has_dropout ? Real(p.kept_scale) : Real(1);
   const int chunks = round_up(int(p.dim), P) / P, chunks_v = round_up(int(p.dim_v), P) / P;  // dims in panels
   const int keys = keys_per_task();                                                          // keys a task
   const int64_t columns = (p.len_k + keys - 1) / keys;                                       // tasks a key head
@@ -310,10 +300,9 @@ template <class Real> class Backward {
   const int64_t heads = p.batch * p.heads_kv;                     // key heads
   const Schedule schedule{heads, 3, columns, p.num_threads};
   const int64_t slots = schedule.slots, slots_q = slots * group;  // heads at work
-  const Scratch<Real> query_panels{slots_q * rows_padded * chunks * P},
-      dout_panels{slots_q * rows_padded * chunks_v * P};
+  const RowFactors<Real, Operand> queries{slots_q, rows_padded, int(p.dim)}, douts{slots_q, rows_padded, int(p.dim_v)};
   const Scratch<Real> dquery_acc{dquery.data ? slots_q * rows_padded * chunks * P : 0};
-  const Scratch<Real> max{slots_q * rows_padded}, delta{slots_q * rows_padded};
+  const Scratch<Real> max{slots_q * rows_padded}, inverse_sum{slots_q * rows_padded}, delta{slots_q * rows_padded};
   const DbiasSums<Real> dbias_sums{p, dbias != nullptr, p.num_threads, slots_q};
 };
 

@@ -5,7 +5,7 @@
 #include <vector>
 
 #include "runtime.h"
-#include "tensor_io.h"
+#include "packing.h"
 
 namespace tob {
 

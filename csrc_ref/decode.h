@@ -63,7 +63,7 @@ template <class Real> class Decode {
     if (used_rows == 0) return;
     for (int row = 0; row < used_rows; ++row) {
       const Matrix q = matrix_of(p.query, p.dtype, int(p.dim), b, h * group + row / len_q, s.first_query);
-      read_rows(q, row % len_q, 1, Real(p.scale * kLog2E), t.query + row * padded, padded);
+      read_rows(q, row % len_q, 1, t.query + row * padded, padded);
       const Partial sums = partial(b, h, part, row);
       sums.max = kNoScore;
       std::fill(&sums.sum, sums.acc + padded_v, Real(0));
@@ -86,7 +86,7 @@ template <class Real> class Decode {
         fill_strip(p, outputs.table, table_row, first_y, first_y + count + len_q - 2, t.strip);
       }
       Real *scores = t.scores + row * kScores;
-      add(scores, t.strip + len_q - 1 - row % len_q, mask.present() ? mask.at(b) + keys.begin : nullptr, count);
+      make_scores(scores, t.strip + len_q - 1 - row % len_q, mask.present() ? mask.at(b) + keys.begin : nullptr, count);
       softmax(scores, count, partial(b, h, part, row));
     }
     const Matrix v = matrix_of(p.value, p.dtype, int(p.dim_v), b, h, s.first_key);
@@ -118,7 +118,7 @@ template <class Real> class Decode {
           visit(at, Rows<Stored>{data + first * m.stride_l, m.stride_l, count});
         });
       } else {
-        read_rows(m, first, count, Real(1), copy, padded_dim);
+        read_rows(m, first, count, copy, padded_dim);
         visit(at, Rows<Real>{copy, padded_dim, count});
       }
     }
@@ -155,10 +155,10 @@ template <class Real> class Decode {
     }
   }
 
-  // Adds the bias and the mask; -inf up to the next multiple of W.
-  TOB_INLINE void add(Real *scores, const Real *strip, const Real *key_mask, int count) const {
+  // Scales products and adds the bias and the mask; -inf up to the next multiple of W.
+  TOB_INLINE void make_scores(Real *scores, const Real *strip, const Real *key_mask, int count) const {
     for (int j = 0; j < count; j += W) {
-      Vec x = S::load(scores + j) + S::load(strip + j);
+      Vec x = Real(p.scale * kLog2E) * S::load(scores + j) + S::load(strip + j);
       if (key_mask) x += S::load(key_mask + j);
       S::store(scores + j, x);
     }

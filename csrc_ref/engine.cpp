@@ -25,8 +25,9 @@ bool is_valid(const tob_problem &p) {
 template <class Run> int guarded(const tob_problem &problem, Run run) {
   if (!is_valid(problem)) return TOB_ERROR_ARGUMENT;
   try {
-    if (problem.dtype == TOB_FLOAT64) run(double());
-    else run(float());
+    if (problem.dtype == TOB_FLOAT64) run(double(), double());
+    else if (problem.dtype == TOB_BFLOAT16) run(float(), tob::BFloat16Operand());
+    else run(float(), float());
     return 0;
   } catch (const std::bad_alloc &) {
     return TOB_ERROR_MEMORY;
@@ -38,11 +39,11 @@ template <class Run> int guarded(const tob_problem &problem, Run run) {
 extern "C" {
 
 int tob_forward(const tob_problem *problem, const tob_tensor *out, void *lse, const tob_row_stats *stats) {
-  return guarded(*problem, [&](auto real) {
+  return guarded(*problem, [&](auto real, auto operand) {
     using Real = decltype(real);
     const tob::Outputs<Real> outputs(*problem, *out, lse, *stats);
     if (tob::Decode<Real>::serves(*problem)) tob::Decode<Real>(*problem, outputs).run();
-    else tob::Forward<Real>(*problem, outputs).run();
+    else tob::Forward<Real, decltype(operand)>(*problem, outputs).run();
   });
 }
 
@@ -50,28 +51,37 @@ int tob_backward(const tob_problem *problem, const tob_tensor *out, const tob_ro
                  const void *dlse, const tob_tensor *dquery, const tob_tensor *dkey, const tob_tensor *dvalue,
                  void *dbias) {
   if (problem->len_q < 1 || problem->len_k < 1) return TOB_ERROR_ARGUMENT;
-  return guarded(*problem, [&](auto real) {
-    tob::Backward<decltype(real)>(*problem, *out, *stats, *dout, dlse, *dquery, *dkey, *dvalue, dbias).run();
+  return guarded(*problem, [&](auto real, auto operand) {
+    using Backward = tob::Backward<decltype(real), decltype(operand)>;
+    Backward(*problem, *out, *stats, *dout, dlse, *dquery, *dkey, *dvalue, dbias).run();
   });
 }
 
 const char *tob_best_build(void) {
 #if defined(__x86_64__)
-  if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
-      __builtin_cpu_supports("avx512vl"))
-    return "avx512";
+  const bool has_avx512 = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+                          __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
+#if defined(__clang__) || __GNUC__ >= 11  // older ones do not know the name
+  if (has_avx512 && __builtin_cpu_supports("avx512bf16")) return "avx512_bf16";
+#endif
+  if (has_avx512) return "avx512";
   if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c")) return "avx2";
 #endif
   return "portable";
 }
 
 const char *tob_build_description(void) {
-#if defined(__AVX512F__)
-  return "512-bit vectors, AVX-512, 12 x 32 float tiles";
-#elif defined(__AVX2__)
-  return "256-bit vectors, AVX2 and FMA, 6 x 16 float tiles";
+#if TOB_BFLOAT16_PRODUCTS
+#define TOB_PRODUCTS ", bfloat16 products"
 #else
-  return "128-bit vectors, baseline instructions, 6 x 8 float tiles";
+#define TOB_PRODUCTS ""
+#endif
+#if defined(__AVX512F__)
+  return "512-bit vectors, AVX-512, 12 x 32 float tiles" TOB_PRODUCTS;
+#elif defined(__AVX2__)
+  return "256-bit vectors, AVX2 and FMA, 6 x 16 float tiles" TOB_PRODUCTS;
+#else
+  return "128-bit vectors, baseline instructions, 6 x 8 float tiles" TOB_PRODUCTS;
 #endif
 }
 

@@ -7,10 +7,10 @@
 
 namespace tob {
 
-template <class Real> class Forward {
+template <class Real, class Operand> class Forward {
   using S = Simd<Real>;
   using Vec = typename S::Vec;
-  static constexpr int P = kPanel<Real>, W = S::kLanes;
+  static constexpr int P = kPanel<Real>, W = S::kLanes, kIn = kPerCell<Real, Operand>, kCells = kChunk<Real, Operand>;
   static constexpr int kKeys = 192;          // keys a step
   static constexpr int kPackedKeys = 4 * P;  // keys a task packs
   static constexpr int kRows = 12;           // rows a step: their scores stay in the L1 cache
@@ -34,9 +34,9 @@ template <class Real> class Forward {
  private:
   // A task's working set.
   struct Block {
-    Real query[kMaxQueries * (kMaxDim + P)];  // panels of rows, in bits
+    Real query[kMaxQueries * (kMaxDim + P)];  // a left factor
     Real acc[kMaxQueries * (kMaxDim + P)];    // sum of P V, row-major
-    Real scores[kRows * kScoreStride];
+    Real scores[kRows * kScoreStride];  // then, in their place, E as a left factor
     Real max[kMaxQueries + W];
     Real sum[kMaxQueries * W];  // a vector of partial sums a row
     Real rescale[kRows + W];
@@ -51,7 +51,7 @@ template <class Real> class Forward {
     return round_up(queries, kRows);
   }
 
-  // Pass 1: keys as transposed panels, values as panels of rows; heads count b * heads_kv + h.
+  // Pass 1: keys, transposed, and values as right factors; heads count b * heads_kv + h.
   void pack(int64_t head, int first) {
     const int64_t b = head / p.heads_kv, h = head % p.heads_kv;
     const tob_sequence &s = p.sequences[b];
@@ -59,8 +59,8 @@ template <class Real> class Forward {
     const Matrix v = matrix_of(p.value, p.dtype, int(p.dim_v), b, h, s.first_key);
     for (int j = first; j < std::min(first + kPackedKeys, round_up(int(s.len_k), P)); j += P) {
       const int count = std::min(P, int(s.len_k) - j);
-      pack_transposed(k, j, count, keys_of(head) + int64_t(j) * chunks * P);
-      pack_rows(v, j, count, P, Real(1), values_of(head) + int64_t(j) * P, int64_t(keys_padded) * P);
+      pack_right_transposed<Operand>(k, j, count, keys_of(head, j));
+      pack_right<Operand>(v, j, count, P, values_of(head, j), value_stride);
     }
   }
 
@@ -73,8 +73,8 @@ template <class Real> class Forward {
     const Band &band = bands[size_t(b)];
     const int count = std::min(queries, int(s.len_q) - first);
     const int rows = round_up(count, kTileRows);
-    pack_rows(matrix_of(p.query, p.dtype, int(p.dim), b, h, s.first_query), first, count, rows, Real(p.scale * kLog2E),
-              t.query, int64_t(rows) * P);
+    pack_left<Operand>(matrix_of(p.query, p.dtype, int(p.dim), b, h, s.first_query), first, count, rows, t.query,
+                       int64_t(rows) * kCells);
     std::fill(t.acc, t.acc + rows * chunks_v * P, Real(0));
     std::fill(t.max, t.max + rows + W, kNoScore);
     std::fill(t.sum, t.sum + rows * W, Real(0));
@@ -90,30 +90,32 @@ template <class Real> class Forward {
         const Range columns{round_down(step_keys.begin - key, P), round_up(step_keys.end - key, P)};
         const bool inside = band.covers(first + row, first + row + step, key + columns.begin, key + columns.end);
         const Positions<Real> positions = gathered.from(b, h, first + row, key);
-        const ScoreAddends<Real> add{p.bias || !inside ? strips.at(b, h, key - (first + row)) : nullptr,
-                                     gathered.present() ? &positions : nullptr,
-                                     mask.present() ? mask.at(b) + key : nullptr, nullptr};
-        score_block<false>(t.query + row * P, int64_t(rows) * P, keys_of(head) + int64_t(key) * chunks * P, chunks,
-                           t.scores, kScoreStride, add, step, columns, int(s.len_k) - key);
-        softmax_step(t, row, step, columns);
-        if (p.has_dropout)
-          drop(t.scores, kScoreStride, step, columns,
-               [&](int r, int column) { return t.kept.at(first + row + r, key + column); });
-        accumulate_product<true>(t.scores, kScoreStride, 1, values_of(head) + int64_t(key) * P,
-                                 int64_t(keys_padded) * P, t.acc + row * chunks_v * P, chunks_v * P, step, chunks_v,
-                                 t.rescale, [&](int r) {
-                                   return band.keys_of(first + row + r, first + row + r + kTileRows)
-                                       .clip(key + columns.begin, key + columns.end)
-                                       .shift(-key);
-                                 });
+        const ScoreTerms<Real> add{Real(p.scale * kLog2E),
+                                   p.bias || !inside ? strips.at(b, h, key - (first + row)) : nullptr,
+                                   gathered.present() ? &positions : nullptr,
+                                   mask.present() ? mask.at(b) + key : nullptr, nullptr};
+        score_block<false, Operand>(t.query + row * kCells, int64_t(rows) * kCells, keys_of(head, key), chunks,
+                                    t.scores, kScoreStride, add, step, columns, int(s.len_k) - key);
+        const auto kept = [&](int r, int column) { return t.kept.at(first + row + r, key + column); };
+        if (p.has_dropout) softmax_step<true>(t, row, step, columns, kept);
+        else softmax_step<false>(t, row, step, columns, kept);
+        accumulate_product<true, Operand>(t.scores, kScoreStride, 1, values_of(head, key), value_stride,
+                                          t.acc + row * chunks_v * P, chunks_v * P, step, chunks_v, t.rescale,
+                                          [&](int r) {
+                                            return band.keys_of(first + row + r, first + row + r + kTileRows)
+                                                .clip(key + columns.begin, key + columns.end)
+                                                .shift(-key);
+                                          });
       }
     }
     for (int r = 0; r < count; ++r)
       outputs.write(b, h, first + r, t.max[r], S::sum(S::load(t.sum + r * W)), t.acc + r * chunks_v * P);
   }
 
-  // Scores become exps under the new running maximum; t.rescale is what older sums have to be multiplied with.
-  TOB_INLINE void softmax_step(Block &t, int row, int rows, Range columns) const {
+  // Scores become exps under the new running maximum, 0 where they are dropped; t.rescale is what older sums have to be
+  // multiplied with.
+  template <bool kDropped, class Kept>
+  TOB_INLINE void softmax_step(Block &t, int row, int rows, Range columns, Kept kept) const {
     Real old_max[kRows + W];
     std::copy_n(t.max + row, round_up(rows, W), old_max);
     for (int r = 0; r < rows; ++r) {
@@ -131,18 +133,26 @@ template <class Real> class Forward {
       const Vec max = S::broadcast(t.max[row + r]);
       Vec sum0 = S::broadcast(t.rescale[r]) * S::load(sum), sum1{};
       for (int j = columns.begin; j < columns.end; j += P) {
-        const Vec e0 = S::exp2(S::load(s + j) - max), e1 = S::exp2(S::load(s + j + W) - max);
-        S::store(s + j, e0);
-        S::store(s + j + W, e1);
+        Vec e0 = S::exp2(S::load(s + j) - max), e1 = S::exp2(S::load(s + j + W) - max);
         sum0 += e0;
         sum1 += e1;
+        if constexpr (kDropped) {
+          e0 = where_kept<Real>(kept(r, j), e0);
+          e1 = where_kept<Real>(kept(r, j + W), e1);
+        }
+        store_operands<Operand>(s + j / kIn, e0, e1);
       }
       S::store(sum, sum0 + sum1);
     }
   }
 
-  Real *keys_of(int64_t head) const { return key_panels.get() + head % slots * keys_padded * chunks * P; }
-  Real *values_of(int64_t head) const { return value_panels.get() + head % slots * keys_padded * chunks_v * P; }
+  // The panels from a key on.
+  Real *keys_of(int64_t head, int64_t key) const {
+    return key_panels.get() + (head % slots * keys_padded + key) * chunks * kCells;
+  }
+  Real *values_of(int64_t head, int64_t key) const {
+    return value_panels.get() + head % slots * chunks_v * value_stride + key / kIn * P;
+  }
 
   const tob_problem &p;
   const Outputs<Real> &outputs;
@@ -158,7 +168,8 @@ template <class Real> class Forward {
   const int64_t heads = p.batch * p.heads_kv;                          // key heads
   const Schedule schedule{heads, 2, blocks, p.num_threads};
   const int64_t slots = schedule.slots;
-  const Scratch<Real> key_panels{slots * keys_padded * chunks * P}, value_panels{slots * keys_padded * chunks_v * P};
+  const int64_t value_stride = int64_t(keys_padded) / kIn * P;  // from one panel of values to the next
+  const Scratch<Real> key_panels{slots * keys_padded * chunks * kCells}, value_panels{slots * chunks_v * value_stride};
 };
 
 }  // namespace tob

@@ -1,7 +1,7 @@
 // The matrix products: a register tile of kTileRows rows by one panel (two vectors) of columns.
 #pragma once
 
-#include "simd.h"
+#include "operands.h"
 
 namespace tob {
 
@@ -9,7 +9,7 @@ namespace tob {
 // of 32.
 inline constexpr int kTileRows = TOB_VECTOR_BYTES >= 64 ? 12 : 6;
 
-// Columns of a panel. A matrix B is stored as panels: B[k][0 .. kPanel) contiguous in k.
+// Columns of a panel. A matrix B is stored as panels: B[k][0 .. kPanel) contiguous in k, which counts cells.
 template <class Real> inline constexpr int kPanel = 2 * Simd<Real>::kLanes;
 
 inline constexpr int round_up(int n, int multiple) { return (n + multiple - 1) / multiple * multiple; }
@@ -19,8 +19,8 @@ template <class Real> struct Tile {
   typename Simd<Real>::Vec left[kTileRows], right[kTileRows];
 };
 
-// tile += A B: A[r][k] is a[r * row_stride + k * depth_stride], B one panel of `depth` rows.
-template <class Real>
+// tile += A B, `depth` cells deep: A[r][k] is a[r * row_stride + k * depth_stride], B one panel.
+template <class Operand, class Real>
 TOB_INLINE void multiply_add(Tile<Real> &tile, const Real *a, int64_t row_stride, int64_t depth_stride,
                              const Real *panel, int depth) {
   using S = Simd<Real>;
@@ -29,9 +29,9 @@ TOB_INLINE void multiply_add(Tile<Real> &tile, const Real *a, int64_t row_stride
     const typename S::Vec left = S::load(panel), right = S::load(panel + S::kLanes);
 #pragma GCC unroll 12
     for (int r = 0; r < kTileRows; ++r) {
-      const typename S::Vec x = S::broadcast(a[r * row_stride]);
-      tile.left[r] += x * left;
-      tile.right[r] += x * right;
+      const typename S::Vec x = S::broadcast_bits(a + r * row_stride);
+      tile.left[r] = add_product<Operand, Real>(tile.left[r], x, left);
+      tile.right[r] = add_product<Operand, Real>(tile.right[r], x, right);
     }
     a += depth_stride;
     panel += kPanel<Real>;
@@ -39,19 +39,21 @@ TOB_INLINE void multiply_add(Tile<Real> &tile, const Real *a, int64_t row_stride
 }
 
 // C = alpha[row] * C + A B, for `rows` rows (a multiple of kTileRows) and `panels` panels of B; C is row-major.
-// For tile rows r.. the product runs over the depths [begin(r), end(r)): outside of them A is zero.
-template <bool kScaled, class Real, class Range>
+// For tile rows r.. the product runs over the depths [begin(r), end(r)), in operands: outside of them A is zero.
+template <bool kScaled, class Operand, class Real, class Range>
 TOB_INLINE void accumulate_product(const Real *a, int64_t row_stride, int64_t depth_stride, const Real *b,
                                    int64_t panel_stride, Real *c, int64_t c_stride, int rows, int panels,
                                    const Real *alpha, Range depth_range) {
   using S = Simd<Real>;
+  constexpr int kIn = kPerCell<Real, Operand>;
   for (int p = 0; p < panels; ++p) {
     for (int r0 = 0; r0 < rows; r0 += kTileRows) {
-      const auto [begin, end] = depth_range(r0);
+      const auto [first, last] = depth_range(r0);
+      const int begin = first / kIn, end = (last + kIn - 1) / kIn;
       if (!kScaled && begin >= end) continue;
       Tile<Real> tile{};
-      multiply_add(tile, a + r0 * row_stride + begin * depth_stride, row_stride, depth_stride,
-                   b + p * panel_stride + begin * kPanel<Real>, end - begin);
+      multiply_add<Operand>(tile, a + r0 * row_stride + begin * depth_stride, row_stride, depth_stride,
+                            b + p * panel_stride + begin * kPanel<Real>, end - begin);
 #pragma GCC unroll 12
       for (int r = 0; r < kTileRows; ++r) {
         Real *row = c + (r0 + r) * c_stride + p * kPanel<Real>;

@@ -1,5 +1,5 @@
 // Tiles of scores and of their gradient: S = Q K^T + bias in bits, -inf at every pair that is not attended to, and
-// dS = E * (dO V^T - delta), with its diagonal sums.
+// dS = P * (dO V^T - delta), with its diagonal sums.
 #pragma once
 
 #include "bias.h"
@@ -7,8 +7,9 @@
 
 namespace tob {
 
-// Where a tile of scores takes its addends from; the tile's corner is row 0, column 0 of each.
-template <class Real> struct ScoreAddends {
+// What makes scores of products: scale * Q K^T + addends; the tile's corner is row 0, column 0 of each.
+template <class Real> struct ScoreTerms {
+  Real scale;                        // in bits
   const Real *strip;                 // strip[column - row], or null: no bias, and the whole tile is inside the band
   const Positions<Real> *positions;  // instead of the strip, or null
   const Real *key_mask;              // key_mask[column], or null
@@ -17,18 +18,29 @@ template <class Real> struct ScoreAddends {
 
 enum class Bias { kNone, kStrip, kGathered };
 
-// One register tile of scores, (kTileRows, kPanel), from rows in panels: a[d / kPanel * chunk_stride + row * kPanel].
+// A register tile of A B, where pack_left and pack_right_transposed have put its rows and its columns.
+template <class Operand, class Real>
+TOB_INLINE Tile<Real> product_tile(const Real *a, int64_t chunk_stride, const Real *panels, int chunks, int row,
+                                   int column) {
+  constexpr int P = kPanel<Real>, kCells = kChunk<Real, Operand>;
+  const Real *panel = panels + int64_t(column) * chunks * kCells;
+  Tile<Real> tile{};
+  for (int c = 0; c < chunks; ++c)
+    multiply_add<Operand>(tile, a + row * kCells + c * chunk_stride, kCells, 1, panel + c * kCells * P, kCells);
+  return tile;
+}
+
+// The scores of a register tile at (row, column).
 template <Bias kBias, bool kMask, bool kShifted, class Real>
-TOB_INLINE void score_tile(const Real *a, int64_t chunk_stride, const Real *panel, int chunks, Real *out,
-                           int64_t stride, const ScoreAddends<Real> &add, int row, int column) {
+TOB_INLINE void write_scores(const Tile<Real> &tile, const ScoreTerms<Real> &add, Real *out, int64_t stride, int row,
+                             int column) {
   using S = Simd<Real>;
   using Vec = typename S::Vec;
-  constexpr int P = kPanel<Real>, W = S::kLanes;
-  Tile<Real> tile{};
-  for (int c = 0; c < chunks; ++c) multiply_add(tile, a + c * chunk_stride, P, 1, panel + c * P * P, P);
+  constexpr int W = S::kLanes;
+  const Vec scale = S::broadcast(add.scale);
 #pragma GCC unroll 12
   for (int r = 0; r < kTileRows; ++r) {
-    Vec left = tile.left[r], right = tile.right[r];
+    Vec left = scale * tile.left[r], right = scale * tile.right[r];
     if constexpr (kBias == Bias::kStrip) {
       const Real *bias = add.strip + (column - row - r);
       left += S::load(bias);
@@ -55,15 +67,15 @@ TOB_INLINE void score_tile(const Real *a, int64_t chunk_stride, const Real *pane
 
 // Scores of rows [0, rows) and the panels of columns [columns.begin, columns.end), multiples of kPanel.
 // `panels` are the keys' transposed panels from column 0; `valid_columns` of the columns exist, the rest become -inf.
-template <bool kShifted, class Real>
+template <bool kShifted, class Operand, class Real>
 void score_block(const Real *a, int64_t chunk_stride, const Real *panels, int chunks, Real *out, int64_t stride,
-                 const ScoreAddends<Real> &add, int rows, Range columns, int valid_columns) {
+                 const ScoreTerms<Real> &add, int rows, Range columns, int valid_columns) {
   constexpr int P = kPanel<Real>;
   const auto run = [&](auto bias, auto mask) {
     for (int column = columns.begin; column < columns.end; column += P)
       for (int row = 0; row < rows; row += kTileRows)
-        score_tile<decltype(bias)::value, decltype(mask)::value, kShifted>(
-            a + row * P, chunk_stride, panels + int64_t(column) * chunks * P, chunks, out, stride, add, row, column);
+        write_scores<decltype(bias)::value, decltype(mask)::value, kShifted>(
+            product_tile<Operand>(a, chunk_stride, panels, chunks, row, column), add, out, stride, row, column);
   };
   const auto run_with = [&](auto bias) {
     if (add.key_mask) run(bias, std::true_type());
@@ -77,30 +89,29 @@ void score_block(const Real *a, int64_t chunk_stride, const Real *panels, int ch
       out[row * stride + column] = -std::numeric_limits<Real>::infinity();
 }
 
-// dS = E * (Z dO V^T - delta) for the same rows and columns; `a` and `panels` hold dO and V as score_block's hold Q and
-// K. Z by kept(row, column), bytes as KeptWeights gives them, or null.
-template <bool kDropped, class Real, class Kept>
+// dS = P * (Z dO V^T - delta) for the same rows and columns; `a` and `panels` hold dO and V as score_block's hold Q and
+// K. Z is kept_scale where kept(row, column) says so, in bytes as KeptWeights gives them; it is 1 without dropout.
+template <bool kDropped, class Operand, class Real, class Kept>
 void dscore_block(const Real *a, int64_t chunk_stride, const Real *panels, int chunks, const Real *delta,
-                  const Real *exps, Real *dscores, int64_t stride, int rows, Range columns, Kept kept) {
+                  const Real *probs, Real *dscores, int64_t stride, int rows, Range columns, Real kept_scale,
+                  Kept kept) {
   using S = Simd<Real>;
   using Vec = typename S::Vec;
   constexpr int P = kPanel<Real>, W = S::kLanes;
   for (int column = columns.begin; column < columns.end; column += P)
     for (int row = 0; row < rows; row += kTileRows) {
-      Tile<Real> tile{};
-      const Real *panel = panels + int64_t(column) * chunks * P;
-      for (int c = 0; c < chunks; ++c) multiply_add(tile, a + row * P + c * chunk_stride, P, 1, panel + c * P * P, P);
+      const Tile<Real> tile = product_tile<Operand>(a, chunk_stride, panels, chunks, row, column);
 #pragma GCC unroll 12
       for (int r = 0; r < kTileRows; ++r) {
         const int64_t at = (row + r) * stride + column;
         const Vec d = S::broadcast(delta[row + r]);
         Vec left = tile.left[r], right = tile.right[r];
         if constexpr (kDropped) {
-          left = where_kept<Real>(kept(row + r, column), left);
-          right = where_kept<Real>(kept(row + r, column + W), right);
+          left = where_kept<Real>(kept(row + r, column), kept_scale * left);
+          right = where_kept<Real>(kept(row + r, column + W), kept_scale * right);
         }
-        S::store(dscores + at, S::load(exps + at) * (left - d));
-        S::store(dscores + at + W, S::load(exps + at + W) * (right - d));
+        S::store(dscores + at, S::load(probs + at) * (left - d));
+        S::store(dscores + at + W, S::load(probs + at + W) * (right - d));
       }
     }
 }

@@ -59,6 +59,12 @@ template <class Real> struct Simd {
   static TOB_INLINE Vec load(const Real *p) { return *reinterpret_cast<const Unaligned *>(p); }
   static TOB_INLINE void store(Real *p, Vec v) { *reinterpret_cast<Unaligned *>(p) = v; }
   static TOB_INLINE Vec broadcast(Real x) { return x - Vec{}; }
+  // *p whatever its bits are.
+  static TOB_INLINE Vec broadcast_bits(const Real *p) {
+    typename Traits::Int bits;
+    std::memcpy(&bits, p, sizeof bits);
+    return (Vec)(bits - IntVec{});
+  }
 
   // Where either is NaN the result is b. Spelled out on x86, where compilers miss the instruction when one is constant.
   static TOB_INLINE Vec max(Vec a, Vec b) {

@@ -40,7 +40,7 @@ def backend(request: pytest.FixtureRequest) -> str:
 
 @pytest.fixture(params=[name for name in AVAILABLE if name != "triton"])
 def precise_backend(request: pytest.FixtureRequest) -> str:
-    """Those of them that serve float64 and never round an intermediate to half: tensor cores do not."""
+    """Those of them that serve float64 and round as IEEE 754 says: Triton's interpreter cuts bfloat16 numbers off."""
     return request.param
 
 

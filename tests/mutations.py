@@ -3,7 +3,8 @@
     python tests/mutations.py [--only PATTERN] [--jobs N] [--list]
 
 Mistakes are planted in temporary copies of the repository, never in this one. Those in the CPU engine are compiled with
-the flags of `setup.py` for its portable build, those in GPU kernels run in Triton's interpreter. First the tests of all
+the flags of `setup.py` for its portable build, and with its products of bfloat16 numbers, which any processor can do
+slowly; those in GPU kernels run in Triton's interpreter. First the tests of all
 mistakes have to pass without any. The exit status is 1 if a mistake is not seen, or does not even run.
 """
 
@@ -65,7 +66,8 @@ class Copy:
     def compile_engine(self) -> None:
         """Raises CalledProcessError if the compiler refuses."""
         compiler, target = os.environ.get("CXX", "c++"), self.folder / LIBRARY
-        flags = [*portable_flags(), "-O1", "-fPIC", "-w", "-c", "csrc_ref/engine.cpp", "-o", "engine.o"]
+        flags = [*portable_flags(), "-DTOB_BFLOAT16_PRODUCTS=1", "-O1", "-fPIC", "-w"]
+        flags += ["-c", "csrc_ref/engine.cpp", "-o", "engine.o"]
         # Linked without OpenMP's runtime: torch brings it.
         for command in ([compiler, *flags], [compiler, "-shared", "engine.o", "-o", str(target)]):
             subprocess.run(command, cwd=self.folder, check=True, capture_output=True, text=True)

@@ -1,7 +1,7 @@
 """The compiled CPU engine (`csrc_ref/`), called through ctypes; the contract is in `csrc_ref/engine.h`.
 
 The package holds one build of the engine for each instruction set; the fastest that the processor can run is loaded at
-import. `TRITON_OFFSET_BIAS_BUILD=portable` (or `avx2`, `avx512`) asks for one by name, `TRITON_OFFSET_BIAS_FOLDER=...`
+import. `TRITON_OFFSET_BIAS_BUILD=portable` (or another of `BUILDS`) asks for one by name, `TRITON_OFFSET_BIAS_FOLDER`
 for those in a folder instead of the package's. A process that was forked after the import works on one thread.
 """
 
@@ -19,14 +19,14 @@ from triton_offset_bias.problem import Problem
 
 SERVES = "CPU tensors; float16, bfloat16, float32, float64; head dims 1 to 256"
 PROPERTIES = {
-    "runs on": "CPUs: AVX2, AVX-512, any other with GCC or Clang",
+    "runs on": "CPUs: AVX2, AVX-512, AVX512_BF16, any other with GCC or Clang",
     "memory": "O(Lq + Lk)",
     "few queries against a long key cache": "keys split among threads, read where they lie",
     "same bits in repeated runs": "yes, for any number of threads",
     "`torch.compile(fullgraph=True)`, `torch.export`, autocast, checkpointing": "yes",
     "second derivatives, forward mode, `torch.func`": "no (a clear error)",
 }
-BUILDS = ("avx512", "avx2", "portable")
+BUILDS = ("avx512_bf16", "avx512", "avx2", "portable")  # each runs where those before it do
 BUILD_VARIABLE = "TRITON_OFFSET_BIAS_BUILD"
 FOLDER_VARIABLE = "TRITON_OFFSET_BIAS_FOLDER"
 

@@ -1,0 +1,108 @@
+// What products multiply: reals, or bfloat16 numbers in cells, two in the room of a float, neighbours along the
+// product's depth. Their products are added up in float.
+#pragma once
+
+#include "dtypes.h"
+
+// Whether the products of bfloat16 problems are of bfloat16 numbers: where processors have an instruction for them.
+#ifndef TOB_BFLOAT16_PRODUCTS
+#ifdef __AVX512BF16__
+#define TOB_BFLOAT16_PRODUCTS 1
+#else
+#define TOB_BFLOAT16_PRODUCTS 0
+#endif
+#endif
+
+namespace tob {
+
+// What the products of bfloat16 problems multiply.
+using BFloat16Operand = std::conditional_t<TOB_BFLOAT16_PRODUCTS, BFloat16, float>;
+
+// Operands in a cell, which is as wide as a Real and stored as one.
+template <class Real, class Operand> inline constexpr int kPerCell = sizeof(Real) / sizeof(Operand);
+
+// sum + a b in every lane.
+template <class Operand, class Real>
+TOB_INLINE typename Simd<Real>::Vec add_product(typename Simd<Real>::Vec sum, typename Simd<Real>::Vec a,
+                                                typename Simd<Real>::Vec b) {
+  using Vec = typename Simd<Real>::Vec;
+  using Bits = typename Simd<Real>::Bits;
+  if constexpr (std::is_same_v<Operand, Real>) {
+    return sum + a * b;
+  } else {
+#if defined(__AVX512BF16__) && TOB_VECTOR_BYTES == 64
+    return (Vec)_mm512_dpbf16_ps((__m512)sum, (__m512bh)a, (__m512bh)b);
+#else
+    const auto first = [](Vec x) { return (Vec)((Bits)x << 16); };
+    const auto second = [](Vec x) { return (Vec)((Bits)x & 0xffff0000); };
+    return sum + first(a) * first(b) + second(a) * second(b);
+#endif
+  }
+}
+
+// Vectors of 16-bit numbers: the cells of a vector.
+struct Halves {
+  static constexpr int kLanes = TOB_VECTOR_BYTES / 2;
+  typedef uint16_t Vec __attribute__((vector_size(TOB_VECTOR_BYTES)));
+
+  static TOB_INLINE Vec load(const void *p) {
+    Vec v;
+    std::memcpy(&v, p, sizeof v);
+    return v;
+  }
+  static TOB_INLINE void store(void *p, Vec v) { std::memcpy(p, &v, sizeof v); }
+
+  // a and then b, rounded to bfloat16: to nearest even.
+  static TOB_INLINE Vec narrowed(Simd<float>::Vec a, Simd<float>::Vec b) {
+#if defined(__AVX512BF16__) && TOB_VECTOR_BYTES == 64
+    return (Vec)_mm512_cvtne2ps_pbh((__m512)b, (__m512)a);
+#else
+    using Bits = Simd<float>::Bits;
+    const auto rounded = [](Simd<float>::Vec x) {
+      const Bits bits = (Bits)x;
+      return (Vec)(x != x ? bits | 0x400000 : bits + 0x7fff + ((bits >> 16) & 1));
+    };
+    return upper_halves(rounded(a), rounded(b), std::make_integer_sequence<int, kLanes>());
+#endif
+  }
+
+  // a[0], b[0], a[1], b[1], ...: the first vector of it, or the second.
+  static TOB_INLINE Vec interleaved_first(Vec a, Vec b) {
+    return interleaved<0, kLanes>(a, b, std::make_integer_sequence<int, kLanes>());
+  }
+  static TOB_INLINE Vec interleaved_second(Vec a, Vec b) {
+    return interleaved<kLanes / 2, kLanes>(a, b, std::make_integer_sequence<int, kLanes>());
+  }
+  // The same of a vector's two halves.
+  static TOB_INLINE Vec interleaved_halves(Vec v) {
+    return interleaved<0, kLanes / 2>(v, v, std::make_integer_sequence<int, kLanes>());
+  }
+
+ private:
+  template <int... kLane> static TOB_INLINE Vec upper_halves(Vec a, Vec b, std::integer_sequence<int, kLane...>) {
+    return __builtin_shufflevector(a, b, (2 * kLane + 1)...);
+  }
+  template <int kFirst, int kApart, int... kLane>
+  static TOB_INLINE Vec interleaved(Vec a, Vec b, std::integer_sequence<int, kLane...>) {
+    return __builtin_shufflevector(a, b, (kFirst + kLane / 2 + kLane % 2 * kApart)...);
+  }
+};
+
+// A vector of cells of stored numbers.
+template <class Operand, class Real, class Stored> TOB_INLINE typename Simd<Real>::Vec load_cells(const Stored *from) {
+  if constexpr (std::is_same_v<Operand, Real>) return load_stored<Real>(from);
+  else return (typename Simd<Real>::Vec)Halves::load(from);
+}
+
+// Two vectors of neighbouring reals of a row, a and then b, as operands from `to` on.
+template <class Operand, class Real>
+TOB_INLINE void store_operands(Real *to, typename Simd<Real>::Vec a, typename Simd<Real>::Vec b) {
+  if constexpr (std::is_same_v<Operand, Real>) {
+    Simd<Real>::store(to, a);
+    Simd<Real>::store(to + Simd<Real>::kLanes, b);
+  } else {
+    Halves::store(to, Halves::narrowed(a, b));
+  }
+}
+
+}  // namespace tob

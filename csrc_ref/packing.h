@@ -1,0 +1,122 @@
+// Matrices as the factors of a product A B, in cells of operands. What a matrix lacks of whole panels is 0.
+#pragma once
+
+#include "microkernel.h"
+#include "runtime.h"
+#include "tensor_io.h"
+
+namespace tob {
+
+inline constexpr int kMaxDim = 256;
+
+// Cells of a panel's width of operands.
+template <class Real, class Operand> inline constexpr int kChunk = kPanel<Real> / kPerCell<Real, Operand>;
+
+// A[r][k] = m[first + r][k], at out[k / kPanel][r][k % kPanel], for `count` rows; up to `padded` they are 0.
+// out + panel_stride is the next panel.
+template <class Operand, class Real>
+void pack_left(const Matrix &m, int64_t first, int count, int padded, Real *out, int64_t panel_stride) {
+  constexpr int P = kPanel<Real>, kCells = kChunk<Real, Operand>, W = TOB_VECTOR_BYTES / sizeof(Operand);
+  const int padded_dim = round_up(m.dim, P), whole = m.stride_d == 1 ? round_down(m.dim, W) : 0;
+  visit_stored<Operand>(m, [&](const auto *data) {
+    data += first * m.stride_l;
+    for (int i = 0; i < count; ++i, data += m.stride_l) {
+      const auto at = [&](int d) {
+        return reinterpret_cast<Operand *>(out + d / P * panel_stride + i * kCells) + d % P;
+      };
+      for (int d = 0; d < whole; d += W) copy_vector(data + d, at(d));
+      for (int d = whole; d < padded_dim; ++d) {
+        const Operand x = d < m.dim ? Operand(data[d * m.stride_d]) : Operand{};
+        std::memcpy(at(d), &x, sizeof x);
+      }
+    }
+  });
+  for (int d = 0; d < padded_dim && count < padded; d += P)
+    std::fill_n(out + d / P * panel_stride + count * kCells, (padded - count) * kCells, Real(0));
+}
+
+// B[k][c] = m[first + k][c], at out[c / kPanel][k][c % kPanel] where k counts cells, for `count` rows; up to `padded`
+// they are 0. out + panel_stride is the next panel.
+template <class Operand, class Real>
+void pack_right(const Matrix &m, int64_t first, int count, int padded, Real *out, int64_t panel_stride) {
+  if constexpr (std::is_same_v<Operand, Real>) {
+    pack_left<Operand>(m, first, count, padded, out, panel_stride);
+  } else {
+    constexpr int P = kPanel<Real>, W = Simd<Real>::kLanes;
+    const int padded_dim = round_up(m.dim, P);
+    Operand rows[2 * (kMaxDim + P)];
+    for (int i = 0; i < padded; i += 2, out += P) {
+      const int present = std::clamp(count - i, 0, 2);
+      read_rows(m, first + i, present, rows, padded_dim);
+      std::fill(rows + present * padded_dim, rows + 2 * padded_dim, Operand{});
+      for (int d = 0; d < padded_dim; d += P) {
+        const auto upper = Halves::load(rows + d), lower = Halves::load(rows + padded_dim + d);
+        Real *cells = out + d / P * panel_stride;
+        Halves::store(cells, Halves::interleaved_first(upper, lower));
+        Halves::store(cells + W, Halves::interleaved_second(upper, lower));
+      }
+    }
+  }
+}
+
+// One panel of B[k][c] = m[first + c][k], at out[k][c] where k counts cells, of whose columns `count` exist.
+template <class Operand, class Real>
+void pack_right_transposed(const Matrix &m, int64_t first, int count, Real *out) {
+  using S = Simd<Real>;
+  constexpr int P = kPanel<Real>, W = S::kLanes, kIn = kPerCell<Real, Operand>;
+  const int padded_dim = round_up(m.dim, P);
+  const auto transpose = [&](const auto *rows, int64_t stride) {
+    for (int k = 0; k < padded_dim / kIn; k += W)
+      for (int i = 0; i < P; i += W) {
+        typename S::Vec square[W];
+        for (int e = 0; e < W; ++e) square[e] = load_cells<Operand, Real>(rows + (i + e) * stride + k * kIn);
+        S::transpose(square);
+        for (int e = 0; e < W; ++e) S::store(out + (k + e) * P + i, square[e]);
+      }
+  };
+  if (count == P && m.dim == padded_dim && m.stride_d == 1) {
+    visit_stored<Operand>(m, [&](const auto *data) { transpose(data + first * m.stride_l, m.stride_l); });
+    return;
+  }
+  alignas(64) Operand rows[P * (kMaxDim + P)];
+  read_rows(m, first, count, rows, padded_dim);
+  std::fill_n(rows + count * padded_dim, (P - count) * padded_dim, Operand{});
+  transpose(rows, padded_dim);
+}
+
+// The rows of some matrices of one size, as left factors and as right ones; as reals they look the same.
+template <class Real, class Operand> class RowFactors {
+  static constexpr int P = kPanel<Real>, kIn = kPerCell<Real, Operand>;
+
+ public:
+  // `rows` counts whole cells.
+  RowFactors(int64_t matrices, int rows, int dim)
+      : panel_stride(int64_t(rows) / kIn * P),
+        size_(round_up(dim, P) / P * panel_stride),
+        left_(matrices * size_),
+        right_(kIn == 1 ? 0 : matrices * size_) {}
+
+  // Rows [first, first + padded), of which `count` exist and the others are 0.
+  void pack(int64_t matrix, const Matrix &m, int64_t first, int count, int padded) const {
+    pack_left<Operand>(m, first, count, padded, left_at(matrix, first), panel_stride);
+    if constexpr (kIn > 1) pack_right<Operand>(m, first, count, padded, right_at(matrix, first), panel_stride);
+  }
+
+  const Real *left(int64_t matrix, int64_t row) const { return left_at(matrix, row); }
+  const Real *right(int64_t matrix, int64_t row) const { return right_at(matrix, row); }
+
+  const int64_t panel_stride;
+
+ private:
+  Real *left_at(int64_t matrix, int64_t row) const {
+    return left_.get() + matrix * size_ + row * kChunk<Real, Operand>;
+  }
+  Real *right_at(int64_t matrix, int64_t row) const {
+    return (kIn == 1 ? left_ : right_).get() + matrix * size_ + row / kIn * P;
+  }
+
+  int64_t size_;
+  Scratch<Real> left_, right_;
+};
+
+}  // namespace tob

@@ -1,0 +1,60 @@
+// The tiles of P and dS that the backward pass works on, and the same as left factors: of P^T and dS^T, whose depth are
+// the queries, and of dS, whose depth are the keys.
+#pragma once
+
+#include "scores.h"
+
+namespace tob {
+
+template <class Real, class Operand, int kQueries, int kKeys> class Tiles {
+  using S = Simd<Real>;
+  static constexpr int P = kPanel<Real>, W = S::kLanes, kIn = kPerCell<Real, Operand>;
+
+ public:
+  static constexpr int64_t kStride = kKeys + 2 * W;  // from one row to the next, of reals or cells
+  static_assert(kQueries % kIn == 0 && kTileRows % kIn == 0);
+
+  // With a vector of zeros before and after each row of dS, for `width` columns.
+  void clear_margins(int width) {
+    for (int row = 0; row < kQueries; ++row) {
+      std::fill_n(dscores(row) - W, W, Real(0));
+      std::fill_n(dscores(row) + width, W, Real(0));
+    }
+  }
+
+  Real *probs(int row) { return probs_ + row * kStride; }
+  Real *dscores(int row) { return dscores_ + W + row * kStride; }
+
+  // The factors, from a query on or all: reals are their own, others are made by `pack`.
+  const Real *transposed_probs() const { return kIn == 1 ? probs_ : cells_[0]; }
+  const Real *transposed_dscores() const { return kIn == 1 ? dscores_ + W : cells_[1]; }
+  const Real *dscores_factor() const { return kIn == 1 ? dscores_ + W : cells_[2]; }
+
+  // Rows [row, row + rows), `width` columns: whole cells and panels.
+  void pack(int row, int rows, int width) {
+    if constexpr (kIn == 2) {
+      for (int r = row; r < row + rows; r += 2)
+        for (int j = 0; j < width; j += W) {
+          store_pairs(probs(r) + j, cells_[0] + r / 2 * kStride + j);
+          store_pairs(dscores(r) + j, cells_[1] + r / 2 * kStride + j);
+        }
+      for (int r = row; r < row + rows; ++r)
+        for (int j = 0; j < width; j += P) {
+          const Real *from = dscores(r) + j;
+          store_operands<Operand>(cells_[2] + r * kStride + j / 2, S::load(from), S::load(from + W));
+        }
+    }
+  }
+
+ private:
+  // Cells of a row's numbers and those below them.
+  static TOB_INLINE void store_pairs(const Real *from, Real *cells) {
+    const auto rows = Halves::narrowed(S::load(from), S::load(from + kStride));
+    Halves::store(cells, Halves::interleaved_halves(rows));
+  }
+
+  Real probs_[kQueries * kStride], dscores_[(kQueries + 1) * kStride];
+  Real cells_[kIn == 1 ? 1 : 3][kIn == 1 ? 1 : kQueries * kStride];
+};
+
+}  // namespace tob
