@@ -197,9 +197,9 @@ template <class Real, class Operand> class Backward {
     const Band &band = bands[size_t(head.b)];
     const int query = first + row, width = round_up(c.count, P);
     const Range attended = band.keys_of(query, query + rows).clip(used.begin, used.end);
-    const Range columns =
-        attended.empty() ? Range{0, 0}
-                         : Range{round_down(attended.begin - c.first, P), round_up(attended.end - c.first, P)};
+    const Range columns = attended.empty()
+                              ? Range{0, 0}
+                              : Range{round_down(attended.begin - c.first, P), round_up(attended.end - c.first, P)};
     Real *probs = t.tiles.probs(row), *dscores = t.tiles.dscores(row);
     clear_outside(probs, kTileStride, rows, columns, width);
     clear_outside(dscores, kTileStride, rows, columns, width);

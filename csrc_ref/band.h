@@ -4,8 +4,8 @@
 #include <algorithm>
 #include <vector>
 
-#include "runtime.h"
 #include "packing.h"
+#include "runtime.h"
 
 namespace tob {
 

@@ -7,12 +7,11 @@
  * nothing has out 0, lse -inf, and gives zero gradients. Z is dropout's factor, 1 without it. Nothing of size
  * len_q x len_k is ever stored.
  *
- * Arithmetic is in the "real" type: double where dtype is TOB_FLOAT64, float otherwise. The build for AVX512_BF16 rounds
- * the factors of TOB_BFLOAT16 problems' products to bfloat16, softmax(S) and its gradient, and adds up in float. All
- * strides count elements.
- * The caller owns every buffer; the engine allocates scratch of O(len_q + len_k) a head and frees it before returning.
- * Calls are re-entrant. Results are bitwise equal for any num_threads. The floating-point environment is restored.
- * Every function returns 0, or a TOB_ERROR; then the outputs are undefined.
+ * Arithmetic is in the "real" type: double where dtype is TOB_FLOAT64, float otherwise. The build for AVX512_BF16
+ * rounds the factors of TOB_BFLOAT16 problems' products to bfloat16, softmax(S) and its gradient, and adds up in float.
+ * All strides count elements. The caller owns every buffer; the engine allocates scratch of O(len_q + len_k) a head and
+ * frees it before returning. Calls are re-entrant. Results are bitwise equal for any num_threads. The floating-point
+ * environment is restored. Every function returns 0, or a TOB_ERROR; then the outputs are undefined.
  */
 #ifndef TOB_ENGINE_H
 #define TOB_ENGINE_H

@@ -36,7 +36,7 @@ template <class Real, class Operand> class Forward {
   struct Block {
     Real query[kMaxQueries * (kMaxDim + P)];  // a left factor
     Real acc[kMaxQueries * (kMaxDim + P)];    // sum of P V, row-major
-    Real scores[kRows * kScoreStride];  // then, in their place, E as a left factor
+    Real scores[kRows * kScoreStride];        // then, in their place, E as a left factor
     Real max[kMaxQueries + W];
     Real sum[kMaxQueries * W];  // a vector of partial sums a row
     Real rescale[kRows + W];
@@ -90,10 +90,9 @@ template <class Real, class Operand> class Forward {
         const Range columns{round_down(step_keys.begin - key, P), round_up(step_keys.end - key, P)};
         const bool inside = band.covers(first + row, first + row + step, key + columns.begin, key + columns.end);
         const Positions<Real> positions = gathered.from(b, h, first + row, key);
-        const ScoreTerms<Real> add{Real(p.scale * kLog2E),
-                                   p.bias || !inside ? strips.at(b, h, key - (first + row)) : nullptr,
-                                   gathered.present() ? &positions : nullptr,
-                                   mask.present() ? mask.at(b) + key : nullptr, nullptr};
+        const ScoreTerms<Real> add{
+            Real(p.scale * kLog2E), p.bias || !inside ? strips.at(b, h, key - (first + row)) : nullptr,
+            gathered.present() ? &positions : nullptr, mask.present() ? mask.at(b) + key : nullptr, nullptr};
         score_block<false, Operand>(t.query + row * kCells, int64_t(rows) * kCells, keys_of(head, key), chunks,
                                     t.scores, kScoreStride, add, step, columns, int(s.len_k) - key);
         const auto kept = [&](int r, int column) { return t.kept.at(first + row + r, key + column); };

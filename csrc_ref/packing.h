@@ -60,8 +60,7 @@ void pack_right(const Matrix &m, int64_t first, int count, int padded, Real *out
 }
 
 // One panel of B[k][c] = m[first + c][k], at out[k][c] where k counts cells, of whose columns `count` exist.
-template <class Operand, class Real>
-void pack_right_transposed(const Matrix &m, int64_t first, int count, Real *out) {
+template <class Operand, class Real> void pack_right_transposed(const Matrix &m, int64_t first, int count, Real *out) {
   using S = Simd<Real>;
   constexpr int P = kPanel<Real>, W = S::kLanes, kIn = kPerCell<Real, Operand>;
   const int padded_dim = round_up(m.dim, P);
