@@ -7,15 +7,15 @@
 
 namespace tob {
 
-template <class Real> class Decode {
+template <class Real, class Operand> class Decode {
   using S = Simd<Real>;
   using Vec = typename S::Vec;
-  static constexpr int W = S::kLanes;
+  static constexpr int W = S::kLanes, P = kPanel<Real>, kIn = kPerCell<Real, Operand>;
   static constexpr int kMaxRows = 16;             // queries that share a key head: with more, packing pays
   static constexpr int kSharing = W < 4 ? W : 4;  // of them, those that share what is in registers
   static constexpr int kKeys = 512;               // a task's
   static constexpr int kCopied = 64;              // keys at a time, of those that have to be copied
-  static constexpr int kScores = kKeys + W;       // a row's
+  static constexpr int kScores = kKeys + P;       // a row's
   static constexpr Real kNoScore = std::numeric_limits<Real>::lowest();
 
  public:
@@ -39,10 +39,9 @@ template <class Real> class Decode {
  private:
   // A task's working set.
   struct Block {
-    Real query[kMaxRows * (kMaxDim + W)];  // in bits
-    Real copy[kCopied * (kMaxDim + W)];
+    Operand query[kMaxRows * kMaxDim], copy[kCopied * kMaxDim];
     Real strip[kKeys + kMaxRows + W];
-    Real scores[kMaxRows * kScores];
+    Real scores[kMaxRows * kScores];  // then, in their place, E as a left factor
   };
 
   // What a task found for a row: acc holds the sum of exp2(S - max) V behind the two numbers.
@@ -93,8 +92,9 @@ template <class Real> class Decode {
     visit_rows(v, keys, padded_v, t.copy, [&](int at, auto found) {
       const auto sums_of = [&](int row) { return partial(b, h, part, row).acc; };
       int row = 0;
-      for (; row + kSharing <= used_rows; row += kSharing) accumulate<kSharing>(t.scores + at, row, found, sums_of);
-      for (; row < used_rows; ++row) accumulate<1>(t.scores + at, row, found, sums_of);
+      const Real *exps = t.scores + at / kIn;
+      for (; row + kSharing <= used_rows; row += kSharing) accumulate<kSharing>(exps, row, found, sums_of);
+      for (; row < used_rows; ++row) accumulate<1>(exps, row, found, sums_of);
     });
   }
 
@@ -109,17 +109,18 @@ template <class Real> class Decode {
 
   // Calls visit(index of the first, Rows) for the rows of a range, some at a time: where they lie if whole vectors can
   // be read there, else a copy.
-  template <class Visit> void visit_rows(const Matrix &m, Range range, int padded_dim, Real *copy, Visit visit) const {
+  template <class Visit>
+  void visit_rows(const Matrix &m, Range range, int padded_dim, Operand *copy, Visit visit) const {
     for (int first = range.begin; first < range.end; first += kCopied) {
       const int count = std::min(kCopied, range.end - first), at = first - range.begin;
       if (m.stride_d == 1 && m.dim == padded_dim) {
-        visit_stored<Real>(m, [&](const auto *data) {
+        visit_stored<Operand>(m, [&](const auto *data) {
           using Stored = std::remove_const_t<std::remove_pointer_t<decltype(data)>>;
           visit(at, Rows<Stored>{data + first * m.stride_l, m.stride_l, count});
         });
       } else {
         read_rows(m, first, count, copy, padded_dim);
-        visit(at, Rows<Real>{copy, padded_dim, count});
+        visit(at, Rows<Operand>{copy, padded_dim, count});
       }
     }
   }
@@ -127,7 +128,7 @@ template <class Real> class Decode {
   // scores[j] = <query, keys[j]> of kRows rows: a vector of partial sums each, W of them at a time. The keys are read
   // in the order in which they lie, as the processor expects.
   template <int kRows, class Stored>
-  TOB_INLINE void score(const Real *queries, int first_row, Rows<Stored> keys, Real *scores) const {
+  TOB_INLINE void score(const Operand *queries, int first_row, Rows<Stored> keys, Real *scores) const {
     constexpr int kTile = W / kRows;                   // keys
     constexpr int kTogether = kRows == 1 ? 1 : kTile;  // of them, those that share a load of the queries
     queries += first_row * padded;
@@ -138,12 +139,12 @@ template <class Real> class Decode {
         const Stored *key[kTogether];
         for (int i = 0; i < kTogether; ++i) key[i] = keys.at(std::min(j + e + i, keys.count - 1));
         Vec products[kTogether][kRows] = {};
-        for (int d = 0; d < padded; d += W) {
+        for (int d = 0; d < padded; d += W * kIn) {
           Vec x[kTogether];
-          for (int i = 0; i < kTogether; ++i) x[i] = load_stored<Real>(key[i] + d);
+          for (int i = 0; i < kTogether; ++i) x[i] = load_cells<Operand, Real>(key[i] + d);
           for (int r = 0; r < kRows; ++r) {
-            const Vec q = S::load(queries + r * padded + d);
-            for (int i = 0; i < kTogether; ++i) products[i][r] += q * x[i];
+            const Vec q = load_cells<Operand, Real>(queries + r * padded + d);
+            for (int i = 0; i < kTogether; ++i) products[i][r] = add_product<Operand, Real>(products[i][r], q, x[i]);
           }
         }
         for (int i = 0; i < kTogether; ++i)
@@ -155,25 +156,25 @@ template <class Real> class Decode {
     }
   }
 
-  // Scales products and adds the bias and the mask; -inf up to the next multiple of W.
+  // Scales products and adds the bias and the mask; -inf up to the next multiple of P.
   TOB_INLINE void make_scores(Real *scores, const Real *strip, const Real *key_mask, int count) const {
     for (int j = 0; j < count; j += W) {
       Vec x = Real(p.scale * kLog2E) * S::load(scores + j) + S::load(strip + j);
       if (key_mask) x += S::load(key_mask + j);
       S::store(scores + j, x);
     }
-    std::fill(scores + count, scores + round_up(count, W), -std::numeric_limits<Real>::infinity());
+    std::fill(scores + count, scores + round_up(count, P), -std::numeric_limits<Real>::infinity());
   }
 
-  // Replaces the scores by exp2(scores - their maximum).
+  // Scores become exps under their maximum.
   TOB_INLINE void softmax(Real *scores, int count, Partial found) const {
     Vec maxima = S::broadcast(kNoScore), sums{};
     for (int j = 0; j < count; j += W) maxima = S::max(maxima, S::load(scores + j));
     const Real max = S::max_lane(maxima);
-    for (int j = 0; j < count; j += W) {
-      const Vec e = S::exp2(S::load(scores + j) - max);
-      S::store(scores + j, e);
-      sums += e;
+    for (int j = 0; j < count; j += P) {
+      const Vec e0 = S::exp2(S::load(scores + j) - max), e1 = S::exp2(S::load(scores + j + W) - max);
+      store_operands<Operand>(scores + j / kIn, e0, e1);
+      sums += e0 + e1;
     }
     found.max = max;
     found.sum = S::sum(sums);
@@ -191,7 +192,8 @@ template <class Real> class Decode {
     if constexpr (kWidest > 4)
       for (; d + 4 * W <= padded_v; d += 4 * W) weigh<kRows, 4>(weights, values, sums, d);
     for (; d + 2 * W <= padded_v; d += 2 * W) weigh<kRows, 2>(weights, values, sums, d);
-    for (; d < padded_v; d += W) weigh<kRows, 1>(weights, values, sums, d);
+    if constexpr (kIn == 1)
+      for (; d < padded_v; d += W) weigh<kRows, 1>(weights, values, sums, d);
   }
 
   // The same in the kVecs vectors from column d on.
@@ -200,15 +202,31 @@ template <class Real> class Decode {
     Vec acc[kRows][kVecs];
     for (int r = 0; r < kRows; ++r)
       for (int i = 0; i < kVecs; ++i) acc[r][i] = S::load(sums[r] + d + i * W);
-    for (int j = 0; j < values.count; ++j) {
-      const Stored *value = values.at(j) + d;
-      for (int i = 0; i < kVecs; ++i) {
-        const Vec x = load_stored<Real>(value + i * W);
-        for (int r = 0; r < kRows; ++r) acc[r][i] += S::broadcast(weights[r * kScores + j]) * x;
-      }
+    for (int j = 0; j < values.count; j += kIn) {
+      Vec x[kVecs];
+      load_values(values, j, d, x);
+      for (int i = 0; i < kVecs; ++i)
+        for (int r = 0; r < kRows; ++r)
+          acc[r][i] = add_product<Operand, Real>(acc[r][i], S::broadcast_bits(weights + r * kScores + j / kIn), x[i]);
     }
     for (int r = 0; r < kRows; ++r)
       for (int i = 0; i < kVecs; ++i) S::store(sums[r] + d + i * W, acc[r][i]);
+  }
+
+  // Vectors of cells of the rows from j on, from column d on.
+  template <int kVecs, class Stored>
+  TOB_INLINE static void load_values(Rows<Stored> values, int j, int d, Vec (&cells)[kVecs]) {
+    if constexpr (kIn == 1) {
+      for (int i = 0; i < kVecs; ++i) cells[i] = load_stored<Real>(values.at(j) + d + i * W);
+    } else {
+      alignas(64) static constexpr Stored kNone[kMaxDim] = {};
+      const Stored *first = values.at(j), *second = j + 1 < values.count ? values.at(j + 1) : kNone;
+      for (int i = 0; i < kVecs; i += 2) {
+        const auto upper = Halves::load(first + d + i * W), lower = Halves::load(second + d + i * W);
+        cells[i] = (Vec)Halves::interleaved_first(upper, lower);
+        cells[i + 1] = (Vec)Halves::interleaved_second(upper, lower);
+      }
+    }
   }
 
   // Adds up what a head's tasks found, and writes its rows.
@@ -230,7 +248,7 @@ template <class Real> class Decode {
   const tob_problem &p;
   const Outputs<Real> &outputs;
   const KeyMask<Real> mask{p};
-  const int padded = round_up(int(p.dim), W), padded_v = round_up(int(p.dim_v), W);
+  const int padded = round_up(int(p.dim), W *kIn), padded_v = round_up(int(p.dim_v), W *kIn);
   const int64_t group = p.heads_q / p.heads_kv;  // query heads a key head
   const int rows = int(group * p.len_q);
   const int64_t parts = std::max<int64_t>((p.len_k + kKeys - 1) / kKeys, 1);

@@ -42,7 +42,8 @@ int tob_forward(const tob_problem *problem, const tob_tensor *out, void *lse, co
   return guarded(*problem, [&](auto real, auto operand) {
     using Real = decltype(real);
     const tob::Outputs<Real> outputs(*problem, *out, lse, *stats);
-    if (tob::Decode<Real>::serves(*problem)) tob::Decode<Real>(*problem, outputs).run();
+    using Decode = tob::Decode<Real, decltype(operand)>;
+    if (Decode::serves(*problem)) Decode(*problem, outputs).run();
     else tob::Forward<Real, decltype(operand)>(*problem, outputs).run();
   });
 }

@@ -37,6 +37,7 @@ CASES = [
     Case("caches filled differently, no table", (2, 1300), bias=None, options=_cache_positions(2, 1300)),
     Case("a table that forbids offsets", (1, 1100), columns=401, forbidden=(0, 1, 2, 200)),
     Case("bfloat16", (1, 2050), (64, 64), heads=(8, 2), columns=257, dtype=BF16, options={"is_causal": True}),
+    Case("bfloat16, an odd number of keys, dims that fill no vector", (2, 1301), (80, 48), heads=(8, 2), dtype=BF16),
     Case("float16", (5, 1111), (80, 80), heads=(2, 2), dtype=torch.float16),
     Case("transposed cache", (2, 1100), layout="transposed BLHD"),
 ]

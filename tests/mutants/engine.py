@@ -89,8 +89,11 @@ ENGINE = mutants_in("csrc_ref", {
          "lanes + r * kTile",
          "lanes + (kRows - 1 - r) * kTile"),
         ("a step's last value is left out", "test_decode.py", "cpp and long and beyond",
-         "for (int j = 0; j < values.count; ++j)",
-         "for (int j = 0; j < values.count - 1; ++j)"),
+         "for (int j = 0; j < values.count; j += kIn)",
+         "for (int j = 0; j < values.count - 1; j += kIn)"),
+        ("of two bfloat16 values the second is left out", "test_decode.py", "cpp and bfloat16",
+         "j + 1 < values.count ? values.at(j + 1) : kNone",
+         "kNone"),
     ],
     "dropout.h": [
         ("the words of a Philox change places", "test_dropout.py", "cpp and plain",
