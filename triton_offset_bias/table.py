@@ -32,49 +32,13 @@ def attended_interval(is_causal: bool, window_size: tuple[int, int]) -> tuple[in
     return (max(min_offset, 0) if is_causal else min_offset), max_offset
 
 
-def per_offset(bias: Tensor, lo: int, hi: int, origin: int, beyond: str) -> Tensor:
-    """The table's value at every offset from `lo` to `hi`, both included: (..., hi - lo + 1). Differentiable."""
-    below, inside, above = _split(bias.shape[-1], lo, hi, origin)
-    first = lo + origin + below
-    if below == 0 and above == 0:
-        return bias[..., first : first + inside]
-    left = _outside(bias[..., :1], below, beyond)
-    right = _outside(bias[..., -1:], above, beyond)
-    return torch.cat([left, bias[..., first : first + inside], right], dim=-1)
+def per_offset(bias: Tensor, lo: int, hi: int, origin: int) -> Tensor:
+    """The clamped table's value at every offset from `lo` to `hi`, both included: (..., hi - lo + 1). Differentiable.
 
-
-def per_symbolic_offset(bias: Tensor, lo: int, hi: int, origin: int) -> Tensor:
-    """`per_offset` of a clamped table as one look-up: no branch depends on the range, which tracing may not know."""
+    One look-up: no branch depends on the range, which tracing may not know.
+    """
     columns = torch.arange(lo + origin, hi + origin + 1, device=bias.device)
     return bias[..., columns.clamp(0, bias.shape[-1] - 1)]
-
-
-def _outside(end: Tensor, count: int, beyond: str) -> Tensor:
-    """What `count` offsets past this end of the table see: (..., 1) gives (..., count)."""
-    outside = end.expand(*end.shape[:-1], count)
-    return torch.zeros_like(outside) if beyond == "zero" else outside
-
-
-def fold(grad: Tensor, num_columns: int, lo: int, origin: int, beyond: str) -> Tensor:
-    """The transpose of `per_offset`: sums a gradient per offset, from `lo` on, into the table's columns."""
-    below, inside, above = _split(num_columns, lo, lo + grad.shape[-1] - 1, origin)
-    first = lo + origin + below
-    out = grad.new_zeros(*grad.shape[:-1], num_columns)
-    out[..., first : first + inside] = grad[..., below : below + inside]
-    if beyond != "zero":
-        if below:
-            out[..., 0] += grad[..., :below].sum(-1)
-        if above:
-            out[..., -1] += grad[..., below + inside :].sum(-1)
-    return out
-
-
-def _split(num_columns: int, lo: int, hi: int, origin: int) -> tuple[int, int, int]:
-    """How many offsets of [lo, hi] lie below the table, inside it, above it."""
-    total = hi - lo + 1
-    below = min(max(-origin - lo, 0), total)
-    above = min(max(hi - (num_columns - 1 - origin), 0), total)
-    return below, total - below - above, above
 
 
 def dense_offsets(query_positions: Tensor, key_positions: Tensor) -> Tensor:

@@ -54,7 +54,7 @@ class OffsetBias(nn.Module):
             ValueError: `max_offset` is below `min_offset`.
         """
         check_offset_range(min_offset, max_offset)
-        return table.per_symbolic_offset(self.weight.float(), min_offset, max_offset, self.origin)
+        return table.per_offset(self.weight.float(), min_offset, max_offset, self.origin)
 
     def extra_repr(self) -> str:
         """The arguments, for `repr`."""

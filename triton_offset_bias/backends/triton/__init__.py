@@ -81,11 +81,12 @@ def forward(problem: Problem, out: Tensor, lse: Tensor, row_max: Tensor, row_sum
 
     The last two are of the table less `strip.constants_of`.
     """
-    call = Call(problem)
-    if problem.seed is None and configs.is_decode(call.group * call.len_q, call.len_k):
-        _decode(call, out, lse, row_max, row_sum)
-    else:
-        _forward(call, out, lse, row_max, row_sum)
+    with _device_of(out):
+        call = Call(problem)
+        if problem.seed is None and configs.is_decode(call.group * call.len_q, call.len_k):
+            _decode(call, out, lse, row_max, row_sum)
+        else:
+            _forward(call, out, lse, row_max, row_sum)
     if call.constants_of_rows is not None:
         strip.add_constants(problem, call.constants_of_rows, lse)
 
@@ -100,9 +101,8 @@ def _forward(call: Call, out: Tensor, lse: Tensor, row_max: Tensor, row_sum: Ten
         *call.input_strides, *call.strides(out), *call.shared_strides,
         *call.sizes, *call.bounds, call.scale_log2, *call.dropout,
     )  # fmt: skip
-    with _device_of(out):
-        blocks = (call.batch * call.num_heads, call.len_q, "BLOCK_M")
-        run_kernel(forward_kernel, config, blocks, arguments, {**call.constants, **call.loops})
+    blocks = (call.batch * call.num_heads, call.len_q, "BLOCK_M")
+    run_kernel(forward_kernel, config, blocks, arguments, {**call.constants, **call.loops})
 
 
 def _decode(call: Call, out: Tensor, lse: Tensor, row_max: Tensor, row_sum: Tensor) -> None:
@@ -120,16 +120,15 @@ def _decode(call: Call, out: Tensor, lse: Tensor, row_max: Tensor, row_sum: Tens
     )  # fmt: skip
     constants = {name: x for name, x in call.constants.items() if name != "DROPOUT_ROUNDS"}
     block_s = triton.next_power_of_2(splits)
-    with _device_of(out):
-        run_kernel(decode_kernel, config, (key_heads * splits, 1, "BLOCK_M"), arguments, {**constants, **call.loops})
-        combine_kernel[(call.batch * call.num_heads * call.len_q,)](
-            *parts, call.inputs[7],
-            out, row_max, row_sum, lse,
-            *call.strides(out),
-            call.num_heads, call.len_q, out.shape[2], *counts,
-            HEAD_DIM_V=out.shape[3], BLOCK_DV=padded(out), IS_PACKED=call.is_packed, BLOCK_S=block_s,
-            num_warps=configs.combine_warps(block_s, padded(out)), enable_fp_fusion=True,
-        )  # fmt: skip
+    run_kernel(decode_kernel, config, (key_heads * splits, 1, "BLOCK_M"), arguments, {**constants, **call.loops})
+    combine_kernel[(call.batch * call.num_heads * call.len_q,)](
+        *parts, call.inputs[7],
+        out, row_max, row_sum, lse,
+        *call.strides(out),
+        call.num_heads, call.len_q, out.shape[2], *counts,
+        HEAD_DIM_V=out.shape[3], BLOCK_DV=padded(out), IS_PACKED=call.is_packed, BLOCK_S=block_s,
+        num_warps=configs.combine_warps(block_s, padded(out)), enable_fp_fusion=True,
+    )  # fmt: skip
 
 
 def backward(
@@ -145,10 +144,10 @@ def backward(
     needs_dbias: bool,
 ) -> Tensor | None:
     """Writes the gradients that are not None, and returns that of the table if it is needed."""
-    call = Call(problem)
-    needs_dbias = needs_dbias and call.strip is not None
-    is_by_tiles = needs_dbias and problem.deterministic and problem.query_positions is None
     with _device_of(out):
+        call = Call(problem)
+        needs_dbias = needs_dbias and call.strip is not None
+        is_by_tiles = needs_dbias and problem.deterministic and problem.query_positions is None
         rows = _prepare(call, out, row_max, row_sum, dout, dlse)
         added = DbiasSum(call, dout, dlse) if needs_dbias and not is_by_tiles else None
         if dquery is not None or added is not None:

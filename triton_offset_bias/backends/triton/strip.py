@@ -1,15 +1,16 @@
 """The host's side of the strip: the bias of every offset, laid out for the kernels, and where it stops changing."""
 
-import math
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from triton_offset_bias import table
 from triton_offset_bias.backends.triton.scores import STRIP_PAD
+from triton_offset_bias.backends.triton.strip_kernels import BLOCK, constants_kernel, fold_kernel, strip_kernel
 from triton_offset_bias.problem import Problem
 
+_OPTIONS = {"BLOCK": BLOCK, "enable_fp_fusion": True}
+LARGEST: float = torch.finfo(torch.float32).max
 PAD: int = STRIP_PAD.value  # tiles overhang the score matrix by less than this
 
 
@@ -82,16 +83,14 @@ def constants_of(problem: Problem) -> Tensor | None:
 
     Where the numbers of a row, but for -inf, have one sign and lie within a factor 2 of one another it is one of them:
     subtracting that is exact (Sterbenz 1974), and scores keep the digits that its size would take. Elsewhere it is 0.
-    Inputs of 16 bits have no such digits.
+    Inputs of 16 bits have no such digits; with zeros beyond the table the numbers are not near one another.
     """
-    if problem.bias is None or problem.query.dtype != torch.float32:
+    if problem.bias is None or problem.query.dtype != torch.float32 or problem.beyond == "zero":
         return None
-    bias, _ = table.extended(_with_heads(problem.bias), problem.bias_origin, problem.beyond)
-    high = bias.amax(-1, keepdim=True)
-    low = bias.masked_fill(bias == -math.inf, math.inf).amin(-1, keepdim=True)
-    # False where one of them is infinite or not a number.
-    is_exact = (low <= high) & (high - low <= torch.minimum(low.abs(), high.abs()))
-    return low.where(is_exact, 0.0)
+    bias = _with_heads(problem.bias)
+    constants = bias.new_empty(*bias.shape[:2], 1, dtype=torch.float32)
+    constants_kernel[(constants.numel(),)](bias, constants, *bias.stride(), *bias.shape[1:], **_OPTIONS)
+    return constants
 
 
 def add_constants(problem: Problem, constants: Tensor, lse: Tensor) -> None:
@@ -112,42 +111,57 @@ def build_strip(problem: Problem, bounds: Bounds, unit: float, constants: Tensor
     if problem.bias is None:
         return None
     bias = _with_heads(problem.bias)
-    if problem.query_positions is not None:
-        values, _ = table.extended(bias, problem.bias_origin, problem.beyond)
-        return _in_units(_less(values, constants), unit).contiguous()
-    lo, hi = _strip_offsets(problem, bounds)
-    values = table.per_offset(bias, lo, hi, problem.bias_origin, problem.beyond)
-    strip = torch.nn.functional.pad(_in_units(_less(values, constants), unit), (PAD, PAD), value=-math.inf)
-    below, above = max(problem.min_offset - lo, 0), max(hi - problem.max_offset, 0)
-    if below:
-        strip[..., : PAD + below] = -math.inf
-    if above:
-        strip[..., max(strip.shape[-1] - PAD - above, 0) :] = -math.inf
+    first, width = _columns(problem, bounds)
+    begin, end = 0, width
+    if problem.query_positions is None:
+        lo, hi = _strip_offsets(problem, bounds)
+        begin = PAD + min(max(problem.min_offset - lo, 0), width)
+        end = width - PAD - min(max(hi - problem.max_offset, 0), width)
+    strip = bias.new_empty(*bias.shape[:2], width, dtype=torch.float32)
+    strip_kernel[(strip[..., 0].numel() * -(-width // BLOCK),)](
+        bias, bias if constants is None else constants, strip,
+        *bias.stride(), *bias.shape[1:], width, first, begin, end, unit, min(LARGEST, (1 - 2**-22) * LARGEST / unit),
+        HAS_CONSTANTS=constants is not None, IS_ZERO_BEYOND=problem.beyond == "zero", **_OPTIONS,
+    )  # fmt: skip
     return strip
 
 
 def fold_strip(problem: Problem, bounds: Bounds, dstrip: Tensor) -> Tensor:
     """The gradient of a strip as the table's, in its shape and dtype."""
-    if problem.query_positions is None:
-        return fold_offsets(problem, dstrip[..., PAD:-PAD], _strip_offsets(problem, bounds)[0])
-    return _as_table(problem, table.trimmed(dstrip, problem.beyond))
+    first, width = _columns(problem, bounds)
+    pad = PAD if problem.query_positions is None else 0
+    return _fold(problem, dstrip, first, pad, width - pad)
 
 
 def fold_offsets(problem: Problem, doffsets: Tensor, lo: int) -> Tensor:
     """The gradient of every offset from `lo` on, (1 or B, 1 or H, offsets), as the table's, in its shape and dtype."""
+    return _fold(problem, doffsets, lo + problem.bias_origin, 0, doffsets.shape[-1])
+
+
+def _fold(problem: Problem, dstrip: Tensor, first: int, begin: int, end: int) -> Tensor:
     assert problem.bias is not None
-    folded = table.fold(doffsets, problem.bias.shape[-1], lo, problem.bias_origin, problem.beyond)
-    return _as_table(problem, folded)
+    dbias = torch.empty_like(problem.bias, memory_format=torch.contiguous_format)
+    rows, columns = dstrip.flatten(0, 1), dbias.shape[-1]
+    fold_kernel[(len(rows) * -(-columns // BLOCK),)](
+        rows, dbias, rows.stride(0), columns, first, begin, end,
+        IS_ZERO_BEYOND=problem.beyond == "zero", **_OPTIONS,
+    )  # fmt: skip
+    return dbias
 
 
 def _with_heads(bias: Tensor) -> Tensor:
-    """(1 or B, 1 or H, N) float32."""
-    return bias.detach().float().reshape((1,) * (3 - bias.dim()) + bias.shape)
+    """(1 or B, 1 or H, N)."""
+    return bias.detach().reshape((1,) * (3 - bias.dim()) + bias.shape)
 
 
-def _as_table(problem: Problem, grad: Tensor) -> Tensor:
+def _columns(problem: Problem, bounds: Bounds) -> tuple[int, int]:
+    """The table's column that the strip's first is, and the strip's number of columns."""
     assert problem.bias is not None
-    return grad.reshape(problem.bias.shape).to(problem.bias.dtype)
+    if problem.query_positions is not None:
+        added = problem.beyond == "zero"  # a column at each end
+        return -added, problem.bias.shape[-1] + 2 * added
+    lo, hi = _strip_offsets(problem, bounds)
+    return lo + problem.bias_origin - PAD, hi - lo + 1 + 2 * PAD
 
 
 def _strip_offsets(problem: Problem, bounds: Bounds) -> tuple[int, int]:
@@ -168,12 +182,3 @@ def _changing(problem: Problem) -> tuple[int, int]:
 def _bounds_of_positions(problem: Problem) -> Bounds:
     first, last = (0, 0) if problem.bias is None else _changing(problem)
     return Bounds(-first, problem.min_offset, problem.max_offset, first, last)
-
-
-def _less(values: Tensor, constants: Tensor | None) -> Tensor:
-    return values if constants is None else values - constants
-
-
-def _in_units(values: Tensor, unit: float) -> Tensor:
-    largest = torch.finfo(torch.float32).max
-    return torch.where(values.isinf(), values, (values * unit).clamp(-largest, largest))

@@ -4,12 +4,16 @@ import math
 
 import pytest
 import torch
+from conftest import AVAILABLE
 from oracle import attended_pairs, pair_offsets
 
 from triton_offset_bias import table
 from triton_offset_bias.checks import check_attention
 
 strip = pytest.importorskip("triton_offset_bias.backends.triton.strip", reason="Triton is not installed")
+pytestmark = pytest.mark.skipif(
+    "triton" not in AVAILABLE, reason="no GPU here, and Triton's interpreter is off (TRITON_INTERPRET=1)"
+)
 
 DEFAULTS = {
     **{"dropout_p": 0.0, "is_causal": False, "scale": None, "bias_origin": None, "beyond": "clamp"},
@@ -72,14 +76,13 @@ def test_the_strip_is_the_table_at_every_offset_and_constant_beyond_the_bounds(l
     expected, bounds = _biases_in_bits(problem, options), strip.bounds_of(problem)
     constants = strip.constants_of(problem)
     values = strip.build_strip(problem, bounds, math.log2(math.e), constants)
+    added = 0.0 if constants is None else math.log2(math.e) * constants[0, :, 0]
     for offset, bias in expected.items():
         is_attended = bounds.band_lo <= offset <= bounds.band_hi
         assert is_attended == bool((bias > -math.inf).all())
         if values is not None:
             within = min(max(offset, bounds.near_lo - strip.PAD // 2), bounds.near_hi + strip.PAD // 2)
-            torch.testing.assert_close(
-                values[0, :, bounds.zero + within] + math.log2(math.e) * constants[0, :, 0], bias
-            )
+            torch.testing.assert_close(values[0, :, bounds.zero + within] + added, bias)
     parts = strip.loops(problem, bounds)
     for name, is_far, end in (
         ("FAR_LEFT", lambda offset: bounds.near_hi <= offset <= bounds.band_hi, max(bounds.near_hi, 1 - len_k)),
@@ -91,14 +94,59 @@ def test_the_strip_is_the_table_at_every_offset_and_constant_beyond_the_bounds(l
             torch.testing.assert_close(expected[offset], expected[end])
 
 
-def test_the_gradient_of_every_offset_folds_back_into_the_table():
-    """A gradient of one for every offset counts, in each column, the offsets that see it."""
-    problem = _problem(20, 24, 9, {})
-    doffsets = torch.ones(1, 2, 20 + 24 - 1)
-    lo, hi = table.reachable_offsets(20, 24, 4)
-    columns = (torch.arange(lo, hi + 1) + 4).clamp(0, 8)
-    expected = torch.bincount(columns, minlength=9).float().expand(2, -1)
-    assert torch.equal(strip.fold_offsets(problem, doffsets, lo), expected)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("name", [name for name, (*_, columns, _) in PROBLEMS.items() if columns is not None])
+def test_a_strips_gradient_folds_back_into_the_table(name, dtype):
+    """<strip of b, g> = <b, fold of g>, in the table's shape and dtype."""
+    problem = _problem(*PROBLEMS[name])
+    problem = problem._replace(bias=problem.bias.to(dtype))
+    bounds = strip.bounds_of(problem)
+    values = strip.build_strip(problem, bounds, 1.0)
+    is_inside = values.isfinite()
+    grad = torch.randint(-4, 5, values.shape).float() * is_inside  # sums that every dtype holds
+    folded = strip.fold_strip(problem, bounds, grad)
+    assert folded.dtype == dtype
+    assert folded.shape == problem.bias.shape
+    spread = (values.masked_fill(~is_inside, 0.0).double() * grad).sum()
+    torch.testing.assert_close((problem.bias.double() * folded.double()).sum(), spread, rtol=1e-5, atol=1e-3)
+
+
+@pytest.mark.parametrize("beyond", ["clamp", "zero"])
+@pytest.mark.parametrize("shape", [(2500,), (3, 1500), (2, 3, 7)])
+def test_every_offset_of_long_sequences_folds_back(shape, beyond):
+    """More columns, and more offsets beyond them, than a program of the kernel has."""
+    problem = _problem(20, 24, 3, {})._replace(bias=torch.zeros(shape), bias_origin=shape[-1] // 3, beyond=beyond)
+    lo, hi = -2100, 3300
+    rows = (*(1,) * (3 - len(shape)), *shape[:-1])
+    doffsets = torch.randint(-9, 10, (*rows, 2 * (hi - lo + 1))).float()[..., : hi - lo + 1]  # strided rows
+    columns = torch.arange(lo, hi + 1) + problem.bias_origin
+    is_seen = ((columns >= 0) & (columns < shape[-1])) | (beyond == "clamp")
+    expected = torch.zeros(*rows, shape[-1])
+    expected.index_add_(-1, columns.clamp(0, shape[-1] - 1), doffsets * is_seen)
+    assert torch.equal(strip.fold_offsets(problem, doffsets, lo), expected.view(shape))
+
+
+@pytest.mark.parametrize("shape", [(2500,), (3, 1500), (2, 3, 7)])
+def test_strips_of_several_blocks_are_the_table(shape):
+    """Rows of any stride, more columns than a program of the kernel has."""
+    bias = torch.randn(*shape[:-1], 2 * shape[-1])[..., ::2]
+    problem = _problem(1300, 1200, 3, {})._replace(bias=bias, bias_origin=shape[-1] // 2)
+    bounds = strip.bounds_of(problem)
+    values = strip.build_strip(problem, bounds, 2.0)[..., strip.PAD : -strip.PAD]
+    lo = max(problem.reachable_offsets[0], bounds.near_lo - strip.PAD + problem.query_start)
+    expected = 2.0 * table.per_offset(bias, lo, lo + values.shape[-1] - 1, problem.bias_origin)
+    assert torch.equal(values, expected.expand_as(values))
+
+
+def test_finite_numbers_stay_finite_in_a_strip():
+    """Scaling neither forbids an offset nor hides one that is forbidden, infinite or not a number."""
+    largest = torch.finfo(torch.float32).max
+    bias = torch.tensor([largest, -largest, math.inf, -math.inf, math.nan, 1.0, 0.0])
+    problem = _problem(7, 1, 3, {})._replace(bias=bias, bias_origin=0, query_start=0)
+    bounds = strip.bounds_of(problem)
+    values = strip.build_strip(problem, bounds, 1.5)[0, 0, bounds.zero : bounds.zero + 7]
+    expected = torch.tensor([largest, -largest, math.inf, -math.inf, math.nan, 1.5, 0.0])
+    torch.testing.assert_close(values, expected, rtol=1e-6, atol=0, equal_nan=True)
 
 
 ROWS = {
@@ -122,5 +170,14 @@ def test_a_row_is_counted_from_one_of_its_numbers_where_that_is_exact(bias, expe
     assert torch.equal(constants, torch.tensor([[[expected], [0.0]]]))
     constants = strip.constants_of(problem._replace(bias=bias.expand(5, -1, -1)))
     assert torch.equal(constants, torch.tensor([[[expected], [0.0]]]).expand(5, -1, -1))
-    assert not strip.constants_of(problem._replace(bias=bias, beyond="zero")).any()
+    assert strip.constants_of(problem._replace(bias=bias, beyond="zero")) is None
     assert strip.constants_of(problem._replace(bias=bias, query=problem.query.bfloat16())) is None
+
+
+def test_a_row_of_several_blocks_is_counted_from_the_lowest_of_all():
+    """Wherever it stands."""
+    problem = _problem(20, 24, 3, {})
+    bias = 100.0 + torch.rand(2, 5000)
+    bias[0, 3], bias[1, 4990] = 99.0, 98.0
+    constants = strip.constants_of(problem._replace(bias=bias))
+    assert torch.equal(constants, torch.tensor([[[99.0], [98.0]]]))

@@ -1,0 +1,51 @@
+"""The small kernels compile for every target, without a GPU; `make compile-kernels` does so with those of attention."""
+
+import pytest
+
+triton = pytest.importorskip("triton", reason="Triton is not installed")
+
+from triton.compiler import ASTSource  # noqa: E402
+
+from bench.kernel_variants import TARGETS  # noqa: E402
+from triton_offset_bias.backends.triton.backward import prepare_kernel  # noqa: E402
+from triton_offset_bias.backends.triton.decode import combine_kernel  # noqa: E402
+from triton_offset_bias.backends.triton.strip_kernels import (  # noqa: E402
+    BLOCK,
+    constants_kernel,
+    fold_kernel,
+    strip_kernel,
+)
+
+pytestmark = pytest.mark.skipif(
+    not isinstance(strip_kernel, triton.JITFunction), reason="Triton's interpreter is on, and compiles nothing"
+)
+HEAD = {"HEAD_DIM_V": 80, "BLOCK_DV": 128}
+FORMS = {
+    "constants": (constants_kernel, {"BLOCK": BLOCK}),
+    "strip": (strip_kernel, {"HAS_CONSTANTS": False, "IS_ZERO_BEYOND": False, "BLOCK": BLOCK}),
+    "strip, constants, zeros": (strip_kernel, {"HAS_CONSTANTS": True, "IS_ZERO_BEYOND": True, "BLOCK": BLOCK}),
+    "fold": (fold_kernel, {"IS_ZERO_BEYOND": False, "BLOCK": BLOCK}),
+    "fold, zeros": (fold_kernel, {"IS_ZERO_BEYOND": True, "BLOCK": BLOCK}),
+    "prepare": (prepare_kernel, {**HEAD, "HAS_DLSE": True, "SPLIT_LSE": False, "BLOCK_M": 64}),
+    "prepare, split": (prepare_kernel, {**HEAD, "HAS_DLSE": False, "SPLIT_LSE": True, "BLOCK_M": 64}),
+    "combine": (combine_kernel, {**HEAD, "IS_PACKED": True, "BLOCK_S": 32}),
+}
+OF_INPUTS = ("bias_ptr", "dbias_ptr", "out_ptr", "dout_ptr")  # pointers to the dtype of the inputs
+FLOATS = ("unit", "limit")
+
+
+@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize("name", FORMS)
+def test_a_small_kernel_compiles_for_every_target(name, target):
+    """For bfloat16 tensors and tables; for tables of float64 with bounds that take 64 bits."""
+    kernel, constants = FORMS[name]
+    for dtype, integer in (("bf16", "i32"), ("fp64", "i64"))[: 2 if name.startswith(("strip", "fold")) else 1]:
+        signature = {parameter.name: integer if parameter.name == "first" else "i32" for parameter in kernel.params}
+        signature |= dict.fromkeys((x for x in signature if x.endswith("_ptr")), "*fp32")
+        signature |= {x: f"*{dtype}" for x in OF_INPUTS if x in signature}
+        signature |= {x: "fp32" for x in FLOATS if x in signature}
+        signature |= {x: "*i32" for x in ("cu_seqlens_q_ptr",) if x in signature}
+        signature |= dict.fromkeys(constants, "constexpr")
+        source = ASTSource(kernel, signature, constants, {})
+        compiled = triton.compile(source, target=TARGETS[target], options={"enable_fp_fusion": True})
+        assert compiled.asm["ptx" if TARGETS[target].backend == "cuda" else "amdgcn"]

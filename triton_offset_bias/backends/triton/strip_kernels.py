@@ -1,0 +1,103 @@
+"""Kernels that make strips of tables and a table's gradient of a strip's: one launch for each.
+
+Column `c` of a strip is the table's column ``first + c``, or what is beyond its end. Every head of a table is a row.
+"""
+
+import triton
+import triton.language as tl
+
+BLOCK = 1024
+LARGEST = tl.constexpr(3.4028234663852886e38)
+INTEGERS = ["stride_b", "stride_h", "stride_n", "num_heads", "num_columns", "width", "first", "begin", "end"]
+
+
+@triton.jit(do_not_specialize=INTEGERS)
+def constants_kernel(
+    bias_ptr, constants_ptr,
+    stride_b, stride_h, stride_n, num_heads, num_columns,
+    BLOCK: tl.constexpr,
+):  # fmt: skip
+    """What a row of the table is counted from: one of its numbers where that is exact, else 0. One program a row.
+
+    See `strip.constants_of`. Any number that is infinite, but for -inf, or not a number makes it 0.
+    """
+    row = tl.program_id(0)
+    bias_ptr += (row // num_heads).to(tl.int64) * stride_b + (row % num_heads).to(tl.int64) * stride_h
+    lowest = tl.full([BLOCK], float("inf"), tl.float32)
+    highest = tl.full([BLOCK], float("-inf"), tl.float32)
+    nans = tl.zeros([BLOCK], tl.int32)
+    for start in range(0, num_columns, BLOCK):
+        column = start + tl.arange(0, BLOCK)
+        x = tl.load(bias_ptr + column.to(tl.int64) * stride_n, mask=column < num_columns, other=float("-inf"))
+        x = x.to(tl.float32)
+        nans |= (x != x).to(tl.int32)
+        lowest = tl.minimum(lowest, tl.where(x == float("-inf"), float("inf"), x))
+        highest = tl.maximum(highest, x)
+    low, high = tl.min(lowest, 0), tl.max(highest, 0)
+    is_finite = (low >= -LARGEST) & (high <= LARGEST) & (tl.max(nans, 0) == 0)
+    spread = tl.where(is_finite, high, 0.0) - tl.where(is_finite, low, 0.0)
+    is_exact = is_finite & (low <= high) & (spread <= tl.minimum(tl.abs(low), tl.abs(high)))
+    tl.store(constants_ptr + row, tl.where(is_exact, low, 0.0))
+
+
+@triton.jit(do_not_specialize=INTEGERS)
+def strip_kernel(
+    bias_ptr, constants_ptr, strip_ptr,
+    stride_b, stride_h, stride_n, num_heads, num_columns, width, first, begin, end, unit, limit,
+    HAS_CONSTANTS: tl.constexpr, IS_ZERO_BEYOND: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """(table less constant) * unit in the columns [begin, end) of the strip, -inf in the others.
+
+    Finite numbers stay finite, for only -inf forbids: `limit` is the largest that `unit` leaves so.
+    """
+    blocks = tl.cdiv(width, BLOCK)
+    row, column = tl.program_id(0) // blocks, tl.program_id(0) % blocks * BLOCK + tl.arange(0, BLOCK)
+    bias_ptr += (row // num_heads).to(tl.int64) * stride_b + (row % num_heads).to(tl.int64) * stride_h
+    is_inside = (column >= begin) & (column < end)
+    source = first + column.to(tl.int64)
+    within = tl.minimum(tl.maximum(source, 0), num_columns - 1)
+    x = tl.load(bias_ptr + within * stride_n, mask=is_inside, other=float("-inf")).to(tl.float32)
+    if IS_ZERO_BEYOND:
+        x = tl.where(is_inside & (source != within), 0.0, x)
+    if HAS_CONSTANTS:
+        x -= tl.load(constants_ptr + row)
+    # Comparisons, unlike minimum and maximum, let what is not a number pass.
+    x = tl.where((x > limit) & (x <= LARGEST), limit, x)
+    x = tl.where((x < -limit) & (x >= -LARGEST), -limit, x)
+    tl.store(strip_ptr + row.to(tl.int64) * width + column, x * unit, mask=column < width)
+
+
+@triton.jit(do_not_specialize=["stride_row", *INTEGERS])
+def fold_kernel(
+    dstrip_ptr, dbias_ptr,
+    stride_row, num_columns, first, begin, end,
+    IS_ZERO_BEYOND: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """The transpose of `strip_kernel` with unit 1: each column of the table gets the columns [begin, end) that see it.
+
+    Those beyond an end of the table are added up by the program that holds the end.
+    """
+    blocks = tl.cdiv(num_columns, BLOCK)
+    row, block = tl.program_id(0) // blocks, tl.program_id(0) % blocks
+    column = block * BLOCK + tl.arange(0, BLOCK)
+    dstrip_ptr += row.to(tl.int64) * stride_row
+    source = column - first
+    total = tl.load(dstrip_ptr + source, mask=(source >= begin) & (source < end) & (column < num_columns), other=0.0)
+    if not IS_ZERO_BEYOND:
+        if block == 0:
+            below = sum_of(dstrip_ptr, begin, tl.minimum(tl.maximum(-first, begin), end), BLOCK)
+            total += tl.where(column == 0, below, 0.0)
+        if block == blocks - 1:
+            above = sum_of(dstrip_ptr, tl.maximum(tl.minimum(num_columns - first, end), begin), end, BLOCK)
+            total += tl.where(column == num_columns - 1, above, 0.0)
+    tl.store(dbias_ptr + row.to(tl.int64) * num_columns + column, total, mask=column < num_columns)
+
+
+@triton.jit
+def sum_of(ptr, begin, end, BLOCK: tl.constexpr):
+    """The sum of the float32 numbers [begin, end), in one order."""
+    sums = tl.zeros([BLOCK], tl.float32)
+    for start in range(begin, end, BLOCK):
+        index = start + tl.arange(0, BLOCK)
+        sums += tl.load(ptr + index, mask=index < end, other=0.0)
+    return tl.sum(sums, 0)
