@@ -15,7 +15,8 @@ namespace tob {
 template <class Real, class Operand> class Backward {
   using S = Simd<Real>;
   using Vec = typename S::Vec;
-  static constexpr int P = kPanel<Real>, W = S::kLanes, kIn = kPerCell<Real, Operand>, kCells = kChunk<Real, Operand>;
+  static constexpr int P = kPanel<Real>, W = S::kLanes, kPerCell = kOperandsPerCell<Real, Operand>,
+                       kChunk = kChunkCells<Real, Operand>;
   static constexpr int kQueries = 96, kMaxKeys = 96;  // a tile
   static constexpr int kRows = 12;                    // rows a step
   using TilePair = Tiles<Real, Operand, kQueries, kMaxKeys>;
@@ -136,10 +137,10 @@ template <class Real, class Operand> class Backward {
     const Band &band = bands[size_t(b)];
     Block &t = c.block;
     for (int j = 0; j < c.count; j += P) {
-      pack_right_transposed<Operand>(k, c.first + j, std::min(P, c.count - j), t.key_columns + j * chunks * kCells);
-      pack_right_transposed<Operand>(v, c.first + j, std::min(P, c.count - j), t.value_columns + j * chunks_v * kCells);
+      pack_right_transposed<Operand>(k, c.first + j, std::min(P, c.count - j), t.key_columns + j * chunks * kChunk);
+      pack_right_transposed<Operand>(v, c.first + j, std::min(P, c.count - j), t.value_columns + j * chunks_v * kChunk);
     }
-    pack_right<Operand>(k, c.first, c.count, keys, t.key_rows, int64_t(keys) / kIn * P);
+    pack_right<Operand>(k, c.first, c.count, keys, t.key_rows, int64_t(keys) / kPerCell * P);
     t.tiles.clear_margins(round_up(c.count, P));
     const int key_rows = round_up(c.count, kTileRows);
     std::fill_n(t.dkey, key_rows * chunks * P, Real(0));
@@ -187,7 +188,7 @@ template <class Real, class Operand> class Backward {
     if (p.has_dropout) t.kept.fill(p, head.b, head.h, first, c.first, rows, c.count);
     for (int row = 0; row < rows; row += kRows) {
       fill_rows(c, head, first, row, std::min(kRows, rows - row), used);
-      t.tiles.pack(row, std::min(kRows, rows - row), round_up(c.count, P));
+      t.tiles.pack(row, std::min(kRows, rows - row), round_up(c.count, P), dvalue.data, dkey.data, dquery.data);
     }
   }
 
@@ -207,18 +208,17 @@ template <class Real, class Operand> class Backward {
     const int64_t base = head.slot * rows_padded + query;
     const bool inside = band.covers(query, query + rows, c.first + columns.begin, c.first + columns.end);
     const Positions<Real> positions = gathered.from(head.b, head.h, query, c.first);
-    const ScoreTerms<Real> terms{Real(p.scale * kLog2E),
-                                 p.bias || !inside ? strips.at(head.b, head.h, c.first - query) : nullptr,
-                                 gathered.present() ? &positions : nullptr,
-                                 mask.present() ? mask.at(head.b) + c.first : nullptr, max.get() + base};
-    score_block<true, Operand>(queries.left(head.slot, query), queries.panel_stride, t.key_columns, chunks, probs,
-                               kTileStride, terms, rows, columns, c.count);
+    const ScoreTerms<Real> terms{
+        Real(p.scale * kLog2E), p.bias || !inside ? strips.at(head.b, head.h, c.first - query) : nullptr,
+        gathered.present() ? &positions : nullptr, mask.present() ? mask.at(head.b) + c.first : nullptr};
+    score_block<Operand>(queries.left(head.slot, query), queries.panel_stride, t.key_columns, chunks, probs,
+                         kTileStride, terms, rows, columns, c.count);
     for (int r = 0; r < rows; ++r) {
-      const Vec factor = S::broadcast(inverse_sum.get()[base + r]);
+      const Vec row_max = S::broadcast(max.get()[base + r]), factor = S::broadcast(inverse_sum.get()[base + r]);
       for (int j = columns.begin; j < columns.end; j += P) {
         Real *x = probs + r * kTileStride + j;
-        S::store(x, factor * S::exp2(S::load(x)));
-        S::store(x + W, factor * S::exp2(S::load(x + W)));
+        S::store(x, factor * S::exp2(S::load(x) - row_max));
+        S::store(x + W, factor * S::exp2(S::load(x + W) - row_max));
       }
     }
     const auto kept = [&](int r, int column) { return t.kept.at(query + r, c.first + column); };
@@ -251,9 +251,9 @@ template <class Real, class Operand> class Backward {
       accumulate_product<false, Operand>(t.tiles.transposed_dscores(), 1, kTileStride, queries.right(head.slot, first),
                                          queries.panel_stride, t.dkey, chunks * P, key_rows, chunks, none, query_range);
     if (dquery.data)
-      accumulate_product<false, Operand>(t.tiles.dscores_factor(), kTileStride, 1, t.key_rows, int64_t(keys) / kIn * P,
-                                         dquery_acc.get() + (head.slot * rows_padded + first) * chunks * P, chunks * P,
-                                         rows, chunks, none, key_range);
+      accumulate_product<false, Operand>(
+          t.tiles.dscores_factor(), kTileStride, 1, t.key_rows, int64_t(keys) / kPerCell * P,
+          dquery_acc.get() + (head.slot * rows_padded + first) * chunks * P, chunks * P, rows, chunks, none, key_range);
   }
 
   // Pass 3: dQ, and the head's diagonals into the rows of dbias that it shares, one head after another.

@@ -10,7 +10,7 @@ namespace tob {
 template <class Real, class Operand> class Decode {
   using S = Simd<Real>;
   using Vec = typename S::Vec;
-  static constexpr int W = S::kLanes, P = kPanel<Real>, kIn = kPerCell<Real, Operand>;
+  static constexpr int W = S::kLanes, P = kPanel<Real>, kPerCell = kOperandsPerCell<Real, Operand>;
   static constexpr int kMaxRows = 16;             // queries that share a key head: with more, packing pays
   static constexpr int kSharing = W < 4 ? W : 4;  // of them, those that share what is in registers
   static constexpr int kKeys = 512;               // a task's
@@ -92,7 +92,7 @@ template <class Real, class Operand> class Decode {
     visit_rows(v, keys, padded_v, t.copy, [&](int at, auto found) {
       const auto sums_of = [&](int row) { return partial(b, h, part, row).acc; };
       int row = 0;
-      const Real *exps = t.scores + at / kIn;
+      const Real *exps = t.scores + at / kPerCell;
       for (; row + kSharing <= used_rows; row += kSharing) accumulate<kSharing>(exps, row, found, sums_of);
       for (; row < used_rows; ++row) accumulate<1>(exps, row, found, sums_of);
     });
@@ -139,7 +139,7 @@ template <class Real, class Operand> class Decode {
         const Stored *key[kTogether];
         for (int i = 0; i < kTogether; ++i) key[i] = keys.at(std::min(j + e + i, keys.count - 1));
         Vec products[kTogether][kRows] = {};
-        for (int d = 0; d < padded; d += W * kIn) {
+        for (int d = 0; d < padded; d += W * kPerCell) {
           Vec x[kTogether];
           for (int i = 0; i < kTogether; ++i) x[i] = load_cells<Operand, Real>(key[i] + d);
           for (int r = 0; r < kRows; ++r) {
@@ -173,7 +173,7 @@ template <class Real, class Operand> class Decode {
     const Real max = S::max_lane(maxima);
     for (int j = 0; j < count; j += P) {
       const Vec e0 = S::exp2(S::load(scores + j) - max), e1 = S::exp2(S::load(scores + j + W) - max);
-      store_operands<Operand>(scores + j / kIn, e0, e1);
+      store_operands<Operand>(scores + j / kPerCell, e0, e1);
       sums += e0 + e1;
     }
     found.max = max;
@@ -192,7 +192,7 @@ template <class Real, class Operand> class Decode {
     if constexpr (kWidest > 4)
       for (; d + 4 * W <= padded_v; d += 4 * W) weigh<kRows, 4>(weights, values, sums, d);
     for (; d + 2 * W <= padded_v; d += 2 * W) weigh<kRows, 2>(weights, values, sums, d);
-    if constexpr (kIn == 1)
+    if constexpr (kPerCell == 1)
       for (; d < padded_v; d += W) weigh<kRows, 1>(weights, values, sums, d);
   }
 
@@ -202,12 +202,13 @@ template <class Real, class Operand> class Decode {
     Vec acc[kRows][kVecs];
     for (int r = 0; r < kRows; ++r)
       for (int i = 0; i < kVecs; ++i) acc[r][i] = S::load(sums[r] + d + i * W);
-    for (int j = 0; j < values.count; j += kIn) {
+    for (int j = 0; j < values.count; j += kPerCell) {
       Vec x[kVecs];
       load_values(values, j, d, x);
       for (int i = 0; i < kVecs; ++i)
         for (int r = 0; r < kRows; ++r)
-          acc[r][i] = add_product<Operand, Real>(acc[r][i], S::broadcast_bits(weights + r * kScores + j / kIn), x[i]);
+          acc[r][i] = add_product<Operand, Real>(acc[r][i],
+                                                 broadcast_cell<Operand>(weights + r * kScores + j / kPerCell), x[i]);
     }
     for (int r = 0; r < kRows; ++r)
       for (int i = 0; i < kVecs; ++i) S::store(sums[r] + d + i * W, acc[r][i]);
@@ -216,7 +217,7 @@ template <class Real, class Operand> class Decode {
   // Vectors of cells of the rows from j on, from column d on.
   template <int kVecs, class Stored>
   TOB_INLINE static void load_values(Rows<Stored> values, int j, int d, Vec (&cells)[kVecs]) {
-    if constexpr (kIn == 1) {
+    if constexpr (kPerCell == 1) {
       for (int i = 0; i < kVecs; ++i) cells[i] = load_stored<Real>(values.at(j) + d + i * W);
     } else {
       alignas(64) static constexpr Stored kNone[kMaxDim] = {};
@@ -248,7 +249,7 @@ template <class Real, class Operand> class Decode {
   const tob_problem &p;
   const Outputs<Real> &outputs;
   const KeyMask<Real> mask{p};
-  const int padded = round_up(int(p.dim), W *kIn), padded_v = round_up(int(p.dim_v), W *kIn);
+  const int padded = round_up(int(p.dim), W *kPerCell), padded_v = round_up(int(p.dim_v), W *kPerCell);
   const int64_t group = p.heads_q / p.heads_kv;  // query heads a key head
   const int rows = int(group * p.len_q);
   const int64_t parts = std::max<int64_t>((p.len_k + kKeys - 1) / kKeys, 1);

@@ -10,7 +10,8 @@ namespace tob {
 template <class Real, class Operand> class Forward {
   using S = Simd<Real>;
   using Vec = typename S::Vec;
-  static constexpr int P = kPanel<Real>, W = S::kLanes, kIn = kPerCell<Real, Operand>, kCells = kChunk<Real, Operand>;
+  static constexpr int P = kPanel<Real>, W = S::kLanes, kPerCell = kOperandsPerCell<Real, Operand>,
+                       kChunk = kChunkCells<Real, Operand>;
   static constexpr int kKeys = 192;          // keys a step
   static constexpr int kPackedKeys = 4 * P;  // keys a task packs
   static constexpr int kRows = 12;           // rows a step: their scores stay in the L1 cache
@@ -74,7 +75,7 @@ template <class Real, class Operand> class Forward {
     const int count = std::min(queries, int(s.len_q) - first);
     const int rows = round_up(count, kTileRows);
     pack_left<Operand>(matrix_of(p.query, p.dtype, int(p.dim), b, h, s.first_query), first, count, rows, t.query,
-                       int64_t(rows) * kCells);
+                       int64_t(rows) * kChunk);
     std::fill(t.acc, t.acc + rows * chunks_v * P, Real(0));
     std::fill(t.max, t.max + rows + W, kNoScore);
     std::fill(t.sum, t.sum + rows * W, Real(0));
@@ -90,11 +91,11 @@ template <class Real, class Operand> class Forward {
         const Range columns{round_down(step_keys.begin - key, P), round_up(step_keys.end - key, P)};
         const bool inside = band.covers(first + row, first + row + step, key + columns.begin, key + columns.end);
         const Positions<Real> positions = gathered.from(b, h, first + row, key);
-        const ScoreTerms<Real> add{
+        const ScoreTerms<Real> terms{
             Real(p.scale * kLog2E), p.bias || !inside ? strips.at(b, h, key - (first + row)) : nullptr,
-            gathered.present() ? &positions : nullptr, mask.present() ? mask.at(b) + key : nullptr, nullptr};
-        score_block<false, Operand>(t.query + row * kCells, int64_t(rows) * kCells, keys_of(head, key), chunks,
-                                    t.scores, kScoreStride, add, step, columns, int(s.len_k) - key);
+            gathered.present() ? &positions : nullptr, mask.present() ? mask.at(b) + key : nullptr};
+        score_block<Operand>(t.query + row * kChunk, int64_t(rows) * kChunk, keys_of(head, key), chunks, t.scores,
+                             kScoreStride, terms, step, columns, int(s.len_k) - key);
         const auto kept = [&](int r, int column) { return t.kept.at(first + row + r, key + column); };
         if (p.has_dropout) softmax_step<true>(t, row, step, columns, kept);
         else softmax_step<false>(t, row, step, columns, kept);
@@ -139,7 +140,7 @@ template <class Real, class Operand> class Forward {
           e0 = where_kept<Real>(kept(r, j), e0);
           e1 = where_kept<Real>(kept(r, j + W), e1);
         }
-        store_operands<Operand>(s + j / kIn, e0, e1);
+        store_operands<Operand>(s + j / kPerCell, e0, e1);
       }
       S::store(sum, sum0 + sum1);
     }
@@ -147,10 +148,10 @@ template <class Real, class Operand> class Forward {
 
   // The panels from a key on.
   Real *keys_of(int64_t head, int64_t key) const {
-    return key_panels.get() + (head % slots * keys_padded + key) * chunks * kCells;
+    return key_panels.get() + (head % slots * keys_padded + key) * chunks * kChunk;
   }
   Real *values_of(int64_t head, int64_t key) const {
-    return value_panels.get() + head % slots * chunks_v * value_stride + key / kIn * P;
+    return value_panels.get() + head % slots * chunks_v * value_stride + key / kPerCell * P;
   }
 
   const tob_problem &p;
@@ -167,8 +168,8 @@ template <class Real, class Operand> class Forward {
   const int64_t heads = p.batch * p.heads_kv;                          // key heads
   const Schedule schedule{heads, 2, blocks, p.num_threads};
   const int64_t slots = schedule.slots;
-  const int64_t value_stride = int64_t(keys_padded) / kIn * P;  // from one panel of values to the next
-  const Scratch<Real> key_panels{slots * keys_padded * chunks * kCells}, value_panels{slots * chunks_v * value_stride};
+  const int64_t value_stride = int64_t(keys_padded) / kPerCell * P;  // from one panel of values to the next
+  const Scratch<Real> key_panels{slots * keys_padded * chunks * kChunk}, value_panels{slots * chunks_v * value_stride};
 };
 
 }  // namespace tob

@@ -29,7 +29,7 @@ TOB_INLINE void multiply_add(Tile<Real> &tile, const Real *a, int64_t row_stride
     const typename S::Vec left = S::load(panel), right = S::load(panel + S::kLanes);
 #pragma GCC unroll 12
     for (int r = 0; r < kTileRows; ++r) {
-      const typename S::Vec x = S::broadcast_bits(a + r * row_stride);
+      const typename S::Vec x = broadcast_cell<Operand>(a + r * row_stride);
       tile.left[r] = add_product<Operand, Real>(tile.left[r], x, left);
       tile.right[r] = add_product<Operand, Real>(tile.right[r], x, right);
     }
@@ -45,11 +45,11 @@ TOB_INLINE void accumulate_product(const Real *a, int64_t row_stride, int64_t de
                                    int64_t panel_stride, Real *c, int64_t c_stride, int rows, int panels,
                                    const Real *alpha, Range depth_range) {
   using S = Simd<Real>;
-  constexpr int kIn = kPerCell<Real, Operand>;
+  constexpr int kPerCell = kOperandsPerCell<Real, Operand>;
   for (int p = 0; p < panels; ++p) {
     for (int r0 = 0; r0 < rows; r0 += kTileRows) {
       const auto [first, last] = depth_range(r0);
-      const int begin = first / kIn, end = (last + kIn - 1) / kIn;
+      const int begin = first / kPerCell, end = (last + kPerCell - 1) / kPerCell;
       if (!kScaled && begin >= end) continue;
       Tile<Real> tile{};
       multiply_add<Operand>(tile, a + r0 * row_stride + begin * depth_stride, row_stride, depth_stride,

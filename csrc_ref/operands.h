@@ -19,7 +19,8 @@ namespace tob {
 using BFloat16Operand = std::conditional_t<TOB_BFLOAT16_PRODUCTS, BFloat16, float>;
 
 // Operands in a cell, which is as wide as a Real and stored as one.
-template <class Real, class Operand> inline constexpr int kPerCell = sizeof(Real) / sizeof(Operand);
+template <class Real, class Operand> inline constexpr int kOperandsPerCell = 1;
+template <> inline constexpr int kOperandsPerCell<float, BFloat16> = 2;
 
 // sum + a b in every lane.
 template <class Operand, class Real>
@@ -87,6 +88,12 @@ struct Halves {
     return __builtin_shufflevector(a, b, (kFirst + kLane / 2 + kLane % 2 * kApart)...);
   }
 };
+
+// A cell in every lane.
+template <class Operand, class Real> TOB_INLINE typename Simd<Real>::Vec broadcast_cell(const Real *cell) {
+  if constexpr (std::is_same_v<Operand, Real>) return Simd<Real>::broadcast(*cell);
+  else return Simd<Real>::broadcast_bits(cell);
+}
 
 // A vector of cells of stored numbers.
 template <class Operand, class Real, class Stored> TOB_INLINE typename Simd<Real>::Vec load_cells(const Stored *from) {

@@ -10,19 +10,19 @@ namespace tob {
 inline constexpr int kMaxDim = 256;
 
 // Cells of a panel's width of operands.
-template <class Real, class Operand> inline constexpr int kChunk = kPanel<Real> / kPerCell<Real, Operand>;
+template <class Real, class Operand> inline constexpr int kChunkCells = kPanel<Real> / kOperandsPerCell<Real, Operand>;
 
 // A[r][k] = m[first + r][k], at out[k / kPanel][r][k % kPanel], for `count` rows; up to `padded` they are 0.
 // out + panel_stride is the next panel.
 template <class Operand, class Real>
 void pack_left(const Matrix &m, int64_t first, int count, int padded, Real *out, int64_t panel_stride) {
-  constexpr int P = kPanel<Real>, kCells = kChunk<Real, Operand>, W = TOB_VECTOR_BYTES / sizeof(Operand);
+  constexpr int P = kPanel<Real>, kChunk = kChunkCells<Real, Operand>, W = TOB_VECTOR_BYTES / sizeof(Operand);
   const int padded_dim = round_up(m.dim, P), whole = m.stride_d == 1 ? round_down(m.dim, W) : 0;
   visit_stored<Operand>(m, [&](const auto *data) {
     data += first * m.stride_l;
     for (int i = 0; i < count; ++i, data += m.stride_l) {
       const auto at = [&](int d) {
-        return reinterpret_cast<Operand *>(out + d / P * panel_stride + i * kCells) + d % P;
+        return reinterpret_cast<Operand *>(out + d / P * panel_stride + i * kChunk) + d % P;
       };
       for (int d = 0; d < whole; d += W) copy_vector(data + d, at(d));
       for (int d = whole; d < padded_dim; ++d) {
@@ -32,7 +32,7 @@ void pack_left(const Matrix &m, int64_t first, int count, int padded, Real *out,
     }
   });
   for (int d = 0; d < padded_dim && count < padded; d += P)
-    std::fill_n(out + d / P * panel_stride + count * kCells, (padded - count) * kCells, Real(0));
+    std::fill_n(out + d / P * panel_stride + count * kChunk, (padded - count) * kChunk, Real(0));
 }
 
 // B[k][c] = m[first + k][c], at out[c / kPanel][k][c % kPanel] where k counts cells, for `count` rows; up to `padded`
@@ -47,7 +47,7 @@ void pack_right(const Matrix &m, int64_t first, int count, int padded, Real *out
     Operand rows[2 * (kMaxDim + P)];
     for (int i = 0; i < padded; i += 2, out += P) {
       const int present = std::clamp(count - i, 0, 2);
-      read_rows(m, first + i, present, rows, padded_dim);
+      if (present > 0) read_rows(m, first + i, present, rows, padded_dim);
       std::fill(rows + present * padded_dim, rows + 2 * padded_dim, Operand{});
       for (int d = 0; d < padded_dim; d += P) {
         const auto upper = Halves::load(rows + d), lower = Halves::load(rows + padded_dim + d);
@@ -62,13 +62,13 @@ void pack_right(const Matrix &m, int64_t first, int count, int padded, Real *out
 // One panel of B[k][c] = m[first + c][k], at out[k][c] where k counts cells, of whose columns `count` exist.
 template <class Operand, class Real> void pack_right_transposed(const Matrix &m, int64_t first, int count, Real *out) {
   using S = Simd<Real>;
-  constexpr int P = kPanel<Real>, W = S::kLanes, kIn = kPerCell<Real, Operand>;
+  constexpr int P = kPanel<Real>, W = S::kLanes, kPerCell = kOperandsPerCell<Real, Operand>;
   const int padded_dim = round_up(m.dim, P);
   const auto transpose = [&](const auto *rows, int64_t stride) {
-    for (int k = 0; k < padded_dim / kIn; k += W)
+    for (int k = 0; k < padded_dim / kPerCell; k += W)
       for (int i = 0; i < P; i += W) {
         typename S::Vec square[W];
-        for (int e = 0; e < W; ++e) square[e] = load_cells<Operand, Real>(rows + (i + e) * stride + k * kIn);
+        for (int e = 0; e < W; ++e) square[e] = load_cells<Operand, Real>(rows + (i + e) * stride + k * kPerCell);
         S::transpose(square);
         for (int e = 0; e < W; ++e) S::store(out + (k + e) * P + i, square[e]);
       }
@@ -85,20 +85,20 @@ template <class Operand, class Real> void pack_right_transposed(const Matrix &m,
 
 // The rows of some matrices of one size, as left factors and as right ones; as reals they look the same.
 template <class Real, class Operand> class RowFactors {
-  static constexpr int P = kPanel<Real>, kIn = kPerCell<Real, Operand>;
+  static constexpr int P = kPanel<Real>, kPerCell = kOperandsPerCell<Real, Operand>;
 
  public:
   // `rows` counts whole cells.
   RowFactors(int64_t matrices, int rows, int dim)
-      : panel_stride(int64_t(rows) / kIn * P),
+      : panel_stride(int64_t(rows) / kPerCell * P),
         size_(round_up(dim, P) / P * panel_stride),
         left_(matrices * size_),
-        right_(kIn == 1 ? 0 : matrices * size_) {}
+        right_(kPerCell == 1 ? 0 : matrices * size_) {}
 
   // Rows [first, first + padded), of which `count` exist and the others are 0.
   void pack(int64_t matrix, const Matrix &m, int64_t first, int count, int padded) const {
     pack_left<Operand>(m, first, count, padded, left_at(matrix, first), panel_stride);
-    if constexpr (kIn > 1) pack_right<Operand>(m, first, count, padded, right_at(matrix, first), panel_stride);
+    if constexpr (kPerCell > 1) pack_right<Operand>(m, first, count, padded, right_at(matrix, first), panel_stride);
   }
 
   const Real *left(int64_t matrix, int64_t row) const { return left_at(matrix, row); }
@@ -108,10 +108,10 @@ template <class Real, class Operand> class RowFactors {
 
  private:
   Real *left_at(int64_t matrix, int64_t row) const {
-    return left_.get() + matrix * size_ + row * kChunk<Real, Operand>;
+    return left_.get() + matrix * size_ + row * kChunkCells<Real, Operand>;
   }
   Real *right_at(int64_t matrix, int64_t row) const {
-    return (kIn == 1 ? left_ : right_).get() + matrix * size_ + row / kIn * P;
+    return (kPerCell == 1 ? left_ : right_).get() + matrix * size_ + row / kPerCell * P;
   }
 
   int64_t size_;

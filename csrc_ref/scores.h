@@ -13,7 +13,6 @@ template <class Real> struct ScoreTerms {
   const Real *strip;                 // strip[column - row], or null: no bias, and the whole tile is inside the band
   const Positions<Real> *positions;  // instead of the strip, or null
   const Real *key_mask;              // key_mask[column], or null
-  const Real *row_max;               // row_max[row] is subtracted, or null
 };
 
 enum class Bias { kNone, kStrip, kGathered };
@@ -22,42 +21,37 @@ enum class Bias { kNone, kStrip, kGathered };
 template <class Operand, class Real>
 TOB_INLINE Tile<Real> product_tile(const Real *a, int64_t chunk_stride, const Real *panels, int chunks, int row,
                                    int column) {
-  constexpr int P = kPanel<Real>, kCells = kChunk<Real, Operand>;
-  const Real *panel = panels + int64_t(column) * chunks * kCells;
+  constexpr int P = kPanel<Real>, kChunk = kChunkCells<Real, Operand>;
+  const Real *panel = panels + int64_t(column) * chunks * kChunk;
   Tile<Real> tile{};
   for (int c = 0; c < chunks; ++c)
-    multiply_add<Operand>(tile, a + row * kCells + c * chunk_stride, kCells, 1, panel + c * kCells * P, kCells);
+    multiply_add<Operand>(tile, a + row * kChunk + c * chunk_stride, kChunk, 1, panel + c * kChunk * P, kChunk);
   return tile;
 }
 
 // The scores of a register tile at (row, column).
-template <Bias kBias, bool kMask, bool kShifted, class Real>
-TOB_INLINE void write_scores(const Tile<Real> &tile, const ScoreTerms<Real> &add, Real *out, int64_t stride, int row,
+template <Bias kBias, bool kMask, class Real>
+TOB_INLINE void write_scores(const Tile<Real> &tile, const ScoreTerms<Real> &terms, Real *out, int64_t stride, int row,
                              int column) {
   using S = Simd<Real>;
   using Vec = typename S::Vec;
   constexpr int W = S::kLanes;
-  const Vec scale = S::broadcast(add.scale);
+  const Vec scale = S::broadcast(terms.scale);
 #pragma GCC unroll 12
   for (int r = 0; r < kTileRows; ++r) {
     Vec left = scale * tile.left[r], right = scale * tile.right[r];
     if constexpr (kBias == Bias::kStrip) {
-      const Real *bias = add.strip + (column - row - r);
+      const Real *bias = terms.strip + (column - row - r);
       left += S::load(bias);
       right += S::load(bias + W);
     }
     if constexpr (kBias == Bias::kGathered) {
-      left += add.positions->bias(row + r, column);
-      right += add.positions->bias(row + r, column + W);
+      left += terms.positions->bias(row + r, column);
+      right += terms.positions->bias(row + r, column + W);
     }
     if constexpr (kMask) {
-      left += S::load(add.key_mask + column);
-      right += S::load(add.key_mask + column + W);
-    }
-    if constexpr (kShifted) {
-      const Vec max = S::broadcast(add.row_max[row + r]);
-      left -= max;
-      right -= max;
+      left += S::load(terms.key_mask + column);
+      right += S::load(terms.key_mask + column + W);
     }
     Real *to = out + (row + r) * stride + column;
     S::store(to, left);
@@ -65,24 +59,26 @@ TOB_INLINE void write_scores(const Tile<Real> &tile, const ScoreTerms<Real> &add
   }
 }
 
+// Forward and backward both make their scores here, so that their roundings are the same.
+//
 // Scores of rows [0, rows) and the panels of columns [columns.begin, columns.end), multiples of kPanel.
 // `panels` are the keys' transposed panels from column 0; `valid_columns` of the columns exist, the rest become -inf.
-template <bool kShifted, class Operand, class Real>
-void score_block(const Real *a, int64_t chunk_stride, const Real *panels, int chunks, Real *out, int64_t stride,
-                 const ScoreTerms<Real> &add, int rows, Range columns, int valid_columns) {
+template <class Operand, class Real>
+TOB_INLINE void score_block(const Real *a, int64_t chunk_stride, const Real *panels, int chunks, Real *out,
+                            int64_t stride, const ScoreTerms<Real> &terms, int rows, Range columns, int valid_columns) {
   constexpr int P = kPanel<Real>;
   const auto run = [&](auto bias, auto mask) {
     for (int column = columns.begin; column < columns.end; column += P)
       for (int row = 0; row < rows; row += kTileRows)
-        write_scores<decltype(bias)::value, decltype(mask)::value, kShifted>(
-            product_tile<Operand>(a, chunk_stride, panels, chunks, row, column), add, out, stride, row, column);
+        write_scores<decltype(bias)::value, decltype(mask)::value>(
+            product_tile<Operand>(a, chunk_stride, panels, chunks, row, column), terms, out, stride, row, column);
   };
   const auto run_with = [&](auto bias) {
-    if (add.key_mask) run(bias, std::true_type());
+    if (terms.key_mask) run(bias, std::true_type());
     else run(bias, std::false_type());
   };
-  if (add.positions) run_with(std::integral_constant<Bias, Bias::kGathered>());
-  else if (add.strip) run_with(std::integral_constant<Bias, Bias::kStrip>());
+  if (terms.positions) run_with(std::integral_constant<Bias, Bias::kGathered>());
+  else if (terms.strip) run_with(std::integral_constant<Bias, Bias::kStrip>());
   else run_with(std::integral_constant<Bias, Bias::kNone>());
   for (int row = 0; valid_columns < columns.end && row < rows; ++row)
     for (int column = valid_columns; column < columns.end; ++column)

@@ -8,11 +8,11 @@ namespace tob {
 
 template <class Real, class Operand, int kQueries, int kKeys> class Tiles {
   using S = Simd<Real>;
-  static constexpr int P = kPanel<Real>, W = S::kLanes, kIn = kPerCell<Real, Operand>;
+  static constexpr int P = kPanel<Real>, W = S::kLanes, kPerCell = kOperandsPerCell<Real, Operand>;
 
  public:
   static constexpr int64_t kStride = kKeys + 2 * W;  // from one row to the next, of reals or cells
-  static_assert(kQueries % kIn == 0 && kTileRows % kIn == 0);
+  static_assert(kQueries % kPerCell == 0 && kTileRows % kPerCell == 0);
 
   // With a vector of zeros before and after each row of dS, for `width` columns.
   void clear_margins(int width) {
@@ -26,19 +26,19 @@ template <class Real, class Operand, int kQueries, int kKeys> class Tiles {
   Real *dscores(int row) { return dscores_ + W + row * kStride; }
 
   // The factors, from a query on or all: reals are their own, others are made by `pack`.
-  const Real *transposed_probs() const { return kIn == 1 ? probs_ : cells_[0]; }
-  const Real *transposed_dscores() const { return kIn == 1 ? dscores_ + W : cells_[1]; }
-  const Real *dscores_factor() const { return kIn == 1 ? dscores_ + W : cells_[2]; }
+  const Real *transposed_probs() const { return kPerCell == 1 ? probs_ : cells_[0]; }
+  const Real *transposed_dscores() const { return kPerCell == 1 ? dscores_ + W : cells_[1]; }
+  const Real *dscores_factor() const { return kPerCell == 1 ? dscores_ + W : cells_[2]; }
 
-  // Rows [row, row + rows), `width` columns: whole cells and panels.
-  void pack(int row, int rows, int width) {
-    if constexpr (kIn == 2) {
+  // Makes the factors that are needed, of rows [row, row + rows) and `width` columns: whole cells and panels.
+  void pack(int row, int rows, int width, bool for_dvalue, bool for_dkey, bool for_dquery) {
+    if constexpr (kPerCell == 2) {
       for (int r = row; r < row + rows; r += 2)
         for (int j = 0; j < width; j += W) {
-          store_pairs(probs(r) + j, cells_[0] + r / 2 * kStride + j);
-          store_pairs(dscores(r) + j, cells_[1] + r / 2 * kStride + j);
+          if (for_dvalue) store_pairs(probs(r) + j, cells_[0] + r / 2 * kStride + j);
+          if (for_dkey) store_pairs(dscores(r) + j, cells_[1] + r / 2 * kStride + j);
         }
-      for (int r = row; r < row + rows; ++r)
+      for (int r = row; for_dquery && r < row + rows; ++r)
         for (int j = 0; j < width; j += P) {
           const Real *from = dscores(r) + j;
           store_operands<Operand>(cells_[2] + r * kStride + j / 2, S::load(from), S::load(from + W));
@@ -54,7 +54,7 @@ template <class Real, class Operand, int kQueries, int kKeys> class Tiles {
   }
 
   Real probs_[kQueries * kStride], dscores_[(kQueries + 1) * kStride];
-  Real cells_[kIn == 1 ? 1 : 3][kIn == 1 ? 1 : kQueries * kStride];
+  Real cells_[kPerCell == 1 ? 1 : 3][kPerCell == 1 ? 1 : kQueries * kStride];
 };
 
 }  // namespace tob

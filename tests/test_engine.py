@@ -2,6 +2,7 @@
 
 import os
 import re
+import shutil
 import subprocess
 import sys
 import threading
@@ -201,6 +202,35 @@ def test_every_build_agrees_with_the_oracle_and_reads_no_memory_before_writing_i
     )
     assert done.returncode == 0, done.stdout[-3000:]
     assert int(re.search(r"(\d+) passed", done.stdout)[1]) > 90
+
+
+@pytest.mark.skipif(shutil.which("c++") is None, reason="compiles the engine")
+def test_products_of_bfloat16_numbers_are_right_where_no_instruction_multiplies_them(tmp_path):
+    """The portable build with the bfloat16 products of AVX512_BF16: their cells and roundings, on any processor."""
+    flags = ["-std=c++17", "-O1", "-ffp-contract=fast", "-fopenmp", "-fPIC", "-w", "-DTOB_BFLOAT16_PRODUCTS=1"]
+    compiled = tmp_path / "engine.o"
+    subprocess.run(["c++", *flags, "-c", ROOT / "csrc_ref" / "engine.cpp", "-o", compiled], check=True)
+    # Linked without OpenMP's runtime: torch brings it.
+    subprocess.run(["c++", "-shared", compiled, "-o", tmp_path / "_engine_portable.abi3.so"], check=True)
+    environment = {cpp.BUILD_VARIABLE: "portable", cpp.FOLDER_VARIABLE: str(tmp_path)}
+    assert "bfloat16 products" in _run(
+        "from triton_offset_bias.backends import cpp; print(cpp.build_description())", **environment
+    )
+    tests = [f"tests/test_{name}.py" for name in ("attention", "decode", "dropout", "engine_fuzz")]
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "-p",
+        "no:cacheprovider",
+        "--tb=line",
+        "-k",
+        "cpp or engine_fuzz",
+        *tests,
+    ]
+    done = subprocess.run(command, cwd=ROOT, env={**os.environ, **environment}, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout[-3000:]
+    assert int(re.search(r"(\d+) passed", done.stdout)[1]) > 150
 
 
 def test_an_unknown_build_is_a_reason_against_the_engine_and_auto_takes_the_reference():

@@ -24,6 +24,20 @@ CHECKED = [
     ),
 ]
 
+SHARING_SCORES = [
+    Case("no table", (40, 50), (64, 64), bias=None),
+    Case("no table, one key", (40, 1), (64, 64), bias=None),
+    Case("no table, holes", (40, 50), (64, 64), bias=None, mask="holes"),
+    Case("no table, causal", (50, 50), (64, 64), bias=None, options={"is_causal": True}),
+    Case("a table", (40, 50), (64, 64)),
+    Case(
+        "a table, positions",
+        (40, 50),
+        (64, 64),
+        options={"query_positions": torch.arange(40) * 3 % 41, "key_positions": torch.arange(50)},
+    ),
+]
+
 
 def _inputs64(case: Case) -> tuple[list[torch.Tensor], dict]:
     call = build(case)
@@ -96,6 +110,16 @@ def test_the_tables_gradient_sums_to_that_of_the_log_sum_exp(precise_backend, ca
     expected = torch.zeros(case.heads[0]).double() if call.dlse is None else call.dlse.sum((0, 2))
     assert dbias.abs().max() > 0.1
     torch.testing.assert_close(dbias.sum(-1), expected, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("scale", [1.0, 64.0, 4096.0])
+@pytest.mark.parametrize("case", SHARING_SCORES, ids=lambda case: case.reason)
+def test_backward_makes_the_scores_that_forward_made(precise_backend, case, scale):
+    """To the last bit, however large: else a row's probabilities no longer sum to 1, nor dV to the sum of dO."""
+    call = build(replace(case, options={**case.options, "scale": scale}))
+    call.dout.fill_(1.0)
+    dv = results_of(call, precise_backend).dv
+    torch.testing.assert_close(dv.sum(2), torch.full_like(dv[:, :, 0], call.q.shape[2]), rtol=5e-6, atol=0)
 
 
 def test_a_constant_added_to_the_table_changes_nothing_but_lse(precise_backend):

@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+from cases import Case, assert_matches_oracle, build, results_of
 from conftest import AVAILABLE
 from oracle import attended_pairs, pair_offsets
 
@@ -11,7 +12,7 @@ from triton_offset_bias import table
 from triton_offset_bias.checks import check_attention
 
 strip = pytest.importorskip("triton_offset_bias.backends.triton.strip", reason="Triton is not installed")
-pytestmark = pytest.mark.skipif(
+needs_kernels = pytest.mark.skipif(
     "triton" not in AVAILABLE, reason="no GPU here, and Triton's interpreter is off (TRITON_INTERPRET=1)"
 )
 
@@ -40,6 +41,7 @@ PROBLEMS = {
     "no table, a window to the left": (20, 24, None, {"window_size": (7, -1)}),
     "no table, a window": (20, 24, None, {"window_size": (7, 3)}),
 }
+TABLES = [name for name, (*_, columns, _) in PROBLEMS.items() if columns is not None]
 
 
 def _problem(len_q, len_k, columns, options):
@@ -69,20 +71,27 @@ def _biases_in_bits(problem, options):
     return found
 
 
-@pytest.mark.parametrize(("len_q", "len_k", "columns", "options"), PROBLEMS.values(), ids=PROBLEMS)
-def test_the_strip_is_the_table_at_every_offset_and_constant_beyond_the_bounds(len_q, len_k, columns, options):
-    """What a kernel reads for a pair is its bias; far tiles may use one value; loops that are left out have no work."""
-    problem = _problem(len_q, len_k, columns, options)
-    expected, bounds = _biases_in_bits(problem, options), strip.bounds_of(problem)
+@needs_kernels
+@pytest.mark.parametrize("name", TABLES)
+def test_the_strip_is_the_table_at_every_offset(name):
+    """What a kernel reads for a pair is its bias, with the constant that it is counted from."""
+    problem = _problem(*PROBLEMS[name])
+    expected, bounds = _biases_in_bits(problem, PROBLEMS[name][-1]), strip.bounds_of(problem)
     constants = strip.constants_of(problem)
     values = strip.build_strip(problem, bounds, math.log2(math.e), constants)
     added = 0.0 if constants is None else math.log2(math.e) * constants[0, :, 0]
     for offset, bias in expected.items():
-        is_attended = bounds.band_lo <= offset <= bounds.band_hi
-        assert is_attended == bool((bias > -math.inf).all())
-        if values is not None:
-            within = min(max(offset, bounds.near_lo - strip.PAD // 2), bounds.near_hi + strip.PAD // 2)
-            torch.testing.assert_close(values[0, :, bounds.zero + within] + added, bias)
+        within = min(max(offset, bounds.near_lo - strip.PAD // 2), bounds.near_hi + strip.PAD // 2)
+        torch.testing.assert_close(values[0, :, bounds.zero + within] + added, bias)
+
+
+@pytest.mark.parametrize(("len_q", "len_k", "columns", "options"), PROBLEMS.values(), ids=PROBLEMS)
+def test_beyond_the_bounds_the_bias_is_constant(len_q, len_k, columns, options):
+    """Far tiles may use one value; loops that are left out have no work; the band is what is attended to."""
+    problem = _problem(len_q, len_k, columns, options)
+    expected, bounds = _biases_in_bits(problem, options), strip.bounds_of(problem)
+    for offset, bias in expected.items():
+        assert (bounds.band_lo <= offset <= bounds.band_hi) == bool((bias > -math.inf).all())
     parts = strip.loops(problem, bounds)
     for name, is_far, end in (
         ("FAR_LEFT", lambda offset: bounds.near_hi <= offset <= bounds.band_hi, max(bounds.near_hi, 1 - len_k)),
@@ -94,8 +103,9 @@ def test_the_strip_is_the_table_at_every_offset_and_constant_beyond_the_bounds(l
             torch.testing.assert_close(expected[offset], expected[end])
 
 
+@needs_kernels
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
-@pytest.mark.parametrize("name", [name for name, (*_, columns, _) in PROBLEMS.items() if columns is not None])
+@pytest.mark.parametrize("name", TABLES)
 def test_a_strips_gradient_folds_back_into_the_table(name, dtype):
     """<strip of b, g> = <b, fold of g>, in the table's shape and dtype."""
     problem = _problem(*PROBLEMS[name])
@@ -111,6 +121,7 @@ def test_a_strips_gradient_folds_back_into_the_table(name, dtype):
     torch.testing.assert_close((problem.bias.double() * folded.double()).sum(), spread, rtol=1e-5, atol=1e-3)
 
 
+@needs_kernels
 @pytest.mark.parametrize("beyond", ["clamp", "zero"])
 @pytest.mark.parametrize("shape", [(2500,), (3, 1500), (2, 3, 7)])
 def test_every_offset_of_long_sequences_folds_back(shape, beyond):
@@ -126,6 +137,16 @@ def test_every_offset_of_long_sequences_folds_back(shape, beyond):
     assert torch.equal(strip.fold_offsets(problem, doffsets, lo), expected.view(shape))
 
 
+@needs_kernels
+@pytest.mark.parametrize("origin", [-(2**31) + 24, -(2**31) + 280, 2**31 - 5, -(2**61) + 1, 2**40])
+@pytest.mark.parametrize("deterministic", [False, True])
+def test_a_table_out_of_reach_has_one_column_that_all_see(origin, deterministic):
+    """However far away, where sums of indices need more bits than an index: its nearest end has all of the gradient."""
+    call = build(Case("far", (20, 24), columns=9, options={"bias_origin": origin, "deterministic": deterministic}))
+    assert_matches_oracle(call, results_of(call, "triton"))
+
+
+@needs_kernels
 @pytest.mark.parametrize("shape", [(2500,), (3, 1500), (2, 3, 7)])
 def test_strips_of_several_blocks_are_the_table(shape):
     """Rows of any stride, more columns than a program of the kernel has."""
@@ -138,6 +159,7 @@ def test_strips_of_several_blocks_are_the_table(shape):
     assert torch.equal(values, expected.expand_as(values))
 
 
+@needs_kernels
 def test_finite_numbers_stay_finite_in_a_strip():
     """Scaling neither forbids an offset nor hides one that is forbidden, infinite or not a number."""
     largest = torch.finfo(torch.float32).max
@@ -161,6 +183,7 @@ ROWS = {
 }
 
 
+@needs_kernels
 @pytest.mark.parametrize(("bias", "expected"), ROWS.values(), ids=ROWS)
 def test_a_row_is_counted_from_one_of_its_numbers_where_that_is_exact(bias, expected):
     """Whatever other rows are like. Zeros beyond the table are numbers too; inputs of 16 bits have no use for it."""
@@ -174,6 +197,7 @@ def test_a_row_is_counted_from_one_of_its_numbers_where_that_is_exact(bias, expe
     assert strip.constants_of(problem._replace(bias=bias, query=problem.query.bfloat16())) is None
 
 
+@needs_kernels
 def test_a_row_of_several_blocks_is_counted_from_the_lowest_of_all():
     """Wherever it stands."""
     problem = _problem(20, 24, 3, {})

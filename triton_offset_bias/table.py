@@ -1,4 +1,4 @@
-"""Where offsets become columns: the one place that knows how a bias table is laid out.
+"""Where offsets become columns: how a bias table is laid out, for all that is not a kernel.
 
 A table is a tensor whose last axis has one column per offset; `origin` is the column of offset 0, so offset `o` lives
 in column `o + origin`. `beyond` decides what offsets outside of the table see: its nearest end ("clamp"), nothing

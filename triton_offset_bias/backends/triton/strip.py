@@ -6,11 +6,10 @@ import torch
 from torch import Tensor
 
 from triton_offset_bias.backends.triton.scores import STRIP_PAD
-from triton_offset_bias.backends.triton.strip_kernels import BLOCK, constants_kernel, fold_kernel, strip_kernel
+from triton_offset_bias.backends.triton.strip_kernels import BLOCK, LARGEST, constants_kernel, fold_kernel, strip_kernel
 from triton_offset_bias.problem import Problem
 
 _OPTIONS = {"BLOCK": BLOCK, "enable_fp_fusion": True}
-LARGEST: float = torch.finfo(torch.float32).max
 PAD: int = STRIP_PAD.value  # tiles overhang the score matrix by less than this
 
 
@@ -118,9 +117,9 @@ def build_strip(problem: Problem, bounds: Bounds, unit: float, constants: Tensor
         begin = PAD + min(max(problem.min_offset - lo, 0), width)
         end = width - PAD - min(max(hi - problem.max_offset, 0), width)
     strip = bias.new_empty(*bias.shape[:2], width, dtype=torch.float32)
-    strip_kernel[(strip[..., 0].numel() * -(-width // BLOCK),)](
+    strip_kernel[(bias.shape[0] * bias.shape[1] * -(-width // BLOCK),)](
         bias, bias if constants is None else constants, strip,
-        *bias.stride(), *bias.shape[1:], width, first, begin, end, unit, min(LARGEST, (1 - 2**-22) * LARGEST / unit),
+        *bias.stride(), *bias.shape[1:], width, first, begin, end, unit, _limit(unit),
         HAS_CONSTANTS=constants is not None, IS_ZERO_BEYOND=problem.beyond == "zero", **_OPTIONS,
     )  # fmt: skip
     return strip
@@ -152,6 +151,12 @@ def _fold(problem: Problem, dstrip: Tensor, first: int, begin: int, end: int) ->
 def _with_heads(bias: Tensor) -> Tensor:
     """(1 or B, 1 or H, N)."""
     return bias.detach().reshape((1,) * (3 - bias.dim()) + bias.shape)
+
+
+def _limit(unit: float) -> float:
+    """The largest number that is finite in units too."""
+    largest: float = LARGEST.value
+    return min(largest, (1 - 2**-22) * largest / unit)
 
 
 def _columns(problem: Problem, bounds: Bounds) -> tuple[int, int]:

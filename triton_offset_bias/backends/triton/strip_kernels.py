@@ -81,6 +81,7 @@ def fold_kernel(
     row, block = tl.program_id(0) // blocks, tl.program_id(0) % blocks
     column = block * BLOCK + tl.arange(0, BLOCK)
     dstrip_ptr += row.to(tl.int64) * stride_row
+    first = tl.cast(first, tl.int64)  # the difference of two that 32 bits hold may take more
     source = column - first
     total = tl.load(dstrip_ptr + source, mask=(source >= begin) & (source < end) & (column < num_columns), other=0.0)
     if not IS_ZERO_BEYOND:
