@@ -106,8 +106,8 @@ template <class Real, class Operand> class Backward {
     const Matrix q = matrix_of(p.query, p.dtype, int(p.dim), head.b, head.h, s.first_query);
     const Matrix o = matrix_of(out, p.dtype, int(p.dim_v), head.b, head.h, s.first_query);
     const Matrix g = matrix_of(dout, p.dtype, int(p.dim_v), head.b, head.h, s.first_query);
-    queries.pack(head.slot, q, first, count, rows);
-    douts.pack(head.slot, g, first, count, rows);
+    queries.pack(head.slot, q, first, count, rows, scale.queries);
+    douts.pack(head.slot, g, first, count, rows, Real(1));
     if (dquery.data) std::fill_n(dquery_acc.get() + base * chunks * P, rows * chunks * P, Real(0));
     for (int r = 0; r < rows; ++r) {
       const Real sum = r < count ? row_sum[source + r] : Real(0);
@@ -151,7 +151,7 @@ template <class Real, class Operand> class Backward {
     for (int64_t g = 0; g < group; ++g) sweep(c, head_of(c.head, g), g, used, queries);
 
     for (int j = 0; j < c.count && dkey.data; ++j)
-      write_row(matrix_of(dkey, p.dtype, int(p.dim), b, h, first_key), c.first + j, Real(p.scale),
+      write_row(matrix_of(dkey, p.dtype, int(p.dim), b, h, first_key), c.first + j, scale.dkey,
                 t.dkey + j * chunks * P);
     for (int j = 0; j < c.count && dvalue.data; ++j)
       write_row(matrix_of(dvalue, p.dtype, int(p.dim_v), b, h, first_key), c.first + j, kept_scale,
@@ -290,6 +290,7 @@ template <class Real, class Operand> class Backward {
   const BiasStrips<Real> strips{p, table};
   const Gathered<Real> gathered{p, table};
   const KeyMask<Real> mask{p};
+  const Scale<Real, Operand> scale{p.scale};
   const Real kept_scale = p.has_dropout ? Real(p.kept_scale) : Real(1);
   const int chunks = round_up(int(p.dim), P) / P, chunks_v = round_up(int(p.dim_v), P) / P;  // dims in panels
   const int keys = keys_per_task();                                                          // keys a task

@@ -74,8 +74,8 @@ template <class Real, class Operand> class Forward {
     const Band &band = bands[size_t(b)];
     const int count = std::min(queries, int(s.len_q) - first);
     const int rows = round_up(count, kTileRows);
-    pack_left<Operand>(matrix_of(p.query, p.dtype, int(p.dim), b, h, s.first_query), first, count, rows, t.query,
-                       int64_t(rows) * kChunk);
+    pack_left<Operand>(matrix_of(p.query, p.dtype, int(p.dim), b, h, s.first_query), first, count, rows, scale.queries,
+                       t.query, int64_t(rows) * kChunk);
     std::fill(t.acc, t.acc + rows * chunks_v * P, Real(0));
     std::fill(t.max, t.max + rows + W, kNoScore);
     std::fill(t.sum, t.sum + rows * W, Real(0));
@@ -160,6 +160,7 @@ template <class Real, class Operand> class Forward {
   const BiasStrips<Real> strips{p, outputs.table};
   const Gathered<Real> gathered{p, outputs.table};
   const KeyMask<Real> mask{p};
+  const Scale<Real, Operand> scale{p.scale};
   const int chunks = round_up(int(p.dim), P) / P, chunks_v = round_up(int(p.dim_v), P) / P;  // dims in panels
   const int keys_padded = round_up(int(p.len_k), P);
   const int queries = queries_per_task();

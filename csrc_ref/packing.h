@@ -13,10 +13,11 @@ inline constexpr int kMaxDim = 256;
 template <class Real, class Operand> inline constexpr int kChunkCells = kPanel<Real> / kOperandsPerCell<Real, Operand>;
 
 // A[r][k] = m[first + r][k], at out[k / kPanel][r][k % kPanel], for `count` rows; up to `padded` they are 0.
-// out + panel_stride is the next panel.
+// out + panel_stride is the next panel. Reals are multiplied with `factor`.
 template <class Operand, class Real>
-void pack_left(const Matrix &m, int64_t first, int count, int padded, Real *out, int64_t panel_stride) {
-  constexpr int P = kPanel<Real>, kChunk = kChunkCells<Real, Operand>, W = TOB_VECTOR_BYTES / sizeof(Operand);
+void pack_left(const Matrix &m, int64_t first, int count, int padded, Real factor, Real *out, int64_t panel_stride) {
+  constexpr int P = kPanel<Real>, kChunk = kChunkCells<Real, Operand>, kPerCell = kOperandsPerCell<Real, Operand>;
+  constexpr int W = TOB_VECTOR_BYTES / sizeof(Operand);
   const int padded_dim = round_up(m.dim, P), whole = m.stride_d == 1 ? round_down(m.dim, W) : 0;
   visit_stored<Operand>(m, [&](const auto *data) {
     data += first * m.stride_l;
@@ -24,9 +25,13 @@ void pack_left(const Matrix &m, int64_t first, int count, int padded, Real *out,
       const auto at = [&](int d) {
         return reinterpret_cast<Operand *>(out + d / P * panel_stride + i * kChunk) + d % P;
       };
-      for (int d = 0; d < whole; d += W) copy_vector(data + d, at(d));
+      for (int d = 0; d < whole; d += W) {
+        if constexpr (kPerCell == 1) Simd<Real>::store(at(d), factor * load_stored<Real>(data + d));
+        else copy_vector(data + d, at(d));
+      }
       for (int d = whole; d < padded_dim; ++d) {
-        const Operand x = d < m.dim ? Operand(data[d * m.stride_d]) : Operand{};
+        Operand x = d < m.dim ? Operand(data[d * m.stride_d]) : Operand{};
+        if constexpr (kPerCell == 1) x *= factor;
         std::memcpy(at(d), &x, sizeof x);
       }
     }
@@ -40,7 +45,7 @@ void pack_left(const Matrix &m, int64_t first, int count, int padded, Real *out,
 template <class Operand, class Real>
 void pack_right(const Matrix &m, int64_t first, int count, int padded, Real *out, int64_t panel_stride) {
   if constexpr (std::is_same_v<Operand, Real>) {
-    pack_left<Operand>(m, first, count, padded, out, panel_stride);
+    pack_left<Operand>(m, first, count, padded, Real(1), out, panel_stride);
   } else {
     constexpr int P = kPanel<Real>, W = Simd<Real>::kLanes;
     const int padded_dim = round_up(m.dim, P);
@@ -95,9 +100,9 @@ template <class Real, class Operand> class RowFactors {
         left_(matrices * size_),
         right_(kPerCell == 1 ? 0 : matrices * size_) {}
 
-  // Rows [first, first + padded), of which `count` exist and the others are 0.
-  void pack(int64_t matrix, const Matrix &m, int64_t first, int count, int padded) const {
-    pack_left<Operand>(m, first, count, padded, left_at(matrix, first), panel_stride);
+  // Rows [first, first + padded), of which `count` exist and the others are 0. Reals are multiplied with `factor`.
+  void pack(int64_t matrix, const Matrix &m, int64_t first, int count, int padded, Real factor) const {
+    pack_left<Operand>(m, first, count, padded, factor, left_at(matrix, first), panel_stride);
     if constexpr (kPerCell > 1) pack_right<Operand>(m, first, count, padded, right_at(matrix, first), panel_stride);
   }
 

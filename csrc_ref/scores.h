@@ -7,9 +7,20 @@
 
 namespace tob {
 
+// Where the scale, in bits, meets the scores: in the queries as they are packed, which costs nothing for each score, or
+// in the products, where bfloat16 queries would be rounded. dK has to make up for what the queries hold.
+template <class Real, class Operand> struct Scale {
+  static constexpr bool kInQueries = std::is_same_v<Operand, Real>;
+  explicit Scale(double scale)
+      : queries(kInQueries ? Real(scale * kLog2E) : Real(1)),
+        products(kInQueries ? Real(1) : Real(scale * kLog2E)),
+        dkey(kInQueries ? Real(kLn2) : Real(scale)) {}
+  Real queries, products, dkey;
+};
+
 // What makes scores of products: scale * Q K^T + addends; the tile's corner is row 0, column 0 of each.
 template <class Real> struct ScoreTerms {
-  Real scale;                        // in bits
+  Real scale;                        // of the products
   const Real *strip;                 // strip[column - row], or null: no bias, and the whole tile is inside the band
   const Positions<Real> *positions;  // instead of the strip, or null
   const Real *key_mask;              // key_mask[column], or null
@@ -30,16 +41,20 @@ TOB_INLINE Tile<Real> product_tile(const Real *a, int64_t chunk_stride, const Re
 }
 
 // The scores of a register tile at (row, column).
-template <Bias kBias, bool kMask, class Real>
+template <Bias kBias, bool kMask, bool kScaled, class Real>
 TOB_INLINE void write_scores(const Tile<Real> &tile, const ScoreTerms<Real> &terms, Real *out, int64_t stride, int row,
                              int column) {
   using S = Simd<Real>;
   using Vec = typename S::Vec;
   constexpr int W = S::kLanes;
-  const Vec scale = S::broadcast(terms.scale);
+  const Vec scale = S::broadcast(kScaled ? terms.scale : Real(1));
 #pragma GCC unroll 12
   for (int r = 0; r < kTileRows; ++r) {
-    Vec left = scale * tile.left[r], right = scale * tile.right[r];
+    Vec left = tile.left[r], right = tile.right[r];
+    if constexpr (kScaled) {
+      left *= scale;
+      right *= scale;
+    }
     if constexpr (kBias == Bias::kStrip) {
       const Real *bias = terms.strip + (column - row - r);
       left += S::load(bias);
@@ -70,7 +85,7 @@ TOB_INLINE void score_block(const Real *a, int64_t chunk_stride, const Real *pan
   const auto run = [&](auto bias, auto mask) {
     for (int column = columns.begin; column < columns.end; column += P)
       for (int row = 0; row < rows; row += kTileRows)
-        write_scores<decltype(bias)::value, decltype(mask)::value>(
+        write_scores<decltype(bias)::value, decltype(mask)::value, !Scale<Real, Operand>::kInQueries>(
             product_tile<Operand>(a, chunk_stride, panels, chunks, row, column), terms, out, stride, row, column);
   };
   const auto run_with = [&](auto bias) {

@@ -17,7 +17,7 @@ ENGINE = mutants_in("csrc_ref", {
          "dot(o, g, first + r) - (dlse",
          "dot(o, g, first + r) + (dlse"),
         ("dK is not scaled", "test_attention.py", "cpp and primes",
-         "c.first + j, Real(p.scale),",
+         "c.first + j, scale.dkey,",
          "c.first + j, Real(1),"),
         ("dV takes the weights before dropout", "test_dropout.py", "cpp and plain",
          "if (p.has_dropout) drop(probs",
