@@ -26,6 +26,7 @@ void pack_left(const Matrix &m, int64_t first, int count, int padded, Real facto
         return reinterpret_cast<Operand *>(out + d / P * panel_stride + i * kChunk) + d % P;
       };
       for (int d = 0; d < whole; d += W) {
+        prefetch(data + d, kRowsAhead * m.stride_l);
         if constexpr (kPerCell == 1) Simd<Real>::store(at(d), factor * load_stored<Real>(data + d));
         else copy_vector(data + d, at(d));
       }
@@ -73,7 +74,11 @@ template <class Operand, class Real> void pack_right_transposed(const Matrix &m,
     for (int k = 0; k < padded_dim / kPerCell; k += W)
       for (int i = 0; i < P; i += W) {
         typename S::Vec square[W];
-        for (int e = 0; e < W; ++e) square[e] = load_cells<Operand, Real>(rows + (i + e) * stride + k * kPerCell);
+        for (int e = 0; e < W; ++e) {
+          const auto *cells = rows + (i + e) * stride + k * kPerCell;
+          prefetch(cells, P * stride);  // of the next panel
+          square[e] = load_cells<Operand, Real>(cells);
+        }
         S::transpose(square);
         for (int e = 0; e < W; ++e) S::store(out + (k + e) * P + i, square[e]);
       }
