@@ -118,9 +118,7 @@ class _Attention(torch.autograd.Function):
     def backward(ctx, dout, dlse, *_):
         *tensors, out, row_max, row_sum = ctx.saved_tensors
         needs = list(ctx.needs_input_grad[:4])
-        gradients = torch.ops.triton_offset_bias.attention_backward(
-            dout, dlse, out, row_max, row_sum, needs, *tensors, *ctx.options
-        )
+        gradients = _backward_rule(dout, dlse, out, row_max, row_sum, needs, *tensors, *ctx.options)
         needed = [gradient if need else None for gradient, need in zip(gradients, needs, strict=True)]
         return *needed, *[None] * (_NUM_TENSORS - 4 + len(ctx.options))
 
@@ -166,11 +164,13 @@ def _autograd_rule(op, function):
     return rule
 
 
-for _name, _implementation, _fake, _function in (
-    ("attention", _forward, _forward_fake, _Attention),
-    ("attention_backward", _backward, _backward_fake, _AttentionBackward),
+_forward_rule = _autograd_rule(torch.ops.triton_offset_bias.attention, _Attention)
+_backward_rule = _autograd_rule(torch.ops.triton_offset_bias.attention_backward, _AttentionBackward)
+for _name, _implementation, _fake, _rule in (
+    ("attention", _forward, _forward_fake, _forward_rule),
+    ("attention_backward", _backward, _backward_fake, _backward_rule),
 ):
-    _library.impl(_name, _autograd_rule(getattr(torch.ops.triton_offset_bias, _name), _function), "Autograd")
+    _library.impl(_name, _rule, "Autograd")
     _library.impl(_name, _implementation, "CPU")
     _library.impl(_name, _implementation, "CUDA")
     torch.library.register_fake(f"triton_offset_bias::{_name}", _fake, lib=_library)

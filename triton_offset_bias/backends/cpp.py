@@ -7,7 +7,10 @@ for those in a folder instead of the package's. A process that was forked after 
 
 import ctypes
 import importlib.machinery
+import itertools
 import os
+import struct
+from array import array
 from pathlib import Path
 
 import torch
@@ -34,37 +37,17 @@ _DTYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16:
 _ERRORS = {1: MemoryError("the CPU engine could not allocate its scratch memory")}
 
 
-class _Tensor(ctypes.Structure):
-    _fields_ = [
-        ("data", ctypes.c_void_p),
-        *((f"stride_{axis}", ctypes.c_int64) for axis in "bhld"),
-    ]
-
-
-class _Sequence(ctypes.Structure):
-    _fields_ = [(name, ctypes.c_int64) for name in ("first_query", "first_key", "len_q", "len_k", "query_start")]
-
-
-class _Problem(ctypes.Structure):
-    _fields_ = [
-        *((name, ctypes.c_int64) for name in ("dtype", "num_threads", "batch", "heads_q", "heads_kv")),
-        *((name, ctypes.c_int64) for name in ("len_q", "len_k", "dim", "dim_v", "min_offset", "max_offset")),
-        ("scale", ctypes.c_double),
-        *((name, _Tensor) for name in ("query", "key", "value")),
-        ("sequences", ctypes.c_void_p),
-        *((name, ctypes.c_int64) for name in ("row_stride_b", "row_stride_h")),
-        ("bias", ctypes.c_void_p),
-        *((name, ctypes.c_int64) for name in ("bias_batch", "bias_heads", "bias_columns", "bias_first")),
-        *((name, ctypes.c_void_p) for name in ("key_mask", "query_positions", "key_positions")),
-        *((name, ctypes.c_int64) for name in ("position_stride_q", "position_stride_k", "has_dropout")),
-        ("seed", ctypes.c_uint64),
-        ("largest_dropped", ctypes.c_uint32),
-        ("kept_scale", ctypes.c_double),
-    ]
-
-
-class _RowStats(ctypes.Structure):
-    _fields_ = [("row_max", ctypes.c_void_p), ("row_sum", ctypes.c_void_p)]
+# The structs of engine.h, in the order of their fields.
+_TENSOR = struct.Struct("P4q")
+_ROW_STATS = struct.Struct("2P")
+_PROBLEM = struct.Struct(
+    "11qd"  # dtype to max_offset, scale
+    "P4qP4qP4q"  # query, key, value
+    "P2q"  # sequences, row_stride_b, row_stride_h
+    "P4q"  # bias to bias_first
+    "3P2q"  # key_mask, query_positions, key_positions, position_stride_q, position_stride_k
+    "qQId"  # has_dropout, seed, largest_dropped, kept_scale
+)
 
 
 def _library_path(build: str) -> Path | None:
@@ -96,8 +79,9 @@ def _load() -> tuple[ctypes.CDLL | None, str, str]:
     except OSError as error:
         return None, "", f"the engine could not be loaded: {error}"
     engine.tob_build_description.restype = ctypes.c_char_p
-    for function in (engine.tob_forward, engine.tob_backward):
-        function.restype = ctypes.c_int
+    # Every argument is a pointer: an address, or the bytes of a struct.
+    engine.tob_forward.argtypes = [ctypes.c_void_p] * 4
+    engine.tob_backward.argtypes = [ctypes.c_void_p] * 9
     return engine, build, ""
 
 
@@ -134,11 +118,8 @@ def unsupported_reasons(problem: Problem) -> list[str]:
 def forward(problem: Problem, out: Tensor, lse: Tensor, row_max: Tensor, row_sum: Tensor) -> None:
     """Writes the output and the rows' statistics; see `tob_forward`."""
     call = _Call(problem)
-    stats = _RowStats(row_max.data_ptr(), row_sum.data_ptr())
-    status = _engine().tob_forward(
-        ctypes.byref(call.problem), ctypes.byref(call.tensor(out)), ctypes.c_void_p(lse.data_ptr()), ctypes.byref(stats)
-    )
-    _check_status(status)
+    stats = _ROW_STATS.pack(row_max.data_ptr(), row_sum.data_ptr())
+    _check_status(_engine().tob_forward(call.problem, call.tensor(out), lse.data_ptr(), stats))
 
 
 def backward(
@@ -155,48 +136,42 @@ def backward(
 ) -> Tensor | None:
     """Writes the gradients that are not None, and returns that of the table if it is needed; see `tob_backward`."""
     call = _Call(problem)
-    stats = _RowStats(row_max.data_ptr(), row_sum.data_ptr())
+    stats = _ROW_STATS.pack(row_max.data_ptr(), row_sum.data_ptr())
     dlse = None if dlse is None else dlse.to(row_max.dtype).contiguous()
     dbias = torch.empty_like(call.bias) if needs_dbias and call.bias is not None else None
+    gradients = (call.tensor(gradient) for gradient in (dquery, dkey, dvalue))
     status = _engine().tob_backward(
-        ctypes.byref(call.problem),
-        ctypes.byref(call.tensor(out)),
-        ctypes.byref(stats),
-        ctypes.byref(call.tensor(dout)),
-        ctypes.c_void_p(_pointer(dlse)),
-        *(ctypes.byref(call.tensor(gradient)) for gradient in (dquery, dkey, dvalue)),
-        ctypes.c_void_p(_pointer(dbias)),
+        call.problem, call.tensor(out), stats, call.tensor(dout), _address(dlse), *gradients, _address(dbias)
     )
     _check_status(status)
     return None if dbias is None else call.fold(dbias)
 
 
 class _Call:
-    """The C struct of a problem, and the tensors that its pointers need alive."""
+    """The C struct of a problem, and what its pointers need alive."""
 
     def __init__(self, problem: Problem) -> None:
+        self._source = problem
         query, key, value = problem.query, problem.key, problem.value
         heads_q, rows_q = query.shape[1:3]
-        is_packed = problem.cu_seqlens_q is not None
         placed = positions.placed(problem)
-        self._source = problem
+        self._sequences = array("q", itertools.chain.from_iterable(placed.sequences))
         self.bias, bias_first = self._clamped_table()
         mask = problem.key_padding_mask
         self._key_mask = None if mask is None else mask.contiguous()
         self._positions = placed.query_positions, placed.key_positions
-        self._sequences = (_Sequence * len(placed.sequences))(*(_Sequence(*rows) for rows in placed.sequences))
         is_dropping = problem.seed is not None
-        self.problem = _Problem(
+        self.problem = _PROBLEM.pack(
             *(_DTYPES[query.dtype], _num_threads(), problem.num_sequences, heads_q, key.shape[1]),
             *(problem.max_seqlen_q, problem.max_seqlen_k, query.shape[3], value.shape[3]),
             *(problem.min_offset, problem.max_offset, problem.scale),
-            *(_tensor(x, is_packed) for x in (query, key, value)),
-            ctypes.addressof(self._sequences),
-            *(0 if is_packed else heads_q * rows_q, rows_q),
-            _pointer(self.bias),
+            *(*self._tensor(query), *self._tensor(key), *self._tensor(value)),
+            self._sequences.buffer_info()[0],
+            *(0 if problem.cu_seqlens_q is not None else heads_q * rows_q, rows_q),
+            _address(self.bias),
             *((1, 1, 1) if self.bias is None else self.bias.shape),
             bias_first,
-            *(_pointer(x) for x in (self._key_mask, *self._positions)),
+            *(_address(x) for x in (self._key_mask, *self._positions)),
             *(0 if x is None or x.dim() == 1 else x.stride(0) for x in self._positions),
             is_dropping,
             0 if problem.seed is None else int(problem.seed) % 2**64,
@@ -214,9 +189,16 @@ class _Call:
         bias, first = table.extended(bias, self._source.bias_origin, self._source.beyond)
         return bias.contiguous(), first
 
-    def tensor(self, tensor: Tensor | None) -> _Tensor:
-        """A tensor with the rows of this call, for the engine."""
-        return _tensor(tensor, self._source.cu_seqlens_q is not None)
+    def tensor(self, tensor: Tensor | None) -> bytes:
+        """The C struct of a tensor with the rows of this call."""
+        return _TENSOR.pack(*self._tensor(tensor))
+
+    def _tensor(self, tensor: Tensor | None) -> tuple[int, ...]:
+        """Address and strides. Packed sequences lie in one batch element."""
+        if tensor is None:
+            return 0, 0, 0, 0, 0
+        batch, *strides = tensor.stride()
+        return tensor.data_ptr(), 0 if self._source.cu_seqlens_q is not None else batch, *strides
 
     def fold(self, dbias: Tensor) -> Tensor:
         """The gradient of that table as the caller's, in its shape and dtype."""
@@ -230,21 +212,13 @@ def _engine() -> ctypes.CDLL:
     return _ENGINE
 
 
-def _tensor(tensor: Tensor | None, is_packed: bool) -> _Tensor:
-    """Packed sequences lie in one batch element."""
-    if tensor is None:
-        return _Tensor()
-    batch, *strides = tensor.stride()
-    return _Tensor(tensor.data_ptr(), 0 if is_packed else batch, *strides)
-
-
 def _num_threads() -> int:
     """Threads do not survive a fork, and GCC's OpenMP runtime waits for those that the parent had for ever."""
     return torch.get_num_threads() if os.getpid() == _PROCESS else 1
 
 
-def _pointer(tensor: Tensor | None) -> int | None:
-    return None if tensor is None else tensor.data_ptr()
+def _address(tensor: Tensor | None) -> int:
+    return 0 if tensor is None else tensor.data_ptr()
 
 
 def _check_status(status: int) -> None:
