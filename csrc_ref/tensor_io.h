@@ -34,7 +34,7 @@ template <class Element, class Visit> TOB_INLINE void visit_stored(const Matrix 
 
 // Rows are brought into the caches so many before they are read: the hardware looks ahead within a page of memory, which
 // rows soon leave.
-inline constexpr int kRowsAhead = 16;
+inline constexpr int kRowsAhead = 32;
 
 // Brings the element into the caches that lies `elements` behind *p, if there is one.
 template <class Stored> TOB_INLINE void prefetch(const Stored *p, int64_t elements) {
