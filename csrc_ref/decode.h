@@ -142,7 +142,7 @@ template <class Real, class Operand> class Decode {
         for (int d = 0; d < padded; d += W * kPerCell) {
           Vec x[kTogether];
           for (int i = 0; i < kTogether; ++i) {
-            prefetch(key[i] + d, kRowsAhead * keys.stride);
+            prefetch(key[i] + d, kRowsAhead, keys.stride);
             x[i] = load_cells<Operand, Real>(key[i] + d);
           }
           for (int r = 0; r < kRows; ++r) {
@@ -222,14 +222,14 @@ template <class Real, class Operand> class Decode {
   TOB_INLINE static void load_values(Rows<Stored> values, int j, int d, Vec (&cells)[kVecs]) {
     if constexpr (kPerCell == 1) {
       for (int i = 0; i < kVecs; ++i) {
-        prefetch(values.at(j) + d + i * W, kRowsAhead * values.stride);
+        prefetch(values.at(j) + d + i * W, kRowsAhead, values.stride);
         cells[i] = load_stored<Real>(values.at(j) + d + i * W);
       }
     } else {
       alignas(64) static constexpr Stored kNone[kMaxDim] = {};
       const Stored *first = values.at(j), *second = j + 1 < values.count ? values.at(j + 1) : kNone;
       for (int i = 0; i < kVecs; i += 2) {
-        for (const Stored *row : {first, second}) prefetch(row + d + i * W, kRowsAhead * values.stride);
+        for (const Stored *row : {first, second}) prefetch(row + d + i * W, kRowsAhead, values.stride);
         const auto upper = Halves::load(first + d + i * W), lower = Halves::load(second + d + i * W);
         cells[i] = (Vec)Halves::interleaved_first(upper, lower);
         cells[i + 1] = (Vec)Halves::interleaved_second(upper, lower);

@@ -27,13 +27,13 @@ template <class Operand, class Real>
 TOB_INLINE typename Simd<Real>::Vec add_product(typename Simd<Real>::Vec sum, typename Simd<Real>::Vec a,
                                                 typename Simd<Real>::Vec b) {
   using Vec = typename Simd<Real>::Vec;
-  using Bits = typename Simd<Real>::Bits;
   if constexpr (std::is_same_v<Operand, Real>) {
     return sum + a * b;
   } else {
 #if defined(__AVX512BF16__) && TOB_VECTOR_BYTES == 64
     return (Vec)_mm512_dpbf16_ps((__m512)sum, (__m512bh)a, (__m512bh)b);
 #else
+    using Bits = typename Simd<Real>::Bits;
     const auto first = [](Vec x) { return (Vec)((Bits)x << 16); };
     const auto second = [](Vec x) { return (Vec)((Bits)x & 0xffff0000); };
     return sum + first(a) * first(b) + second(a) * second(b);

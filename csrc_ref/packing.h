@@ -26,7 +26,7 @@ void pack_left(const Matrix &m, int64_t first, int count, int padded, Real facto
         return reinterpret_cast<Operand *>(out + d / P * panel_stride + i * kChunk) + d % P;
       };
       for (int d = 0; d < whole; d += W) {
-        prefetch(data + d, kRowsAhead * m.stride_l);
+        prefetch(data + d, kRowsAhead, m.stride_l);
         if constexpr (kPerCell == 1) Simd<Real>::store(at(d), factor * load_stored<Real>(data + d));
         else copy_vector(data + d, at(d));
       }
@@ -76,7 +76,7 @@ template <class Operand, class Real> void pack_right_transposed(const Matrix &m,
         typename S::Vec square[W];
         for (int e = 0; e < W; ++e) {
           const auto *cells = rows + (i + e) * stride + k * kPerCell;
-          prefetch(cells, P * stride);  // of the next panel
+          prefetch(cells, P, stride);  // the next panel's
           square[e] = load_cells<Operand, Real>(cells);
         }
         S::transpose(square);

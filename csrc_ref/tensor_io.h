@@ -32,13 +32,14 @@ template <class Element, class Visit> TOB_INLINE void visit_stored(const Matrix 
   }
 }
 
-// Rows are brought into the caches so many before they are read: the hardware looks ahead within a page of memory, which
-// rows soon leave.
+// Rows are brought into the caches so many before they are read: the hardware looks ahead within a page of memory,
+// which rows soon leave.
 inline constexpr int kRowsAhead = 32;
 
-// Brings the element into the caches that lies `elements` behind *p, if there is one.
-template <class Stored> TOB_INLINE void prefetch(const Stored *p, int64_t elements) {
-  __builtin_prefetch(reinterpret_cast<const void *>(reinterpret_cast<intptr_t>(p) + elements * int64_t(sizeof *p)));
+// Brings the element into the caches that lies so many rows behind *p, if there is one.
+template <class Stored> TOB_INLINE void prefetch(const Stored *p, int rows, int64_t stride) {
+  const uintptr_t distance = uintptr_t(stride) * uintptr_t(rows) * sizeof *p;  // may wrap where there is no such row
+  __builtin_prefetch(reinterpret_cast<const void *>(reinterpret_cast<uintptr_t>(p) + distance));
 }
 
 // rows[i * padded_dim ..] = m[first + i] for `count` rows, zero beyond m.dim.
@@ -49,7 +50,7 @@ template <class Element> void read_rows(const Matrix &m, int64_t first, int coun
     data += first * m.stride_l;
     for (int i = 0; i < count; ++i, data += m.stride_l, rows += padded_dim) {
       for (int d = 0; d < whole; d += W) {
-        prefetch(data + d, kRowsAhead * m.stride_l);
+        prefetch(data + d, kRowsAhead, m.stride_l);
         copy_vector(data + d, rows + d);
       }
       for (int d = whole; d < m.dim; ++d) rows[d] = Element(data[d * m.stride_d]);
