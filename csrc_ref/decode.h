@@ -125,6 +125,12 @@ template <class Real, class Operand> class Decode {
     }
   }
 
+  // Brings what lies rows ahead into the caches. Processors with AVX-512 do that better themselves, where it only
+  // costs.
+  template <class Stored> TOB_INLINE static void look_ahead(const Stored *p, int64_t stride) {
+    if constexpr (TOB_VECTOR_BYTES < 64) prefetch(p, kRowsAhead, stride);
+  }
+
   // scores[j] = <query, keys[j]> of kRows rows: a vector of partial sums each, W of them at a time. The keys are read
   // in the order in which they lie, as the processor expects.
   template <int kRows, class Stored>
@@ -142,7 +148,7 @@ template <class Real, class Operand> class Decode {
         for (int d = 0; d < padded; d += W * kPerCell) {
           Vec x[kTogether];
           for (int i = 0; i < kTogether; ++i) {
-            prefetch(key[i] + d, kRowsAhead, keys.stride);
+            look_ahead(key[i] + d, keys.stride);
             x[i] = load_cells<Operand, Real>(key[i] + d);
           }
           for (int r = 0; r < kRows; ++r) {
@@ -222,14 +228,14 @@ template <class Real, class Operand> class Decode {
   TOB_INLINE static void load_values(Rows<Stored> values, int j, int d, Vec (&cells)[kVecs]) {
     if constexpr (kPerCell == 1) {
       for (int i = 0; i < kVecs; ++i) {
-        prefetch(values.at(j) + d + i * W, kRowsAhead, values.stride);
+        look_ahead(values.at(j) + d + i * W, values.stride);
         cells[i] = load_stored<Real>(values.at(j) + d + i * W);
       }
     } else {
       alignas(64) static constexpr Stored kNone[kMaxDim] = {};
       const Stored *first = values.at(j), *second = j + 1 < values.count ? values.at(j + 1) : kNone;
       for (int i = 0; i < kVecs; i += 2) {
-        for (const Stored *row : {first, second}) prefetch(row + d + i * W, kRowsAhead, values.stride);
+        for (const Stored *row : {first, second}) look_ahead(row + d + i * W, values.stride);
         const auto upper = Halves::load(first + d + i * W), lower = Halves::load(second + d + i * W);
         cells[i] = (Vec)Halves::interleaved_first(upper, lower);
         cells[i + 1] = (Vec)Halves::interleaved_second(upper, lower);
