@@ -49,6 +49,17 @@ PACKAGE = mutants_in("triton_offset_bias", {
          'list(BACKENDS) if name == "auto" else [name]',
          'list(BACKENDS) if name == "auto" else [name, "reference"]'),
     ],
+    "backends/cpp.py": [
+        ("every sequence has the first one's positions", "test_positions.py", "cpp and accurate",
+         "0 if x is None or x.dim() == 1 else x.stride(0)",
+         "0"),
+        ("the seed is lost", "test_dropout.py", "cpp and listed",
+         "0 if problem.seed is None else int(problem.seed) % 2**64",
+         "0"),
+        ("the gradient of a table goes by another dtype", "test_gradients.py", "cpp",
+         "dbias = torch.empty_like(call.bias)",
+         "dbias = torch.empty_like(call.bias, dtype=torch.float64)"),
+    ],
     "backends/reference.py": [
         ("a query head reads another key head", "test_attention.py", "grouped and reference",
          "key = problem.key.to(compute).repeat_interleave(groups, dim=1)",
