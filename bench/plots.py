@@ -157,6 +157,7 @@ def draw_gemm_fraction(rows: pd.DataFrame) -> Figure:
 
 def draw_thread_speedup(rows: pd.DataFrame) -> Figure:
     """Bars of the time with one thread over that with more."""
+    rows = rows[rows.provider == "ours"]
     figure = _grouped(rows.assign(group=[f"BH={r.B * r.H} L={r.M}" for r in rows.itertuples()] + _causal(rows)))
     ax = figure.axes[0]
     ax.set_ylabel("time with 1 thread / with more")

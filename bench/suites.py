@@ -16,6 +16,7 @@ from bench.steps import Checker, Step, make_step
 from bench.timing import Effort, Task, interleave, sampler_for
 
 GEMM_SIZE = 2048
+THREADED_GEMM_SIZE = 1024  # takes about as long as the attention beside it
 COPIED = 2**26  # numbers of float32: far more than caches hold
 
 
@@ -74,9 +75,7 @@ def _gpu(plan: Plan, mode: str, steps: dict[str, Step], maker: RowMaker) -> Iter
 
 
 def _gemm(plan: Plan, mode: str, steps: dict[str, Step], maker: RowMaker) -> Iterator[Row]:
-    a, b = (torch.randn(GEMM_SIZE, GEMM_SIZE, device=plan.device) for _ in range(2))
-    out = torch.empty_like(a)
-    gemm = Step(lambda _: torch.mm(a, b, out=out))
+    gemm = _sgemm(GEMM_SIZE, plan.device)
     tasks = {name: Task(step, plan.threads) for name, step in {**steps, "sgemm": gemm}.items()}
     seconds = interleave(tasks, sampler_for(plan.device, plan.threads), plan.effort, _about(plan, mode))
     gemm_rate = 2 * GEMM_SIZE**3 / seconds.pop("sgemm")
@@ -87,12 +86,20 @@ def _gemm(plan: Plan, mode: str, steps: dict[str, Step], maker: RowMaker) -> Ite
         yield maker.make(plan.case, name, mode, "gemm_fraction", "1", rate / gemm_rate, plan.threads)
 
 
+def _sgemm(size: int, device: str) -> Step:
+    a, b = (torch.randn(size, size, device=device) for _ in range(2))
+    out = torch.empty_like(a)
+    return Step(lambda _: torch.mm(a, b, out=out))
+
+
 def _threads(plan: Plan, mode: str, steps: dict[str, Step], maker: RowMaker) -> Iterator[Row]:
+    """sgemm goes along to tell what the machine has to give: two CPUs of a virtual one may share a core at times."""
     many = max(2, plan.threads)
-    for name, step in steps.items():
-        tasks = {"one": Task(step, 1), "many": Task(step, many)}
-        seconds = interleave(tasks, sampler_for(plan.device, many), plan.effort, f"{_about(plan, mode)} {name}")
-        speedup = seconds["one"] / seconds["many"]
+    steps = {**steps, "sgemm": _sgemm(THREADED_GEMM_SIZE, plan.device)}
+    tasks = {f"{name}, {threads}": Task(step, threads) for name, step in steps.items() for threads in (1, many)}
+    seconds = interleave(tasks, sampler_for(plan.device, many), plan.effort, _about(plan, mode))
+    for name in steps:
+        speedup = seconds[f"{name}, 1"] / seconds[f"{name}, {many}"]
         yield maker.make(plan.case, name, mode, "thread_speedup", "x", speedup, many)
 
 

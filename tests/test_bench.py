@@ -12,7 +12,7 @@ from bench.__main__ import main, make_parser, plans_of
 from bench.cases import BACKWARD, BOTH, CASES, FORWARD, GPU_CASES, MODES, SUITES, Case, make_inputs
 from bench.plots import draw_throughput
 from bench.providers import PROVIDERS
-from bench.report import read_results
+from bench.report import read_results, requirements
 from bench.rows import RowMaker, write_rows
 from bench.steps import Checker, Step, make_step
 from bench.suites import Plan, measure
@@ -94,6 +94,22 @@ def test_a_peer_that_fails_is_left_out_and_ours_must_not(capsys):
     assert "a case: sdpa_index is absent: no room\n" in "".join(capsys.readouterr())
     with pytest.raises(torch.OutOfMemoryError):
         interleave({"ours": Task(Step(fail), 1)}, sampler_for("cpu", 1), Effort(3, 1.0), "a case")
+
+
+def test_a_second_thread_is_measured_for_ours_and_a_matmul_beside_it(tmp_path):
+    """Each by its own times, and required of ours alone."""
+    plan = Plan("threads", SMALL, (FORWARD,), ("ours",), "cpu", 1, Effort(3, 1.0))
+    rows = list(measure(plan, RowMaker("cpu")))
+    assert [(row.provider, row.metric, row.device.rpartition(", ")[2]) for row in rows] == [
+        (name, "thread_speedup", "2 threads") for name in ("ours", "sgemm")
+    ]
+    write_rows(tmp_path / "out.csv", rows, keep_others=False)
+    results = read_results(tmp_path / "out.csv")
+    least = {one.what: (one.value(results), one.bound) for one in requirements() if "second thread" in one.what}
+    assert least == {
+        "speed-up by the second thread, least": (rows[0].p50, 1.7),
+        "speed-up by the second thread, least, of sgemm beside it": (rows[1].p50, None),
+    }
 
 
 def test_what_is_measured_survives_an_error(monkeypatch, tmp_path):
