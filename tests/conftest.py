@@ -10,6 +10,10 @@ import sys
 import pytest
 import torch
 
+if "PYTEST_XDIST_WORKER" in os.environ and "OMP_NUM_THREADS" not in os.environ:
+    # The workers fill the cores: with two threads each, threads wait for others that wait for a core.
+    os.environ["OMP_NUM_THREADS"] = "1"  # of the processes that tests start
+    torch.set_num_threads(1)
 if "PTXEMU" in os.environ:
     sys.path.insert(0, os.environ["PTXEMU"])
     import triton_offline

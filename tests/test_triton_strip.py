@@ -59,15 +59,15 @@ def _biases_in_bits(problem, options):
     offsets = pair_offsets(len_q, len_k, problem.query_start, None, None)
     attended = attended_pairs(offsets, options.get("is_causal", False), options.get("window_size", (-1, -1)), None)[0]
     found = {}
-    for i in range(len_q):
-        for j in range(len_k):
-            value = torch.zeros(2)
-            if problem.bias is not None:
-                column = int(offsets[0, i, j]) + problem.bias_origin
-                inside = 0 <= column < problem.bias.shape[1]
-                value = problem.bias[:, min(max(column, 0), problem.bias.shape[1] - 1)]
-                value = value if inside or problem.beyond == "clamp" else torch.zeros(2)
-            found[i - j] = value * math.log2(math.e) if attended[i, j] else torch.full((2,), -math.inf)
+    for offset in range(1 - len_k, len_q):
+        i, j = max(offset, 0), max(-offset, 0)  # the first of its pairs
+        value = torch.zeros(2)
+        if problem.bias is not None:
+            column = int(offsets[0, i, j]) + problem.bias_origin
+            inside = 0 <= column < problem.bias.shape[1]
+            value = problem.bias[:, min(max(column, 0), problem.bias.shape[1] - 1)]
+            value = value if inside or problem.beyond == "clamp" else torch.zeros(2)
+        found[offset] = value * math.log2(math.e) if attended[i, j] else torch.full((2,), -math.inf)
     return found
 
 
