@@ -95,8 +95,9 @@ template <class Real, class Operand> class Backward {
     return round_up(keys, P);
   }
 
-  // Pass 1: queries and dO as factors, row_max, 1 / row_sum and delta. A row that attends to nothing gets P = 0 and
-  // delta 0, whatever dlse is there: a loss may well have an infinite slope at lse = -inf. So do rows past the end.
+  // Pass 1: queries and dO as factors, row_max, 1 / row_sum and delta. A row that attends to nothing gets P = 0, dO = 0
+  // and delta 0, whatever dO and dlse are there: a loss may well have no finite slope at an output of 0 and lse = -inf.
+  // So do rows past the end.
   void prepare(const Head &head, int first) {
     const tob_sequence &s = p.sequences[head.b];
     if (dbias_sums.needed() && first == 0) dbias_sums.begin_head(head.slot);
@@ -114,6 +115,7 @@ template <class Real, class Operand> class Backward {
       const bool empty = sum == 0;
       max.get()[base + r] = empty ? std::numeric_limits<Real>::infinity() : row_max[source + r];
       inverse_sum.get()[base + r] = empty ? Real(0) : 1 / sum;
+      if (empty && r < count) douts.clear(head.slot, first + r);
       delta.get()[base + r] = empty ? Real(0) : dot(o, g, first + r) - (dlse ? dlse[source + r] : Real(0));
     }
   }

@@ -20,13 +20,15 @@ template <class Real> struct Outputs {
         table(problem) {}
 
   // The row of query i from acc, the sum of E V, where E = exp2(S - max) adds up to `sum`. A row whose sum is 0
-  // attended to nothing.
+  // attended to nothing, and is 0 whatever the values are.
   void write(int64_t b, int64_t h, int64_t i, Real max, Real sum, const Real *acc) const {
     const int64_t first = p.sequences[b].first_query;
     const int64_t index = b * p.row_stride_b + h * p.row_stride_h + first + i;
     const bool empty = sum == 0;
     const Real kept_scale = p.has_dropout ? Real(p.kept_scale) : Real(1);
-    write_row(matrix_of(out, p.dtype, int(p.dim_v), b, h, first), i, empty ? Real(0) : kept_scale / sum, acc);
+    static constexpr Real kZeros[kMaxDim]{};
+    write_row(matrix_of(out, p.dtype, int(p.dim_v), b, h, first), i, kept_scale / (empty ? Real(1) : sum),
+              empty ? kZeros : acc);
     row_max[index] = empty ? std::numeric_limits<Real>::infinity() : max;
     row_sum[index] = sum;
     lse[index] = Real(kLn2) * (max + std::log2(sum)) + table.constant(bias_row(p, b, h));

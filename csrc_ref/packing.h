@@ -111,6 +111,14 @@ template <class Real, class Operand> class RowFactors {
     if constexpr (kPerCell > 1) pack_right<Operand>(m, first, count, padded, right_at(matrix, first), panel_stride);
   }
 
+  void clear(int64_t matrix, int64_t row) const {
+    for (int64_t panel = 0; panel < size_; panel += panel_stride) {
+      std::fill_n(left_at(matrix, row) + panel, kChunkCells<Real, Operand>, Real(0));
+      auto *operands = reinterpret_cast<Operand *>(right_at(matrix, row) + panel) + row % kPerCell;
+      for (int d = 0; d < P && kPerCell > 1; ++d) operands[d * kPerCell] = Operand{};
+    }
+  }
+
   const Real *left(int64_t matrix, int64_t row) const { return left_at(matrix, row); }
   const Real *right(int64_t matrix, int64_t row) const { return right_at(matrix, row); }
 

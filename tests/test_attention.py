@@ -252,6 +252,33 @@ def test_a_query_with_nothing_to_attend_to_gives_zero_output_and_no_gradient(bac
     assert all(x.grad.isfinite().all() for x in (q, k, v, bias))
 
 
+@pytest.mark.parametrize("options", EMPTY_ROWS.values(), ids=EMPTY_ROWS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_query_with_nothing_to_attend_to_takes_no_part_whatever_its_incoming_gradient_is(backend, options, dtype):
+    """A loss may have no finite slope where the output is 0, as its direction: no gradient is NaN for that."""
+    q, k, v = (torch.randn(2, 3, 9, 8, dtype=dtype, requires_grad=True) for _ in range(3))
+    bias = torch.randn(3, 17, requires_grad=True)
+    empty = oracle(q, k, v, bias, **options).lse == float("-inf")
+    out = offset_bias_attention(q, k, v, bias, **options, backend=backend)
+    dout = torch.randn_like(out)
+    expected = torch.autograd.grad(out, (q, k, v, bias), dout, retain_graph=True)
+    for poison in (float("nan"), float("inf")):
+        dout[empty] = poison
+        got = torch.autograd.grad(out, (q, k, v, bias), dout, retain_graph=True)
+        assert all(torch.equal(*pair) for pair in zip(got, expected, strict=True))
+
+
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")  # numpy's, in Triton's interpreter
+@pytest.mark.parametrize("options", EMPTY_ROWS.values(), ids=EMPTY_ROWS)
+def test_a_query_with_nothing_to_attend_to_gives_zero_whatever_the_values_are(backend, options):
+    """What nobody attends to may be anything."""
+    q, k, v = (torch.randn(2, 3, 9, 8) for _ in range(3))
+    v[:, :, ::4] = float("nan")
+    empty = oracle(q, k, v, None, **options).lse == float("-inf")
+    out = offset_bias_attention(q, k, v, None, **options, backend=backend)
+    assert (out[empty] == 0).all()
+
+
 @pytest.mark.parametrize("lowest", [-1e31, torch.finfo(torch.float32).min])
 def test_a_table_of_very_negative_finite_numbers_forbids_nothing(backend, lowest):
     """Only -inf forbids: equal biases, however low, leave every key its share (equal, as the rest rounds away)."""

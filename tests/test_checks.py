@@ -2,6 +2,7 @@
 
 import re
 
+import numpy as np
 import pytest
 import torch
 from cases import Case, assert_matches_oracle, build, results_of
@@ -78,6 +79,17 @@ BAD_CALLS = {
         ValueError,
         r"`key_padding_mask` .*\(2, 6\), got shape \(6,\)",
     ),
+    "sparse queries": ({"query": torch.ones(2, 4, 5, 8).to_sparse()}, TypeError, r"`query` .*strided.*sparse_coo"),
+    "a nested table": (
+        {"bias": torch.nested.nested_tensor([torch.ones(3), torch.ones(2)], layout=torch.jagged)},
+        TypeError,
+        r"`bias` .*dense.*got a nested tensor",
+    ),
+    "positions that differ by more than int64 holds": (
+        {"query_positions": LONG + 2**62, "key_positions": torch.arange(6) - 2**62, "backend": "cpp"},
+        ValueError,
+        r"`query_positions` .*-2\*\*61 and 2\*\*61, got 4611686018427387904 to 4611686018427387908",
+    ),
     "causality as a number": ({"is_causal": 1}, TypeError, r"`is_causal` must be a bool, got 1"),
     "enable_gqa as a number": ({"enable_gqa": 0}, TypeError, r"`enable_gqa` must be a bool, got 0"),
     "return_lse as a word": ({"return_lse": "yes"}, TypeError, r"`return_lse` must be a bool, got 'yes'"),
@@ -121,7 +133,7 @@ BAD_CALLS = {
     "query_start with positions": (
         {"query_positions": LONG, "key_positions": torch.arange(6), "query_start": 0},
         ValueError,
-        r"`query_start` .*None.*positions",
+        r"`query_start` .*None.*positions.*got 0",
     ),
     "query_start past int64": ({"query_start": 2**63}, ValueError, r"`query_start` .*9223372036854775808"),
     "query_start before int64": ({"query_start": -(2**63) - 1}, ValueError, r"`query_start` .*-9223372036854775809"),
@@ -145,6 +157,16 @@ def test_a_bad_argument_is_named_with_what_was_expected_and_what_came(wrong, err
     with pytest.raises(error) as raised:
         offset_bias_attention(**{**good, **wrong})
     assert re.search(message, str(raised.value), re.DOTALL), str(raised.value)
+
+
+def test_numpys_numbers_are_numbers(backend):
+    """Those that computing a scale, a window or a start with NumPy gives."""
+    call = build(Case("numbers", (5, 6)))
+    inputs = call.q, call.k, call.v, call.bias
+    given = {"scale": np.float32(0.5), "query_start": np.int64(2), "bias_origin": np.int32(4)}
+    got = offset_bias_attention(*inputs, **given, window_size=(np.int64(3), np.int8(1)), backend=backend)
+    plain = {"scale": 0.5, "query_start": 2, "bias_origin": 4, "window_size": (3, 1)}
+    assert torch.equal(got, offset_bias_attention(*inputs, **plain, backend=backend))
 
 
 @pytest.mark.parametrize(

@@ -61,7 +61,11 @@ BAD_CALLS = {
     "no key heads": (lambda: OffsetBiasAttention(12, 4, None, num_kv_heads=0), r"`num_kv_heads` .*1, got 0"),
     "an input without a batch": (
         lambda: OffsetBiasAttention(12, 4, None)(torch.ones(5, 12)),
-        r"`x` .*\(batch, length, embed_dim\), got shape \(5, 12\)",
+        r"`x` .*\(batch, length, embed_dim=12\), got shape \(5, 12\)",
+    ),
+    "an input of another width": (
+        lambda: OffsetBiasAttention(12, 4, None)(torch.ones(1, 5, 8)),
+        r"`x` .*embed_dim=12\), got shape \(1, 5, 8\)",
     ),
     "a table of other heads": (
         lambda: OffsetBiasAttention(12, 4, OffsetBias(3, 5))(torch.ones(1, 5, 12)),
@@ -208,6 +212,13 @@ def test_a_modules_table_goes_with_bias_origin_minus_min_offset(bidirectional):
         for lo, hi in [(0, 8), (0, 30), (-8, 8), (-20, 9)]
     ]
     assert all(torch.equal(out, outputs[0]) for out in outputs)
+
+
+@pytest.mark.parametrize("bias", ["alibi", torch.zeros(4, 9)])
+def test_a_bias_that_is_no_module_is_refused_when_the_layer_is_built(bias):
+    """A table goes to `offset_bias_attention` itself."""
+    with pytest.raises(TypeError, match=f"`bias` must be a module .*got {type(bias).__name__}"):
+        OffsetBiasAttention(12, 4, bias)
 
 
 def test_a_bias_that_goes_with_positions_is_refused_when_the_layer_is_built():

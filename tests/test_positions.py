@@ -150,6 +150,19 @@ def test_an_attended_offset_beyond_the_table_is_an_error_that_tells_the_range(op
         _attend(options, name)
 
 
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")  # numpy's, in Triton's interpreter
+def test_a_deterministic_gradient_does_not_hide_nan(backend):
+    """It may be a sum of integers, which have no NaN; the other head's is none the worse."""
+    q, k, v, positions = *(torch.randn(1, 2, 9, 8) for _ in range(3)), torch.arange(9) * 2 % 9
+    bias = torch.randn(2, 17, requires_grad=True)
+    options = {"query_positions": positions, "key_positions": positions, "deterministic": True, "backend": backend}
+    expected = torch.autograd.grad(offset_bias_attention(q, k, v, bias, **options).sum(), bias)[0]
+    q[0, 0, 3, 1] = float("nan")
+    got = torch.autograd.grad(offset_bias_attention(q, k, v, bias, **options).sum(), bias)[0]
+    assert got[0].isnan().any()
+    torch.testing.assert_close(got[1], expected[1])
+
+
 def test_the_gradient_at_equal_positions_sums_over_all_pairs():
     """All tokens in one place: one column takes everything, hence its gradient is 0, and dlse's sum with lse."""
     call: Call = build(

@@ -26,11 +26,14 @@ FORMS = {
     "strip, constants, zeros": (strip_kernel, {"HAS_CONSTANTS": True, "IS_ZERO_BEYOND": True, "BLOCK": BLOCK}),
     "fold": (fold_kernel, {"IS_ZERO_BEYOND": False, "BLOCK": BLOCK}),
     "fold, zeros": (fold_kernel, {"IS_ZERO_BEYOND": True, "BLOCK": BLOCK}),
-    "prepare": (prepare_kernel, {**HEAD, "HAS_DLSE": True, "SPLIT_LSE": False, "BLOCK_M": 64}),
-    "prepare, split": (prepare_kernel, {**HEAD, "HAS_DLSE": False, "SPLIT_LSE": True, "BLOCK_M": 64}),
+    "prepare": (prepare_kernel, {**HEAD, "HAS_DLSE": True, "CLEAN_DOUT": False, "SPLIT_LSE": False, "BLOCK_M": 64}),
+    "prepare, split": (
+        prepare_kernel,
+        {**HEAD, "HAS_DLSE": False, "CLEAN_DOUT": True, "SPLIT_LSE": True, "BLOCK_M": 64},
+    ),
     "combine": (combine_kernel, {**HEAD, "IS_PACKED": True, "BLOCK_S": 32}),
 }
-OF_INPUTS = ("bias_ptr", "dbias_ptr", "out_ptr", "dout_ptr")  # pointers to the dtype of the inputs
+OF_INPUTS = ("bias_ptr", "dbias_ptr", "out_ptr", "dout_ptr", "clean_dout_ptr")  # pointers to the dtype of the inputs
 FLOATS = ("unit", "limit")
 
 

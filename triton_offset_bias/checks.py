@@ -72,7 +72,10 @@ def check_attention(
         check_key_padding_mask(key_padding_mask, query, batch, len_k)
     has_positions = check_positions(query, query_positions, key_positions, batch, len_q, len_k)
     if has_positions and query_start is not None:
-        raise ValueError("`query_start` must be None when positions are given: the positions already place the queries")
+        raise ValueError(
+            "`query_start` must be None when positions are given, since these already place the queries, "
+            f"got {query_start!r}"
+        )
     problem = _checked_problem(
         query=query,
         key=key,

@@ -72,10 +72,10 @@ def offset_bias_attention(
 
         S[b,h,i,j] = scale * <query[b,h,i], key[b,h,j]> + bias[h, offset]        out = softmax(S) @ value
 
-    A query with no key to attend to gives output 0, log-sum-exp -inf and zero gradients. NaN and +inf are never hidden:
-    a row whose attended scores hold one has a NaN output and log-sum-exp, and a NaN or infinity in an attended value
-    reaches the output; never another head or sequence. Keys and values that are masked for a row must be finite, since
-    0 * NaN is NaN: whether theirs reach it is not specified.
+    A query with no key to attend to gives output 0, log-sum-exp -inf and zero gradients, whatever the incoming ones
+    are there. Elsewhere NaN and +inf are never hidden: a row whose attended scores hold one has a NaN output and
+    log-sum-exp, and a NaN or infinity in an attended value reaches the output; never another head or sequence. Keys and
+    values that are masked for a row must be finite, since 0 * NaN is NaN: whether theirs reach it is not specified.
 
     Args:
         query: (B, Hq, Lq, D), float16, bfloat16, float32 or float64. Any strides.

@@ -5,6 +5,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from triton_offset_bias import table
 from triton_offset_bias.data_checks import sequences
 from triton_offset_bias.problem import Problem
 
@@ -29,7 +30,7 @@ def placed(problem: Problem) -> Placed:
     """Places the sequences of a problem whose tensors are on the CPU.
 
     Raises:
-        ValueError: positions are further apart than 32-bit arithmetic can tell.
+        ValueError: positions are further apart than 32-bit arithmetic can tell, or out of `table`'s range.
     """
     if problem.cu_seqlens_q is not None:
         return Placed([(*rows, rows[3] - rows[2]) for rows in sequences(problem)], None, None)
@@ -44,12 +45,20 @@ def contiguous_starts(problem: Problem) -> list[int] | None:
     if problem.query_positions is None or problem.key_positions is None:
         return [problem.query_start] * problem.num_sequences
     queries, keys = problem.query_positions.long(), problem.key_positions.long()
+    for name, positions in (("query_positions", queries), ("key_positions", keys)):
+        _check_range(name, positions)
     if not all(bool((x.diff() == 1).all()) for x in (queries, keys)):
         return None
     starts = (queries[..., 0] - keys[..., 0]).expand(problem.num_sequences).tolist()
     # One strip of biases serves all sequences: starts far apart would make it long.
     spread = max(starts, default=0) - min(starts, default=0)
     return starts if spread <= 8 * (problem.max_seqlen_q + problem.max_seqlen_k) else None
+
+
+def _check_range(name: str, positions: Tensor) -> None:
+    lowest, highest = (int(x) for x in positions.aminmax())
+    if not -table.UNLIMITED < lowest <= highest < table.UNLIMITED:
+        raise ValueError(f"`{name}` must be between -2**61 and 2**61, got {lowest} to {highest}")
 
 
 def _narrowed(problem: Problem) -> tuple[Tensor, Tensor]:

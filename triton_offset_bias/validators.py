@@ -1,6 +1,7 @@
 """Checks of one argument at a time: each returns the value it was asked about, or raises an error that names it."""
 
 import sys
+from numbers import Integral, Real
 
 import torch
 from torch import Tensor
@@ -16,9 +17,12 @@ def shape(tensor: Tensor) -> tuple[int, ...]:
 
 
 def check_tensor(name: str, value: object) -> None:
-    """Raises TypeError unless `value` is a tensor."""
+    """Raises TypeError unless `value` is a dense tensor."""
     if not isinstance(value, Tensor):
         raise TypeError(f"`{name}` must be a torch.Tensor, got {type(value).__name__}")
+    if value.layout != torch.strided or value.is_nested:
+        kind = "a nested tensor" if value.is_nested else f"layout {value.layout}"
+        raise TypeError(f"`{name}` must be a dense torch.Tensor (layout torch.strided), got {kind}")
 
 
 def check_flag(name: str, value: object) -> None:
@@ -28,12 +32,12 @@ def check_flag(name: str, value: object) -> None:
 
 
 def checked_int(name: str, value: int) -> int:
-    """`value`, an int."""
-    if isinstance(value, bool) or not isinstance(value, int | torch.SymInt):
+    """`value`, an int; NumPy's integers become one."""
+    if isinstance(value, bool) or not isinstance(value, int | torch.SymInt | Integral):
         raise TypeError(f"`{name}` must be an int, got {value!r}")
     if not -table.UNLIMITED < value < table.UNLIMITED:
         raise ValueError(f"`{name}` must be between -2**61 and 2**61, got {value}")
-    return value
+    return value if isinstance(value, int | torch.SymInt) else int(value)
 
 
 def checked_count(name: str, value: int) -> int:
@@ -63,8 +67,9 @@ def checked_scale(scale: float | None, head_dim: int) -> float:
     """The factor on the dot products."""
     if scale is None:
         return float(head_dim) ** -0.5
-    if isinstance(scale, bool) or not isinstance(scale, int | float | torch.SymFloat):
+    if isinstance(scale, bool) or not isinstance(scale, int | float | torch.SymFloat | Real):
         raise TypeError(f"`scale` must be a float or None, got {scale!r}")
+    scale = scale if isinstance(scale, int | float | torch.SymFloat) else float(scale)
     if not -LARGEST_SCALE <= scale <= LARGEST_SCALE:
         raise ValueError(f"`scale` must be finite, got {scale}")
     return float(scale)
@@ -72,7 +77,7 @@ def checked_scale(scale: float | None, head_dim: int) -> float:
 
 def checked_dropout(dropout_p: float) -> float:
     """A probability."""
-    if isinstance(dropout_p, bool) or not isinstance(dropout_p, int | float):
+    if isinstance(dropout_p, bool) or not isinstance(dropout_p, int | float | Real):
         raise TypeError(f"`dropout_p` must be a float, got {dropout_p!r}")
     if not 0.0 <= dropout_p <= 1.0:
         raise ValueError(f"`dropout_p` must be between 0 and 1, got {dropout_p}")

@@ -96,6 +96,9 @@ KERNELS = mutants_in("triton_offset_bias/backends/triton", {
         ("whole numbers are not turned back", "test_positions.py", "triton and deterministic",
          "self.sums.double() / self.unit",
          "self.sums.double()"),
+        ("integers hide NaN", "test_positions.py", "triton and hide_nan",
+         " + self.poison.unsqueeze(-1)",
+         ""),
     ],
     "decode.py": [
         ("splits are added up without rescaling", "test_decode.py", "triton and long and beyond",
@@ -127,6 +130,12 @@ KERNELS = mutants_in("triton_offset_bias/backends/triton", {
          "if False:"),
     ],
     "strip.py": [
+        ("padding counts as leaving no row empty", "test_attention.py", "triton and takes_no_part",
+         "if any(x is not None for x in tensors):",
+         "if False:"),
+        ("queries past all keys' windows count as not empty", "test_attention.py", "triton and takes_no_part",
+         "return bounds.band_lo > 0 or ",
+         "return bounds.band_lo > 0 and "),
         ("a sequence's log-sum-exp gets the next one's constant back", "test_hostile.py", "triton and packed",
          "tokens, right=True)",
          "tokens, right=False)"),

@@ -94,7 +94,8 @@ def _attention(problem: Problem, sequence: int = 0) -> tuple[Tensor, Tensor]:
         scores = scores + table.dense_bias(bias, offsets, problem.bias_origin, problem.beyond)
     scores = scores.masked_fill(~attended, float("-inf"))
 
-    # A row with nothing to attend to has maximum -inf and sum 0: its output is 0, its lse -inf, its gradients 0.
+    # A row with nothing to attend to has maximum -inf and sum 0: its output is 0, its lse -inf, its gradients 0,
+    # whatever the values and the incoming gradients are.
     row_max = scores.detach().amax(-1, keepdim=True) if scores.shape[-1] else scores.new_zeros(*scores.shape[:-1], 1)
     row_max = row_max.masked_fill(row_max == float("-inf"), 0.0)
     exps = torch.exp(scores - row_max)
@@ -106,7 +107,7 @@ def _attention(problem: Problem, sequence: int = 0) -> tuple[Tensor, Tensor]:
     if problem.seed is not None:
         kept = dropout.kept(problem.seed, problem.dropout_p, sequence, batch, heads, len_q, key.shape[2])
         probs = probs * kept * dropout.kept_scale(problem.dropout_p)
-    return probs @ value, lse
+    return (probs @ value).masked_fill(is_empty, 0.0), lse
 
 
 def _offsets(problem: Problem) -> Tensor:

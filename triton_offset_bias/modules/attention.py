@@ -4,7 +4,7 @@ from torch import Tensor, nn
 
 from triton_offset_bias.functional import offset_bias_attention
 from triton_offset_bias.modules.offset_bias_2d import OffsetBias2d
-from triton_offset_bias.validators import check_flag, checked_count, checked_dropout, shape
+from triton_offset_bias.validators import check_flag, check_tensor, checked_count, checked_dropout, shape
 
 
 class OffsetBiasAttention(nn.Module):
@@ -20,7 +20,8 @@ class OffsetBiasAttention(nn.Module):
         dropout_p: probability of dropping an attention weight while training.
 
     Raises:
-        TypeError: a count is no int, `is_causal` no bool, `dropout_p` no float, or `bias` is an `OffsetBias2d`.
+        TypeError: a count is no int, `is_causal` no bool, `dropout_p` no float, `bias` no module, or one for positions
+            (`OffsetBias2d`).
         ValueError: a count is below 1, `dropout_p` is no probability, `embed_dim` is no multiple of `num_heads`, or
             `num_heads` none of `num_kv_heads`.
 
@@ -51,6 +52,8 @@ class OffsetBiasAttention(nn.Module):
             raise TypeError(
                 "`bias` must give a table for a range of offsets, got OffsetBias2d, which goes with positions"
             )
+        if bias is not None and not isinstance(bias, nn.Module):
+            raise TypeError(f"`bias` must be a module that gives a table, or None, got {type(bias).__name__}")
         check_flag("is_causal", is_causal)
         self.is_causal = is_causal
         self.dropout_p = checked_dropout(dropout_p)
@@ -71,10 +74,14 @@ class OffsetBiasAttention(nn.Module):
             (B, L, embed_dim).
 
         Raises:
+            TypeError: `x` is no dense tensor.
             ValueError: `x` has another shape.
         """
-        if x.dim() != 3:
-            raise ValueError(f"`x` must have shape (batch, length, embed_dim), got shape {shape(x)}")
+        check_tensor("x", x)
+        if x.dim() != 3 or x.shape[2] != self.q_proj.in_features:
+            raise ValueError(
+                f"`x` must have shape (batch, length, embed_dim={self.q_proj.in_features}), got shape {shape(x)}"
+            )
         length = x.shape[1]
         min_offset = 0 if self.is_causal else 1 - length
         bias = None if self.bias is None or length == 0 else self.bias(min_offset, length - 1)

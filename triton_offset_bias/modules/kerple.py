@@ -25,7 +25,7 @@ class KerpleBias(nn.Module):
 
     Args:
         num_heads: heads, each with numbers of its own.
-        kind: "log" or "power".
+        kind: "log" (default) or "power".
 
     Attributes:
         raw_r1, raw_r2: (num_heads,) parameters, unconstrained.
@@ -39,7 +39,7 @@ class KerpleBias(nn.Module):
         authors' code.
     """
 
-    def __init__(self, num_heads: int, kind: Literal["log", "power"]) -> None:
+    def __init__(self, num_heads: int, kind: Literal["log", "power"] = "log") -> None:
         super().__init__()
         self.num_heads = checked_count("num_heads", num_heads)
         if kind not in KINDS:

@@ -53,7 +53,7 @@ class SandwichBias(nn.Module):
         # float64, for float32 would round an angle of 10000 by up to 0.0005.
         exponents = torch.arange(0, self.embed_dim, 2, device=device, dtype=torch.float64) / self.embed_dim
         product = torch.cos(offsets * 10000.0 ** -exponents[:, None]).sum(0)
-        ratios = 8.0 / self.num_heads * torch.arange(1, self.num_heads + 1, device=device)
+        ratios = 8.0 / self.num_heads * torch.arange(1, self.num_heads + 1, device=device, dtype=torch.float64)
         return (product / ratios[:, None]).float()
 
     def extra_repr(self) -> str:

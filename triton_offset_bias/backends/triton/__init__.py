@@ -148,8 +148,8 @@ def backward(
         call = Call(problem)
         needs_dbias = needs_dbias and call.strip is not None
         is_by_tiles = needs_dbias and problem.deterministic and problem.query_positions is None
-        rows = _prepare(call, out, row_max, row_sum, dout, dlse)
-        added = DbiasSum(call, dout, dlse) if needs_dbias and not is_by_tiles else None
+        dout, *rows = _prepare(call, out, row_max, row_sum, dout, dlse)
+        added = DbiasSum(call, row_sum, dout, dlse) if needs_dbias and not is_by_tiles else None
         if dquery is not None or added is not None:
             _sweep_keys(call, dout, rows, dquery, added)
         if dkey is not None or dvalue is not None:
@@ -162,25 +162,25 @@ def backward(
 
 def _prepare(
     call: Call, out: Tensor, row_max: Tensor, row_sum: Tensor, dout: Tensor, dlse: Tensor | None
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Each (B, H, M) float32: the log-sum-exp in bits, of which the log of the sum may be held apart, and delta."""
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """dO as the sweeps want it, and three of (B, H, M) float32: the log-sum-exp in bits, the log of the sum, delta."""
     lse_bits, log_sum, delta = (torch.empty_like(row_max) for _ in range(3))
+    is_cleaned = strip.may_leave_rows_empty(call.problem, call.bounds)
+    clean_dout = torch.empty_like(dout) if is_cleaned else dout
     dlse = None if dlse is None else dlse.float().contiguous()
     batch, heads, length = row_max.shape
     prepare_kernel[(batch * heads * -(-length // _PREPARE_ROWS),)](
         out, dout, or_dummy(dlse, out), row_max, row_sum,
-        lse_bits, log_sum, delta,
-        *call.strides(out), *call.strides(dout),
+        lse_bits, log_sum, delta, clean_dout,
+        *call.strides(out), *call.strides(dout), *call.strides(clean_dout),
         heads, length,
         HEAD_DIM_V=out.shape[3], BLOCK_DV=padded(out), HAS_DLSE=dlse is not None,
-        SPLIT_LSE=call.split_lse, BLOCK_M=_PREPARE_ROWS, enable_fp_fusion=True,
+        CLEAN_DOUT=is_cleaned, SPLIT_LSE=call.split_lse, BLOCK_M=_PREPARE_ROWS, enable_fp_fusion=True,
     )  # fmt: skip
-    return lse_bits, log_sum, delta
+    return clean_dout, lse_bits, log_sum, delta
 
 
-def _sweep_keys(
-    call: Call, dout: Tensor, rows: tuple[Tensor, Tensor, Tensor], dquery: Tensor | None, added: DbiasSum | None
-) -> None:
+def _sweep_keys(call: Call, dout: Tensor, rows: list[Tensor], dquery: Tensor | None, added: DbiasSum | None) -> None:
     """dQ, and what is added to the strip's gradient; each where it is not None."""
     config = configs.dquery_config(call.target, dout.dtype, call.block_d)
     written = or_dummy(dquery, dout)
@@ -196,9 +196,7 @@ def _sweep_keys(
         dquery.mul_(call.query_factor)
 
 
-def _sweep_queries(
-    call: Call, dout: Tensor, rows: tuple[Tensor, Tensor, Tensor], dkey: Tensor | None, dvalue: Tensor | None
-) -> None:
+def _sweep_queries(call: Call, dout: Tensor, rows: list[Tensor], dkey: Tensor | None, dvalue: Tensor | None) -> None:
     """dK and dV, each where it is not None."""
     config = configs.dkey_dvalue_config(call.target, dout.dtype, call.block_d)
     written = or_dummy(dkey, dout), or_dummy(dvalue, dout)
@@ -214,7 +212,7 @@ def _sweep_queries(
     run_kernel(dkey_dvalue_kernel, config, blocks, arguments, constants)
 
 
-def _sum_diagonals_of_tiles(call: Call, dout: Tensor, rows: tuple[Tensor, Tensor, Tensor]) -> Tensor:
+def _sum_diagonals_of_tiles(call: Call, dout: Tensor, rows: list[Tensor]) -> Tensor:
     """The gradient of every offset in one order of sums: (1 or B, 1 or H, offsets)."""
     assert call.strip is not None
     config = configs.dquery_config(call.target, dout.dtype, call.block_d)

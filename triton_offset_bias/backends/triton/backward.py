@@ -39,16 +39,18 @@ from triton_offset_bias.backends.triton.tiles import (
 @triton.jit
 def prepare_kernel(
     out_ptr, dout_ptr, dlse_ptr, row_max_ptr, row_sum_ptr,
-    lse_bits_ptr, log_sum_ptr, delta_ptr,
+    lse_bits_ptr, log_sum_ptr, delta_ptr, clean_dout_ptr,
     stride_ob, stride_oh, stride_om, stride_od,
     stride_gb, stride_gh, stride_gm, stride_gd,
+    stride_cb, stride_ch, stride_cm, stride_cd,
     num_heads, len_q,
-    HEAD_DIM_V: tl.constexpr, BLOCK_DV: tl.constexpr, HAS_DLSE: tl.constexpr, SPLIT_LSE: tl.constexpr,
-    BLOCK_M: tl.constexpr,
+    HEAD_DIM_V: tl.constexpr, BLOCK_DV: tl.constexpr, HAS_DLSE: tl.constexpr, CLEAN_DOUT: tl.constexpr,
+    SPLIT_LSE: tl.constexpr, BLOCK_M: tl.constexpr,
 ):  # fmt: skip
     """delta, and the log-sum-exp in bits, +inf for a row that attends to nothing: its P and dS are then 0.
 
     SPLIT_LSE: lse_bits holds the maximum alone, and log_sum the rest, which float32 would lose in adding them.
+    CLEAN_DOUT: clean_dout becomes dO with 0 in those rows, where a loss may well have no finite slope.
     """
     num_blocks = tl.cdiv(len_q, BLOCK_M)
     head = tl.program_id(0) // num_blocks
@@ -62,12 +64,13 @@ def prepare_kernel(
     dout_ptrs = tile_ptrs(dout_ptr, offs_m, stride_gm, stride_gd, BLOCK_DV)
     out = load_tile(out_ptrs, offs_m, len_q, False, HEAD_DIM_V, BLOCK_DV).to(tl.float32)  # (BLOCK_M, BLOCK_DV)
     dout = load_tile(dout_ptrs, offs_m, len_q, False, HEAD_DIM_V, BLOCK_DV).to(tl.float32)
-    delta = tl.sum(out * dout, 1)
     row = head.to(tl.int64) * len_q + offs_m
-    if HAS_DLSE:
-        delta -= tl.load(dlse_ptr + row, mask=mask_m, other=0.0)
     row_sum = tl.load(row_sum_ptr + row, mask=mask_m, other=0.0)
     is_empty = row_sum == 0.0
+    dout = tl.where(is_empty[:, None], 0.0, dout)
+    delta = tl.sum(out * dout, 1)
+    if HAS_DLSE:
+        delta -= tl.load(dlse_ptr + row, mask=mask_m, other=0.0)
     log_sum = tl.math.log2(tl.where(is_empty, 1.0, row_sum))
     lse_bits = tl.load(row_max_ptr + row, mask=mask_m, other=0.0)
     if SPLIT_LSE:
@@ -76,6 +79,10 @@ def prepare_kernel(
         lse_bits += log_sum
     tl.store(lse_bits_ptr + row, tl.where(is_empty, float("inf"), lse_bits), mask=mask_m)
     tl.store(delta_ptr + row, tl.where(is_empty, 0.0, delta), mask=mask_m)
+    if CLEAN_DOUT:
+        clean_dout_ptr += b * stride_cb + h * stride_ch
+        clean_ptrs = tile_ptrs(clean_dout_ptr, offs_m, stride_cm, stride_cd, BLOCK_DV)
+        store_tile(clean_ptrs, dout, offs_m, len_q, HEAD_DIM_V, BLOCK_DV)
 
 
 @triton.jit

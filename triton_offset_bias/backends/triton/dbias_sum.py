@@ -19,15 +19,17 @@ class DbiasSum:
         how: the kernel's DBIAS.
         sums: as the strip, zeros.
         unit: () float32, of "fixed" sums.
+        poison: of "fixed" sums, as the strip but for the offsets: NaN where scores were, which integers cannot hold.
     """
 
-    def __init__(self, call: Call, dout: Tensor, dlse: Tensor | None) -> None:
+    def __init__(self, call: Call, row_sum: Tensor, dout: Tensor, dlse: Tensor | None) -> None:
         assert call.strip is not None
         problem = call.problem
         self.how, self.unit = configs.DBIAS, call.strip
         if problem.query_positions is not None:
             self.how = "fixed" if problem.deterministic else "elements"
         if self.how == "fixed":
+            self.poison = 0.0 * row_sum.amax(-1).sum_to_size(call.strip.shape[:2])
             largest = _largest_row(dout) * _largest_row(problem.value) * dropout.kept_scale(problem.dropout_p)
             largest = 2.1 * largest + (0.0 if dlse is None else dlse.abs().amax())
             bits = torch.floor(61.0 - torch.log2(largest * (dout.numel() // dout.shape[3])))
@@ -39,7 +41,7 @@ class DbiasSum:
         """The gradient, float32."""
         if self.how != "fixed":
             return self.sums
-        return (self.sums.double() / self.unit).float()
+        return (self.sums.double() / self.unit).float() + self.poison.unsqueeze(-1)
 
 
 def _largest_row(x: Tensor) -> Tensor:

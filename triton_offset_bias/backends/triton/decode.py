@@ -121,7 +121,7 @@ def combine_kernel(
     alpha = tl.math.exp2(part_max - m)
     row_sum = tl.sum(part_sum * alpha, 0)
     is_empty = row_sum == 0.0
-    acc = tl.sum(part_acc * alpha[:, None], 0) / tl.where(is_empty, 1.0, row_sum)
+    acc = tl.where(is_empty, 0.0, tl.sum(part_acc * alpha[:, None], 0) / tl.where(is_empty, 1.0, row_sum))
     lse = tl.where(is_empty, float("-inf"), (m + tl.math.log2(tl.where(is_empty, 1.0, row_sum))) * LN_2)
     offs_m = i + tl.arange(0, 1)
     mask_m = offs_m < seq_q

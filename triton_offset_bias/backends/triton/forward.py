@@ -147,7 +147,7 @@ def forward_kernel(
             )  # fmt: skip
 
     is_empty = l_i == 0.0
-    acc = acc / tl.where(is_empty, 1.0, l_i)[:, None]
+    acc = tl.where(is_empty[:, None], 0.0, acc / tl.where(is_empty, 1.0, l_i)[:, None])
     if DROPOUT_ROUNDS > 0:
         acc *= kept_scale
     out_ptr += b * stride_ob + h * stride_oh + first_q * stride_om

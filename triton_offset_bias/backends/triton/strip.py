@@ -77,6 +77,14 @@ def loops(problem: Problem, bounds: Bounds) -> dict[str, bool]:
     }
 
 
+def may_leave_rows_empty(problem: Problem, bounds: Bounds) -> bool:
+    """Whether some query may have no key to attend to; a table of -inf, which nobody looks at, left aside."""
+    tensors = (problem.key_padding_mask, problem.query_positions, problem.cu_seqlens_q)
+    if any(x is not None for x in tensors):
+        return True
+    return bounds.band_lo > 0 or bounds.band_hi < problem.query.shape[2] - problem.key.shape[2]
+
+
 def constants_of(problem: Problem) -> Tensor | None:
     """(1 or B, 1 or H, 1) float32: what each row of the table is counted from; None: from 0.
 
