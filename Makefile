@@ -75,12 +75,12 @@ clean:  ## remove everything that was built
 $(INSTALLED): pyproject.toml constraints.txt setup.py $(wildcard csrc_ref/*)
 	test -x $(RUN) || $(PYTHON) -m venv $(VENV)
 	@echo "Installing dependencies and compiling the engine (a few minutes the first time) ..."
-	$(RUN) -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable ".[dev]"
+	$(RUN) -m pip install --quiet --no-compile --disable-pip-version-check --constraint constraints.txt --editable ".[dev]"
 	touch $@
 
 $(OLDEST_TRITON):
-	$(RUN) -m pip install --quiet --disable-pip-version-check --no-deps --target $@ triton==3.6.0
+	$(RUN) -m pip install --quiet --disable-pip-version-check --no-deps --no-compile --target $@ triton==3.6.0
 
 $(OLDEST_TRANSFORMERS):
-	$(RUN) -m pip install --quiet --disable-pip-version-check --target $@ transformers==5.15.0
+	$(RUN) -m pip install --quiet --no-compile --disable-pip-version-check --target $@ transformers==5.15.0
 	rm -rf $@/numpy*  # the environment's own fits its other packages

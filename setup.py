@@ -1,11 +1,13 @@
 """Builds the CPU engine: a shared library for each instruction set, loaded by ctypes. Building needs no torch."""
 
+import copy
 import glob
 import platform
 import sys
 from pathlib import Path
 
 from setuptools import Extension, setup
+from setuptools.command.build_ext import build_ext
 
 # -ffp-contract=fast makes a * b + c one fused multiply-add; nothing else departs from IEEE arithmetic.
 COMPILE_ARGS = [
@@ -40,7 +42,18 @@ EXTENSIONS = [
     for name, flags in BUILDS.items()
 ]
 
+
+class BuildEngine(build_ext):
+    """Compiles the builds at the same time, each with a folder of its own for what it makes of the one source."""
+
+    def build_extension(self, ext: Extension) -> None:  # noqa: D102
+        build = copy.copy(self)
+        build.build_temp = str(Path(self.build_temp, ext.name))
+        super(BuildEngine, build).build_extension(ext)
+
+
 setup(
     ext_modules=[] if sys.platform == "win32" else EXTENSIONS,
-    options={"bdist_wheel": {"py_limited_api": "cp310"}},
+    cmdclass={"build_ext": BuildEngine},
+    options={"bdist_wheel": {"py_limited_api": "cp310"}, "build_ext": {"parallel": True}},
 )
