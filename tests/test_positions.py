@@ -3,6 +3,7 @@
 import pytest
 import torch
 from cases import Call, Case, assert_matches_oracle, build, results_of
+from conftest import AVAILABLE
 
 from triton_offset_bias import offset_bias_attention
 
@@ -21,6 +22,8 @@ def _shuffled(batch: int, length: int, seed: int) -> torch.Tensor:
 
 SHARED = {"query_positions": _gaps(13, 0), "key_positions": _gaps(17, 1)}
 EACH = {"query_positions": _shuffled(2, 13, 2), "key_positions": _shuffled(2, 17, 3)}
+# A few positions each, 35 years apart in milliseconds.
+CLUSTERS = {name: x % 5 * 2**40 + x % 3 for name, x in EACH.items()}
 CASES = [
     Case("the same for all sequences", (13, 17), columns=21, through_lse=True, options=SHARED),
     Case("the same for all, causal", (13, 17), columns=21, options={**SHARED, "is_causal": True}),
@@ -54,6 +57,14 @@ CASES = [
         (13, 17),
         options={**{name: x.to(torch.uint8) for name, x in SHARED.items()}, "is_causal": True},
     ),
+    Case("clusters far apart", (13, 17), columns=9, options=CLUSTERS),
+    Case("clusters far apart, causal, no table", (13, 17), bias=None, options={**CLUSTERS, "is_causal": True}),
+    Case(
+        "clusters far apart, a window beyond a table far to one side, zeros",
+        (13, 17),
+        columns=5,
+        options={**CLUSTERS, "window_size": (900, -1), "bias_origin": -700, "beyond": "zero"},
+    ),
 ]
 
 
@@ -62,6 +73,15 @@ def test_every_result_is_as_accurate_as_plain_pytorch(backend, case):
     """Output, log-sum-exp and gradients against the oracle."""
     call = build(case)
     assert_matches_oracle(call, results_of(call, backend))
+
+
+@pytest.mark.cpu_only
+@pytest.mark.skipif("cpp" not in AVAILABLE, reason="there is no engine here")
+def test_positions_too_far_apart_for_the_engine_are_an_error_that_tells_how_far():
+    """A window that reaches from one cluster to the next leaves no gap to shorten."""
+    q, k = torch.randn(2, 2, 13, 8), torch.randn(2, 2, 17, 8)
+    with pytest.raises(ValueError, match=r"`query_positions`.* within 536870912 .*got positions \d+ apart"):
+        offset_bias_attention(q, k, k, None, **CLUSTERS, window_size=(2**41, -1), backend="cpp")
 
 
 @pytest.mark.parametrize("options", [{}, {"is_causal": True, "beyond": "zero"}, {"window_size": (4, 6)}], ids=str)

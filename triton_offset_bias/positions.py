@@ -30,7 +30,8 @@ def placed(problem: Problem) -> Placed:
     """Places the sequences of a problem whose tensors are on the CPU.
 
     Raises:
-        ValueError: positions are further apart than 32-bit arithmetic can tell, or out of `table`'s range.
+        ValueError: positions are out of `table`'s range, or spread wider than 32-bit arithmetic can tell even when gaps
+            beyond the table and the window are shortened.
     """
     if problem.cu_seqlens_q is not None:
         return Placed([(*rows, rows[3] - rows[2]) for rows in sequences(problem)], None, None)
@@ -64,13 +65,34 @@ def _check_range(name: str, positions: Tensor) -> None:
 def _narrowed(problem: Problem) -> tuple[Tensor, Tensor]:
     assert problem.query_positions is not None
     assert problem.key_positions is not None
-    both = problem.query_positions.long(), problem.key_positions.long()
-    lowest = min(int(x.min()) for x in both)
-    spread = max(int(x.max()) for x in both) - lowest
+    queries, keys = problem.query_positions.long(), problem.key_positions.long()
+    lowest = min(int(x.min()) for x in (queries, keys))
+    if max(int(x.max()) for x in (queries, keys)) - lowest >= LARGEST_SPREAD:
+        queries, keys = _moved_together(queries, keys, _reach(problem))
+        lowest = 0
+    narrowed_queries, narrowed_keys = ((x - lowest).to(torch.int32).contiguous() for x in (queries, keys))
+    return narrowed_queries, narrowed_keys
+
+
+def _reach(problem: Problem) -> int:
+    """From this offset on, and from minus this offset down, bias and mask do not change any more."""
+    limits = [x for x in (problem.min_offset, problem.max_offset) if abs(x) != table.UNLIMITED]
+    if problem.bias is not None:
+        limits += [-problem.bias_origin, problem.bias.shape[-1] - 1 - problem.bias_origin]
+    return 1 + max(map(abs, limits), default=0)
+
+
+def _moved_together(queries: Tensor, keys: Tensor, reach: int) -> tuple[Tensor, Tensor]:
+    """Positions from 0 on that give every pair the same bias and mask: gaps longer than `reach` are made that long."""
+    points, point_of = torch.cat([queries.flatten(), keys.flatten()]).unique(return_inverse=True)
+    gaps = points.diff().clamp(max=min(reach, LARGEST_SPREAD))
+    places = torch.cat([gaps.new_zeros(1), gaps.cumsum(0)])
+    spread = int(places[-1])
     if spread >= LARGEST_SPREAD:
         raise ValueError(
             f"`query_positions` and `key_positions` must lie within {LARGEST_SPREAD} of each other for backend 'cpp', "
-            f"got positions {spread} apart; backend 'reference' has no such limit"
+            f"gaps beyond the table and the window left aside, got positions {spread} apart; backend 'reference' has "
+            "no such limit"
         )
-    queries, keys = ((x - lowest).to(torch.int32).contiguous() for x in both)
-    return queries, keys
+    near_queries, near_keys = places[point_of].split([queries.numel(), keys.numel()])
+    return near_queries.view(queries.shape), near_keys.view(keys.shape)
