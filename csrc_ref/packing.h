@@ -111,6 +111,7 @@ template <class Real, class Operand> class RowFactors {
     if constexpr (kPerCell > 1) pack_right<Operand>(m, first, count, padded, right_at(matrix, first), panel_stride);
   }
 
+  // Makes a row 0 that has been packed.
   void clear(int64_t matrix, int64_t row) const {
     for (int64_t panel = 0; panel < size_; panel += panel_stride) {
       std::fill_n(left_at(matrix, row) + panel, kChunkCells<Real, Operand>, Real(0));
