@@ -181,7 +181,7 @@ POISON = {"MALLOC_PERTURB_": "128", "MALLOC_MMAP_THRESHOLD_": str(1 << 24)}
 
 @pytest.mark.parametrize("build", cpp.BUILDS)
 def test_every_build_agrees_with_the_oracle_and_reads_no_memory_before_writing_it(build):
-    """test_attention.py and the zero sizes, in a process that asks for the build by its environment variable."""
+    """The listed calls, empty rows, halves, zero sizes, in a process that asks for the build by an environment variable."""
     state = _run(
         "from triton_offset_bias.backends import cpp; print(cpp.BUILD, cpp.unavailable_reasons())",
         **{cpp.BUILD_VARIABLE: build},
@@ -193,7 +193,8 @@ def test_every_build_agrees_with_the_oracle_and_reads_no_memory_before_writing_i
     assert state == f"{build} []"
     # Filling what "indices beyond 2**31" reserves would take gigabytes.
     wanted = "cpp and not named and not indices"
-    assert _passed(wanted, ["attention", "checks"], **POISON, **{cpp.BUILD_VARIABLE: build}) > 90
+    files = ["attention", "empty_rows", "half_precision", "checks"]
+    assert _passed(wanted, files, **POISON, **{cpp.BUILD_VARIABLE: build}) > 90
 
 
 @pytest.mark.skipif(shutil.which("c++") is None, reason="compiles the engine")
@@ -208,7 +209,8 @@ def test_products_of_bfloat16_numbers_are_right_where_no_instruction_multiplies_
     assert "bfloat16 products" in _run(
         "from triton_offset_bias.backends import cpp; print(cpp.build_description())", **environment
     )
-    assert _passed("cpp or engine_fuzz", ["attention", "decode", "dropout", "engine_fuzz"], **environment) > 150
+    files = ["attention", "empty_rows", "half_precision", "decode", "dropout", "engine_fuzz"]
+    assert _passed("cpp or engine_fuzz", files, **environment) > 150
 
 
 def test_an_unknown_build_is_a_reason_against_the_engine_and_auto_takes_the_reference():

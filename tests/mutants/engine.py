@@ -16,7 +16,7 @@ ENGINE = mutants_in("csrc_ref", {
         ("the log-sum-exp's gradient has the wrong sign", "test_attention.py", "cpp and primes",
          "dot(o, g, first + r) - (dlse",
          "dot(o, g, first + r) + (dlse"),
-        ("an empty row's dO gets through", "test_attention.py", "cpp and takes_no_part",
+        ("an empty row's dO gets through", "test_empty_rows.py", "cpp and takes_no_part",
          "if (empty && r < count)",
          "if (false)"),
         ("dK is not scaled", "test_attention.py", "cpp and primes",
@@ -36,7 +36,7 @@ ENGINE = mutants_in("csrc_ref", {
          "if (false)"),
     ],
     "outputs.h": [
-        ("an empty row's values get through", "test_attention.py", "cpp and whatever_the_values",
+        ("an empty row's values get through", "test_empty_rows.py", "cpp and whatever_the_values",
          "empty ? kZeros : acc",
          "acc"),
         ("the log-sum-exp does not get the table's constant back", "test_hostile.py", "cpp and changes_the_log_sum_exp",
@@ -117,7 +117,7 @@ ENGINE = mutants_in("csrc_ref", {
          "b >> 16"),
     ],
     "packing.h": [
-        ("a bfloat16 row's neighbour is cleared in its stead", "test_attention.py", "cpp and takes_no_part",
+        ("a bfloat16 row's neighbour is cleared in its stead", "test_empty_rows.py", "cpp and takes_no_part",
          " + row % kPerCell;",
          " + (row + 1) % kPerCell;"),
         ("two bfloat16 rows change places in the cells of a right factor", "test_attention.py", "cpp and bfloat16",
