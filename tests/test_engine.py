@@ -181,7 +181,7 @@ POISON = {"MALLOC_PERTURB_": "128", "MALLOC_MMAP_THRESHOLD_": str(1 << 24)}
 
 @pytest.mark.parametrize("build", cpp.BUILDS)
 def test_every_build_agrees_with_the_oracle_and_reads_no_memory_before_writing_it(build):
-    """Listed calls, empty rows, halves, zero sizes, in a process that asks for the build by its environment variable."""
+    """Listed calls, empty rows, halves, zero sizes: in a process whose environment variable asks for the build."""
     state = _run(
         "from triton_offset_bias.backends import cpp; print(cpp.BUILD, cpp.unavailable_reasons())",
         **{cpp.BUILD_VARIABLE: build},
