@@ -117,7 +117,7 @@ template <class Real, class Operand> class Forward {
   template <bool kDropped, class Kept>
   TOB_INLINE void softmax_step(Block &t, int row, int rows, Range columns, Kept kept) const {
     Real old_max[kRows + W];
-    std::copy_n(t.max + row, round_up(rows, W), old_max);
+    for (int r = 0; r < rows; r += W) S::store(old_max + r, S::load(t.max + row + r));
     for (int r = 0; r < rows; ++r) {
       const Real *s = t.scores + r * kScoreStride;
       Vec m0 = S::broadcast(old_max[r]), m1 = m0;
@@ -128,21 +128,23 @@ template <class Real, class Operand> class Forward {
       t.max[row + r] = S::max_lane(S::max(m0, m1));
     }
     for (int r = 0; r < rows; r += W) S::store(t.rescale + r, S::exp2(S::load(old_max + r) - S::load(t.max + row + r)));
-    for (int r = 0; r < rows; ++r) {
-      Real *s = t.scores + r * kScoreStride, *sum = t.sum + (row + r) * W;
-      const Vec max = S::broadcast(t.max[row + r]);
-      Vec sum0 = S::broadcast(t.rescale[r]) * S::load(sum), sum1{};
+    for (int r = 0; r < rows; r += 2) {
+      Real *s = t.scores + r * kScoreStride, *next = s + kScoreStride, *sum = t.sum + (row + r) * W;
+      const Vec max = S::broadcast(t.max[row + r]), next_max = S::broadcast(t.max[row + r + 1]);
+      Vec sums[4] = {S::broadcast(t.rescale[r]) * S::load(sum), S::broadcast(t.rescale[r + 1]) * S::load(sum + W)};
       for (int j = columns.begin; j < columns.end; j += P) {
-        Vec e0 = S::exp2(S::load(s + j) - max), e1 = S::exp2(S::load(s + j + W) - max);
-        sum0 += e0;
-        sum1 += e1;
-        if constexpr (kDropped) {
-          e0 = where_kept<Real>(kept(r, j), e0);
-          e1 = where_kept<Real>(kept(r, j + W), e1);
+        Vec e[4] = {S::load(s + j) - max, S::load(next + j) - next_max,  //
+                    S::load(s + j + W) - max, S::load(next + j + W) - next_max};
+        S::exp2(e);
+        for (int i = 0; i < 4; ++i) {
+          sums[i] += e[i];
+          if constexpr (kDropped) e[i] = where_kept<Real>(kept(r + i % 2, j + i / 2 * W), e[i]);
         }
-        store_operands<Operand>(s + j / kPerCell, e0, e1);
+        store_operands<Operand>(s + j / kPerCell, e[0], e[2]);
+        store_operands<Operand>(next + j / kPerCell, e[1], e[3]);
       }
-      S::store(sum, sum0 + sum1);
+      S::store(sum, sums[0] + sums[2]);
+      S::store(sum + W, sums[1] + sums[3]);
     }
   }
 

@@ -83,13 +83,27 @@ template <class Real> struct Simd {
 
   // 2^x for x <= 1. At or below the smallest exponent exactly 0; NaN, of whatever bits, stays NaN.
   static TOB_INLINE Vec exp2(Vec x) {
-    x = max(broadcast(Traits::kMinExponent), x);
-    const Vec shifted = x + Traits::kRoundMagic;
-    const Vec f = x - (shifted - Traits::kRoundMagic);
-    Vec p = broadcast(Traits::kExp2[Traits::kDegree - 1]);
-    for (int i = Traits::kDegree - 2; i >= 0; --i) p = p * f + Traits::kExp2[i];
-    p = p * f + Real(1);
-    return p * (Vec)((Bits)shifted << Traits::kMantissaBits);
+    Vec each[] = {x};
+    exp2(each);
+    return each[0];
+  }
+
+  // The same of several vectors, in place, one step of all before the next step: a step waits for the one before it,
+  // and processors do not look far enough ahead to find another vector's.
+  template <int kCount> static TOB_INLINE void exp2(Vec (&x)[kCount]) {
+    Vec shifted[kCount], power[kCount];
+    for (int i = 0; i < kCount; ++i) {
+      x[i] = max(broadcast(Traits::kMinExponent), x[i]);
+      shifted[i] = x[i] + Traits::kRoundMagic;
+    }
+    for (int i = 0; i < kCount; ++i) {
+      x[i] -= shifted[i] - Traits::kRoundMagic;
+      power[i] = broadcast(Traits::kExp2[Traits::kDegree - 1]);
+    }
+    for (int k = Traits::kDegree - 2; k >= 0; --k)
+      for (int i = 0; i < kCount; ++i) power[i] = power[i] * x[i] + Traits::kExp2[k];
+    for (int i = 0; i < kCount; ++i)
+      x[i] = (power[i] * x[i] + Real(1)) * (Vec)((Bits)shifted[i] << Traits::kMantissaBits);
   }
 
   static TOB_INLINE Vec reverse(Vec v) { return reverse(v, std::make_integer_sequence<int, kLanes>()); }
