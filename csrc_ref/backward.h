@@ -110,24 +110,17 @@ template <class Real, class Operand> class Backward {
     queries.pack(head.slot, q, first, count, rows, scale.queries);
     douts.pack(head.slot, g, first, count, rows, Real(1));
     if (dquery.data) std::fill_n(dquery_acc.get() + base * chunks * P, rows * chunks * P, Real(0));
+    Real *const deltas = delta.get() + base;
+    dot_rows(o, g, first, count, deltas);
     for (int r = 0; r < rows; ++r) {
       const Real sum = r < count ? row_sum[source + r] : Real(0);
       const bool empty = sum == 0;
       max.get()[base + r] = empty ? std::numeric_limits<Real>::infinity() : row_max[source + r];
       inverse_sum.get()[base + r] = empty ? Real(0) : 1 / sum;
+      if (empty) deltas[r] = 0;
+      else if (dlse) deltas[r] -= dlse[source + r];
       if (empty && r < count) douts.clear(head.slot, first + r);
-      delta.get()[base + r] = empty ? Real(0) : dot(o, g, first + r) - (dlse ? dlse[source + r] : Real(0));
     }
-  }
-
-  // <dO, O> of a row.
-  Real dot(const Matrix &o, const Matrix &g, int64_t index) const {
-    alignas(64) Real o_row[kMaxDim + P], g_row[kMaxDim + P];
-    read_rows(o, index, 1, o_row, chunks_v * P);
-    read_rows(g, index, 1, g_row, chunks_v * P);
-    Vec sums{};
-    for (int d = 0; d < chunks_v * P; d += W) sums += S::load(o_row + d) * S::load(g_row + d);
-    return S::sum(sums);
   }
 
   // Pass 2: one block of keys against all of its queries, of every query head that shares the keys.
@@ -152,12 +145,12 @@ template <class Real, class Operand> class Backward {
     const Range queries = used.empty() ? Range{0, 0} : band.queries_of(used.begin, used.end);
     for (int64_t g = 0; g < group; ++g) sweep(c, head_of(c.head, g), g, used, queries);
 
-    for (int j = 0; j < c.count && dkey.data; ++j)
-      write_row(matrix_of(dkey, p.dtype, int(p.dim), b, h, first_key), c.first + j, scale.dkey,
-                t.dkey + j * chunks * P);
-    for (int j = 0; j < c.count && dvalue.data; ++j)
-      write_row(matrix_of(dvalue, p.dtype, int(p.dim_v), b, h, first_key), c.first + j, kept_scale,
-                t.dvalue + j * chunks_v * P);
+    if (dkey.data)
+      write_rows(matrix_of(dkey, p.dtype, int(p.dim), b, h, first_key), c.first, c.count, scale.dkey, t.dkey,
+                 chunks * P);
+    if (dvalue.data)
+      write_rows(matrix_of(dvalue, p.dtype, int(p.dim_v), b, h, first_key), c.first, c.count, kept_scale, t.dvalue,
+                 chunks_v * P);
   }
 
   // The queries of one head. In OrderedSteps every tile is a step, and adding up dbias one more.
@@ -262,9 +255,10 @@ template <class Real, class Operand> class Backward {
   void write_dquery(const Head &head, int first) const {
     if (!dquery.data) return;
     const tob_sequence &s = p.sequences[head.b];
-    const Matrix dq = matrix_of(dquery, p.dtype, int(p.dim), head.b, head.h, s.first_query);
-    for (int i = first; i < std::min(first + kQueries, int(s.len_q)); ++i)
-      write_row(dq, i, Real(p.scale), dquery_acc.get() + (head.slot * rows_padded + i) * chunks * P);
+    if (first >= s.len_q) return;
+    write_rows(matrix_of(dquery, p.dtype, int(p.dim), head.b, head.h, s.first_query), first,
+               std::min(kQueries, int(s.len_q) - first), Real(p.scale),
+               dquery_acc.get() + (head.slot * rows_padded + first) * chunks * P, chunks * P);
   }
 
   void sum_dbias(int64_t head, OrderedSteps &order) {

@@ -27,8 +27,8 @@ template <class Real> struct Outputs {
     const bool empty = sum == 0;
     const Real kept_scale = p.has_dropout ? Real(p.kept_scale) : Real(1);
     static constexpr Real kZeros[kMaxDim]{};
-    write_row(matrix_of(out, p.dtype, int(p.dim_v), b, h, first), i, kept_scale / (empty ? Real(1) : sum),
-              empty ? kZeros : acc);
+    write_rows(matrix_of(out, p.dtype, int(p.dim_v), b, h, first), i, 1, kept_scale / (empty ? Real(1) : sum),
+               empty ? kZeros : acc, 0);
     row_max[index] = empty ? std::numeric_limits<Real>::infinity() : max;
     row_sum[index] = sum;
     lse[index] = Real(kLn2) * (max + std::log2(sum)) + table.constant(bias_row(p, b, h));

@@ -59,15 +59,38 @@ template <class Element> void read_rows(const Matrix &m, int64_t first, int coun
   });
 }
 
-// m[index] = factor * row.
-template <class Real> void write_row(const Matrix &m, int64_t index, Real factor, const Real *row) {
+// m[first + i] = factor * rows[i * row_stride ..] for `count` rows.
+template <class Real>
+void write_rows(const Matrix &m, int64_t first, int count, Real factor, const Real *rows, int64_t row_stride) {
   visit_stored<Real>(m, [&](auto *data) {
     using Stored = std::remove_pointer_t<decltype(data)>;
-    data += index * m.stride_l;
-    if (m.stride_d == 1)
-      for (int d = 0; d < m.dim; ++d) data[d] = stored_as<Real, Stored>(factor * row[d]);
-    else
-      for (int d = 0; d < m.dim; ++d) data[d * m.stride_d] = stored_as<Real, Stored>(factor * row[d]);
+    data += first * m.stride_l;
+    for (int i = 0; i < count; ++i, data += m.stride_l, rows += row_stride) {
+      if (m.stride_d == 1)
+        for (int d = 0; d < m.dim; ++d) data[d] = stored_as<Real, Stored>(factor * rows[d]);
+      else
+        for (int d = 0; d < m.dim; ++d) data[d * m.stride_d] = stored_as<Real, Stored>(factor * rows[d]);
+    }
+  });
+}
+
+// dots[i] = <a[first + i], b[first + i]> for `count` rows of two matrices of one dtype and width.
+template <class Real> void dot_rows(const Matrix &a, const Matrix &b, int64_t first, int count, Real *dots) {
+  using S = Simd<Real>;
+  constexpr int W = S::kLanes;
+  const int whole = a.stride_d == 1 && b.stride_d == 1 ? a.dim / W * W : 0;
+  visit_stored<Real>(a, [&](const auto *x) {
+    const auto *y = static_cast<decltype(x)>(b.data) + first * b.stride_l;
+    x += first * a.stride_l;
+    for (int i = 0; i < count; ++i, x += a.stride_l, y += b.stride_l) {
+      typename S::Vec sums{};
+      for (int d = 0; d < whole; d += W) {
+        prefetch(x + d, kRowsAhead, a.stride_l);
+        sums += load_stored<Real>(x + d) * load_stored<Real>(y + d);
+      }
+      dots[i] = S::sum(sums);
+      for (int d = whole; d < a.dim; ++d) dots[i] += Real(x[d * a.stride_d]) * Real(y[d * b.stride_d]);
+    }
   });
 }
 
