@@ -28,10 +28,9 @@ from pathlib import Path
 import setuptools  # noqa: F401  # isort: skip
 from distutils.core import run_setup
 
-from mutants import ENGINE, KERNELS, PACKAGE, Mutant
+from mutants import ENGINE, KERNELS, PACKAGE, ROOT, Mutant, misplaced
 from tqdm import tqdm
 
-ROOT = Path(__file__).parents[1]
 LEFT_OUT = shutil.ignore_patterns(".*", "build", "dist", "out", "images", "*.egg-info", "__pycache__", "*.so")
 LIBRARY = "triton_offset_bias/_engine_portable.abi3.so"
 TIME_LIMIT = 300  # seconds
@@ -124,7 +123,8 @@ def main() -> None:
     ]
     if not chosen or arguments.jobs < 1:
         parser.error("no mistake matches PATTERN" if not chosen else "N must be at least 1")
-    check_snippets(chosen)
+    if wrong := misplaced(chosen):
+        sys.exit("\n".join(wrong))
     if arguments.list:
         print("\n".join(f"{mutant.file}: {mutant.name}" for mutant in chosen))
         return
@@ -143,14 +143,6 @@ def main() -> None:
             seen += outcome.verdict in SEEN
     print(f"{seen} of {len(chosen)} mistakes are seen")
     sys.exit(seen < len(chosen))
-
-
-def check_snippets(mutants: list[Mutant]) -> None:
-    """Leaves with an error if code has moved: every snippet must be in its file, once."""
-    for mutant in mutants:
-        count = (ROOT / mutant.file).read_text().count(mutant.old)
-        if count != 1 or mutant.old == mutant.new:
-            sys.exit(f"{mutant.name!r}: must be in {mutant.file} once and change it, is there {count} times")
 
 
 def check_unmutated(mutants: list[Mutant], copies: "queue.Queue[Copy]", pool: ThreadPoolExecutor) -> None:
