@@ -123,7 +123,7 @@ ENGINE = mutants_in("csrc_ref", {
          "~FlushDenormals() {}"),
     ],
     "dtypes.h": [
-        ("bfloat16 is cut, not rounded", "test_attention.py", "cpp and rounded_to_nearest",
+        ("bfloat16 is cut, not rounded", "test_half_precision.py", "cpp and rounded_to_nearest",
          "(b + 0x7fff + ((b >> 16) & 1)) >> 16",
          "b >> 16"),
     ],
@@ -142,7 +142,7 @@ ENGINE = mutants_in("csrc_ref", {
         ("of two neighbours only the first is multiplied", "test_attention.py", "cpp and bfloat16",
          " + second(a) * second(b)",
          ""),
-        ("the softmax is cut to bfloat16, not rounded", "test_attention.py", "cpp and drift",
+        ("the softmax is cut to bfloat16, not rounded", "test_half_precision.py", "cpp and drift",
          "bits + 0x7fff + ((bits >> 16) & 1)",
          "bits"),
     ],
