@@ -113,9 +113,10 @@ template <class Real, class Operand> class Forward {
   }
 
   // Scores become exps under the new running maximum, 0 where they are dropped; t.rescale is what older sums have to be
-  // multiplied with.
+  // multiplied with. Rows come in pairs, whose exps are taken together.
   template <bool kDropped, class Kept>
   TOB_INLINE void softmax_step(Block &t, int row, int rows, Range columns, Kept kept) const {
+    static_assert(kTileRows % 2 == 0);
     Real old_max[kRows + W];
     for (int r = 0; r < rows; r += W) S::store(old_max + r, S::load(t.max + row + r));
     for (int r = 0; r < rows; ++r) {
@@ -133,8 +134,8 @@ template <class Real, class Operand> class Forward {
       const Vec max = S::broadcast(t.max[row + r]), next_max = S::broadcast(t.max[row + r + 1]);
       Vec sums[4] = {S::broadcast(t.rescale[r]) * S::load(sum), S::broadcast(t.rescale[r + 1]) * S::load(sum + W)};
       for (int j = columns.begin; j < columns.end; j += P) {
-        Vec e[4] = {S::load(s + j) - max, S::load(next + j) - next_max,  //
-                    S::load(s + j + W) - max, S::load(next + j + W) - next_max};
+        Vec e[4] = {S::load(s + j) - max, S::load(next + j) - next_max, S::load(s + j + W) - max,
+                    S::load(next + j + W) - next_max};
         S::exp2(e);
         for (int i = 0; i < 4; ++i) {
           sums[i] += e[i];
