@@ -9,7 +9,7 @@ from tolerance import assert_accurate
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.utils.checkpoint import checkpoint
 
-from triton_offset_bias import offset_bias_attention
+from triton_offset_bias import offset_bias_attention, table
 
 PADDED = Case(
     "grouped heads, causal, padding",
@@ -187,9 +187,15 @@ def test_the_operator_passes_torchs_own_checks(requires_grad):
 
 
 @pytest.mark.parametrize("needs", [[True] * 4, [True, False, False, True]])
-def test_the_backward_operator_passes_torchs_own_checks(needs):
-    """The same for the gradient's operator, with all gradients and with some."""
-    arguments = _operator_arguments(False)
+@pytest.mark.parametrize("beyond", table.BEYOND[:2])
+@pytest.mark.parametrize("bias_dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("num_keys", [0, 19])
+def test_the_backward_operator_passes_torchs_own_checks(needs, beyond, bias_dtype, num_keys):
+    """The same for the gradient's operator, with all gradients and with some, from a table that is a view."""
+    arguments = _operator_arguments(False) | {"beyond": beyond, "max_seqlen_k": num_keys}
+    arguments["bias"] = arguments["bias"].to(bias_dtype).t().contiguous().t()
+    for name, axis in (("key", 2), ("value", 2), ("key_padding_mask", 1)):
+        arguments[name] = arguments[name].narrow(axis, 0, num_keys)
     forward = torch.ops.triton_offset_bias.attention.default
     out, lse, row_max, row_sum = forward(*_matching(forward, arguments))
     arguments |= {

@@ -23,6 +23,8 @@ _library.define(
     "attention_backward(Tensor? dout, Tensor? dlse, Tensor out, Tensor row_max, Tensor row_sum, bool[4] needs, "
     f"{_PROBLEM}) -> (Tensor dquery, Tensor dkey, Tensor dvalue, Tensor dbias)"
 )
+_attention_op = torch.ops.triton_offset_bias.attention.default
+_attention_backward_op = torch.ops.triton_offset_bias.attention_backward.default
 
 
 def attention(problem: Problem, backend: str) -> tuple[Tensor, Tensor]:
@@ -38,7 +40,9 @@ def attention(problem: Problem, backend: str) -> tuple[Tensor, Tensor]:
             f"backend {backend!r} does not support the transforms of torch.func (vmap, grad, jvp, ...): fold what vmap "
             "maps over into the batch, take gradients by torch.autograd, or use backend='reference'"
         )
-    out, lse, _, _ = torch.ops.triton_offset_bias.attention(*problem, backend)
+    # A graph has the operator as a node. Without one, the rule that the operator would begin with begins at once.
+    call = _attention_op if torch.compiler.is_compiling() else _attention_rule
+    out, lse, _, _ = call(*problem, backend)
     return out, lse
 
 
@@ -72,7 +76,7 @@ def _backward(dout, dlse, out, row_max, row_sum, needs, *args):
     if out.numel() > 0 and problem.key.shape[2] > 0:
         dbias = _FUSED[backend].backward(problem, out, row_max, row_sum, dout, dlse, *gradients, needs[3])
     else:
-        dbias = torch.zeros_like(problem.bias) if needs[3] and problem.bias is not None else None
+        dbias = problem.bias.new_zeros(problem.bias.shape) if needs[3] and problem.bias is not None else None
         for gradient in gradients:
             if gradient is not None:
                 gradient.zero_()
@@ -104,12 +108,14 @@ def _empty_like(x: Tensor, dim: int) -> Tensor:
 
 
 class _Attention(torch.autograd.Function):
+    """Of query, key, value, bias and, as one, the arguments that have no gradient: each costs time of its own."""
+
     @staticmethod
-    def forward(ctx, *args):
-        outputs = _below_autograd(torch.ops.triton_offset_bias.attention, args)
+    def forward(ctx, query, key, value, bias, others):
+        outputs = _below_autograd(_attention_op, (query, key, value, bias, *others))
         out, _, row_max, row_sum = outputs
-        ctx.save_for_backward(*args[:_NUM_TENSORS], out, row_max, row_sum)
-        ctx.options = args[_NUM_TENSORS:]
+        masks, ctx.options = others[: _NUM_TENSORS - 4], others[_NUM_TENSORS - 4 :]
+        ctx.save_for_backward(query, key, value, bias, *masks, out, row_max, row_sum)
         ctx.mark_non_differentiable(row_max, row_sum)
         ctx.set_materialize_grads(False)
         return outputs
@@ -117,10 +123,9 @@ class _Attention(torch.autograd.Function):
     @staticmethod
     def backward(ctx, dout, dlse, *_):
         *tensors, out, row_max, row_sum = ctx.saved_tensors
-        needs = list(ctx.needs_input_grad[:4])
+        needs = ctx.needs_input_grad[:4]
         gradients = _backward_rule(dout, dlse, out, row_max, row_sum, needs, *tensors, *ctx.options)
-        needed = [gradient if need else None for gradient, need in zip(gradients, needs, strict=True)]
-        return *needed, *[None] * (_NUM_TENSORS - 4 + len(ctx.options))
+        return *(gradient if need else None for gradient, need in zip(gradients, needs, strict=True)), None
 
 
 class _AttentionBackward(torch.autograd.Function):
@@ -128,7 +133,7 @@ class _AttentionBackward(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, *args):
-        return _below_autograd(torch.ops.triton_offset_bias.attention_backward, args)
+        return _below_autograd(_attention_backward_op, args)
 
     @staticmethod
     def backward(ctx, *_):
@@ -152,22 +157,22 @@ def _refuse_forward_mode(args):
         )
 
 
-def _autograd_rule(op, function):
-    """What the dispatcher calls at the autograd key: `function` where a gradient can be asked for, else just `op`."""
+def _autograd_rule(op, record):
+    """What the dispatcher calls at the autograd key: `record` where a gradient can be asked for, else just `op`."""
 
     def rule(*args):
         is_recorded = torch.is_grad_enabled() and any(isinstance(x, Tensor) and x.requires_grad for x in args)
         if torch.autograd.forward_ad._current_level >= 0:
             _refuse_forward_mode(args)
-        return function.apply(*args) if is_recorded else _below_autograd(op, args)
+        return record(*args) if is_recorded else _below_autograd(op, args)
 
     return rule
 
 
-_forward_rule = _autograd_rule(torch.ops.triton_offset_bias.attention, _Attention)
-_backward_rule = _autograd_rule(torch.ops.triton_offset_bias.attention_backward, _AttentionBackward)
+_attention_rule = _autograd_rule(_attention_op, lambda *args: _Attention.apply(*args[:4], args[4:]))
+_backward_rule = _autograd_rule(_attention_backward_op, _AttentionBackward.apply)
 for _name, _implementation, _fake, _rule in (
-    ("attention", _forward, _forward_fake, _forward_rule),
+    ("attention", _forward, _forward_fake, _attention_rule),
     ("attention_backward", _backward, _backward_fake, _backward_rule),
 ):
     _library.impl(_name, _rule, "Autograd")

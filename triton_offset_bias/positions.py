@@ -1,5 +1,7 @@
 """Where queries and keys lie on a CPU: contiguous positions by a start for each sequence, others by tensors."""
 
+import itertools
+from array import array
 from typing import NamedTuple
 
 import torch
@@ -16,12 +18,12 @@ class Placed(NamedTuple):
     """The sequences of a problem, and their positions where these are not contiguous.
 
     Attributes:
-        sequences: first query row, first key row, number of queries, of keys, and the first query's position counted
-            from the first key, of each.
+        sequences: five int64 of each: first query row, first key row, number of queries, of keys, and the first query's
+            position counted from the first key.
         query_positions, key_positions: (L,) or (B, L) contiguous int32; None where the sequences tell.
     """
 
-    sequences: list[tuple[int, int, int, int, int]]
+    sequences: "array[int]"
     query_positions: Tensor | None
     key_positions: Tensor | None
 
@@ -34,17 +36,22 @@ def placed(problem: Problem) -> Placed:
             beyond the table and the window are shortened.
     """
     if problem.cu_seqlens_q is not None:
-        return Placed([(*rows, rows[3] - rows[2]) for rows in sequences(problem)], None, None)
-    starts = contiguous_starts(problem)
-    len_q, len_k = problem.max_seqlen_q, problem.max_seqlen_k
-    rows = [(0, 0, len_q, len_k, start) for start in starts or [0] * problem.num_sequences]
-    return Placed(rows, None, None) if starts is not None else Placed(rows, *_narrowed(problem))
+        packed = ((*rows, rows[3] - rows[2]) for rows in sequences(problem))
+        return Placed(array("q", itertools.chain.from_iterable(packed)), None, None)
+    alike = array("q", (0, 0, problem.max_seqlen_q, problem.max_seqlen_k, problem.query_start)) * problem.num_sequences
+    if problem.query_positions is None:
+        return Placed(alike, None, None)
+    starts = _contiguous_starts(problem)
+    if starts is None:
+        return Placed(alike, *_narrowed(problem))
+    alike[4::5] = array("q", starts)
+    return Placed(alike, None, None)
 
 
-def contiguous_starts(problem: Problem) -> list[int] | None:
+def _contiguous_starts(problem: Problem) -> list[int] | None:
     """The position of each sequence's first query counted from its first key; None if some are not contiguous."""
-    if problem.query_positions is None or problem.key_positions is None:
-        return [problem.query_start] * problem.num_sequences
+    assert problem.query_positions is not None
+    assert problem.key_positions is not None
     queries, keys = problem.query_positions.long(), problem.key_positions.long()
     for name, positions in (("query_positions", queries), ("key_positions", keys)):
         _check_range(name, positions)

@@ -17,6 +17,9 @@ PACKAGE = mutants_in("triton_offset_bias", {
         ("the offset's sign", "test_table.py", "dense",
          "query_positions.unsqueeze(-1) - key_positions.unsqueeze(-2)",
          "key_positions.unsqueeze(-2) - query_positions.unsqueeze(-1)"),
+        ("the gradient has strides that tracing does not expect", "test_ops.py", "backward_operator",
+         "grad[..., 1:-1].contiguous()",
+         "grad[..., 1:-1]"),
     ],
     "positions.py": [
         ("packed sequences are aligned at their first queries", "test_varlen.py", "cpp and causal",
@@ -51,8 +54,8 @@ PACKAGE = mutants_in("triton_offset_bias", {
     ],
     "backends/cpp.py": [
         ("every sequence has the first one's positions", "test_positions.py", "cpp and accurate",
-         "0 if x is None or x.dim() == 1 else x.stride(0)",
-         "0"),
+         "return 0 if positions is None or positions.dim() == 1 else positions.stride(0)",
+         "return 0"),
         ("the seed is lost", "test_dropout.py", "cpp and listed",
          "0 if problem.seed is None else int(problem.seed) % 2**64",
          "0"),

@@ -7,10 +7,8 @@ for those in a folder instead of the package's. A process that was forked after 
 
 import ctypes
 import importlib.machinery
-import itertools
 import os
 import struct
-from array import array
 from pathlib import Path
 
 import torch
@@ -139,9 +137,9 @@ def backward(
     stats = _ROW_STATS.pack(row_max.data_ptr(), row_sum.data_ptr())
     dlse = None if dlse is None else dlse.to(row_max.dtype).contiguous()
     dbias = torch.empty_like(call.bias) if needs_dbias and call.bias is not None else None
-    gradients = (call.tensor(gradient) for gradient in (dquery, dkey, dvalue))
     status = _engine().tob_backward(
-        call.problem, call.tensor(out), stats, call.tensor(dout), _address(dlse), *gradients, _address(dbias)
+        *(call.problem, call.tensor(out), stats, call.tensor(dout), _address(dlse)),
+        *(call.tensor(dquery), call.tensor(dkey), call.tensor(dvalue), _address(dbias)),
     )
     _check_status(status)
     return None if dbias is None else call.fold(dbias)
@@ -155,24 +153,23 @@ class _Call:
         query, key, value = problem.query, problem.key, problem.value
         heads_q, rows_q = query.shape[1:3]
         placed = positions.placed(problem)
-        self._sequences = array("q", itertools.chain.from_iterable(placed.sequences))
         self.bias, bias_first = self._clamped_table()
         mask = problem.key_padding_mask
-        self._key_mask = None if mask is None else mask.contiguous()
-        self._positions = placed.query_positions, placed.key_positions
+        mask = None if mask is None else mask.contiguous()
+        self._alive = placed, mask
         is_dropping = problem.seed is not None
         self.problem = _PROBLEM.pack(
             *(_DTYPES[query.dtype], _num_threads(), problem.num_sequences, heads_q, key.shape[1]),
             *(problem.max_seqlen_q, problem.max_seqlen_k, query.shape[3], value.shape[3]),
             *(problem.min_offset, problem.max_offset, problem.scale),
             *(*self._tensor(query), *self._tensor(key), *self._tensor(value)),
-            self._sequences.buffer_info()[0],
+            placed.sequences.buffer_info()[0],
             *(0 if problem.cu_seqlens_q is not None else heads_q * rows_q, rows_q),
             _address(self.bias),
-            *((1, 1, 1) if self.bias is None else self.bias.shape),
+            *((1, 1, 1) if self.bias is None else (1, 1, *self.bias.shape)[-3:]),
             bias_first,
-            *(_address(x) for x in (self._key_mask, *self._positions)),
-            *(0 if x is None or x.dim() == 1 else x.stride(0) for x in self._positions),
+            *(_address(mask), _address(placed.query_positions), _address(placed.key_positions)),
+            *(_stride_between(placed.query_positions), _stride_between(placed.key_positions)),
             is_dropping,
             0 if problem.seed is None else int(problem.seed) % 2**64,
             dropout.largest_dropped(problem.dropout_p) if is_dropping else 0,
@@ -180,14 +177,13 @@ class _Call:
         )
 
     def _clamped_table(self) -> tuple[Tensor | None, int]:
-        """The table as the engine has it, (1 or B, 1 or H, columns), and the offset of its first column."""
+        """The table as the engine has it, contiguous reals, and the offset of its first column."""
         bias = self._source.bias
         if bias is None:
             return None, 0
         real = torch.float64 if self._source.query.dtype == torch.float64 else torch.float32
-        bias = bias.to(real).reshape((1,) * (3 - bias.dim()) + bias.shape)
         bias, first = table.extended(bias, self._source.bias_origin, self._source.beyond)
-        return bias.contiguous(), first
+        return bias.to(real).contiguous(), first
 
     def tensor(self, tensor: Tensor | None) -> bytes:
         """The C struct of a tensor with the rows of this call."""
@@ -201,10 +197,10 @@ class _Call:
         return tensor.data_ptr(), 0 if self._source.cu_seqlens_q is not None else batch, *strides
 
     def fold(self, dbias: Tensor) -> Tensor:
-        """The gradient of that table as the caller's, in its shape and dtype."""
+        """The gradient of that table as the caller's."""
         bias = self._source.bias
         assert bias is not None
-        return table.trimmed(dbias, self._source.beyond).reshape(bias.shape).to(bias.dtype)
+        return table.trimmed(dbias, self._source.beyond).to(bias.dtype)
 
 
 def _engine() -> ctypes.CDLL:
@@ -219,6 +215,11 @@ def _num_threads() -> int:
 
 def _address(tensor: Tensor | None) -> int:
     return 0 if tensor is None else tensor.data_ptr()
+
+
+def _stride_between(positions: Tensor | None) -> int:
+    """From one sequence's positions to the next's: 0 where they share them."""
+    return 0 if positions is None or positions.dim() == 1 else positions.stride(0)
 
 
 def _check_status(status: int) -> None:
