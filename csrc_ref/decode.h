@@ -243,19 +243,20 @@ template <class Real, class Operand> class Decode {
     }
   }
 
-  // Adds up what a head's tasks found, and writes its rows.
+  // Adds up what a head's tasks found, in the place of the first, and writes its rows.
   void combine(int64_t b, int64_t h) const {
     const int len_q = int(p.sequences[b].len_q);
     for (int row = 0; row < int(group) * len_q; ++row) {
-      Real max = kNoScore, sum = 0, acc[kMaxDim + W] = {};
-      for (int64_t part = 0; part < parts; ++part) max = std::max(max, partial(b, h, part, row).max);
-      for (int64_t part = 0; part < parts; ++part) {
-        const Partial sums = partial(b, h, part, row);
-        const Real factor = std::exp2(sums.max - max);
-        sum += factor * sums.sum;
-        for (int d = 0; d < padded_v; ++d) acc[d] += factor * sums.acc[d];
+      const Partial all = partial(b, h, 0, row);
+      for (int64_t part = 1; part < parts; ++part) {
+        const Partial next = partial(b, h, part, row);
+        const Real max = std::max(all.max, next.max);
+        const Real rescale = std::exp2(all.max - max), factor = std::exp2(next.max - max);
+        all.max = max;
+        all.sum = rescale * all.sum + factor * next.sum;
+        for (int d = 0; d < padded_v; ++d) all.acc[d] = rescale * all.acc[d] + factor * next.acc[d];
       }
-      outputs.write(b, h * group + row / len_q, row % len_q, max, sum, acc);
+      outputs.write(b, h * group + row / len_q, row % len_q, all.max, all.sum, all.acc);
     }
   }
 

@@ -81,6 +81,28 @@ template <class Real, class Stored> TOB_INLINE typename Simd<Real>::Vec load_sto
   }
 }
 
+// A vector of reals as stored numbers.
+template <class Real, class Stored> TOB_INLINE void store_stored(Stored *data, typename Simd<Real>::Vec reals) {
+  using S = Simd<Real>;
+  if constexpr (std::is_same_v<Stored, Real>) {
+    S::store(data, reals);
+  } else if constexpr (std::is_same_v<Stored, BFloat16>) {
+    typedef uint16_t Halves __attribute__((vector_size(2 * S::kLanes)));
+    const auto bits = (typename S::Bits)reals;
+    const auto rounded = reals != reals ? 0x7fc0 - typename S::Bits{} : (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
+    const Halves halves = __builtin_convertvector(rounded, Halves);
+    std::memcpy(data, &halves, sizeof halves);
+  } else {
+#if defined(__AVX512F__) && TOB_VECTOR_BYTES == 64
+    _mm256_storeu_si256(reinterpret_cast<__m256i *>(data), _mm512_cvtps_ph((__m512)reals, 0));
+#elif defined(__AVX2__) && defined(__F16C__) && TOB_VECTOR_BYTES == 32
+    _mm_storeu_si128(reinterpret_cast<__m128i *>(data), _mm256_cvtps_ph((__m256)reals, 0));
+#else
+    for (int lane = 0; lane < S::kLanes; ++lane) data[lane] = Stored::from(reals[lane]);
+#endif
+  }
+}
+
 // A vector of elements: stored numbers as reals, or as they are.
 template <class Stored, class Element> TOB_INLINE void copy_vector(const Stored *from, Element *to) {
   if constexpr (std::is_same_v<Stored, Element>) std::memcpy(to, from, TOB_VECTOR_BYTES);

@@ -64,14 +64,17 @@ template <class Element> void read_rows(const Matrix &m, int64_t first, int coun
 // m[first + i] = factor * rows[i * row_stride ..] for `count` rows.
 template <class Real>
 void write_rows(const Matrix &m, int64_t first, int count, Real factor, const Real *rows, int64_t row_stride) {
+  constexpr int W = Simd<Real>::kLanes;
+  const int whole = m.stride_d == 1 ? m.dim / W * W : 0;
   visit_stored<Real>(m, [&](auto *data) {
     using Stored = std::remove_pointer_t<decltype(data)>;
     data += first * m.stride_l;
     for (int i = 0; i < count; ++i, data += m.stride_l, rows += row_stride) {
-      if (m.stride_d == 1)
-        for (int d = 0; d < m.dim; ++d) data[d] = stored_as<Real, Stored>(factor * rows[d]);
-      else
-        for (int d = 0; d < m.dim; ++d) data[d * m.stride_d] = stored_as<Real, Stored>(factor * rows[d]);
+      for (int d = 0; d < whole; d += W) {
+        prefetch(data + d, kRowsAhead, m.stride_l);
+        store_stored<Real>(data + d, factor * Simd<Real>::load(rows + d));
+      }
+      for (int d = whole; d < m.dim; ++d) data[d * m.stride_d] = stored_as<Real, Stored>(factor * rows[d]);
     }
   });
 }

@@ -9,11 +9,12 @@ from triton_offset_bias import offset_bias_attention
 from triton_offset_bias.backends import cpp
 
 
+@pytest.mark.parametrize("dim", [7, 16])
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_half_results_are_rounded_to_nearest(precise_backend, dtype):
+def test_half_results_are_rounded_to_nearest(precise_backend, dtype, dim):
     """Bit for bit where the softmax is exact: four keys that score alike."""
     q, k = torch.zeros(1, 2, 3, 16, dtype=dtype), torch.randn(1, 2, 4, 16).to(dtype)
-    v, dout = torch.randn(1, 2, 4, 16).to(dtype), torch.randn(1, 2, 3, 16).to(dtype)
+    v, dout = torch.randn(1, 2, 4, dim).to(dtype), torch.randn(1, 2, 3, dim).to(dtype)
     v.requires_grad_()
     out = offset_bias_attention(q, k, v, None, backend=precise_backend)
     assert torch.equal(out, v.float().mean(2, keepdim=True).to(dtype).expand_as(out))
@@ -48,10 +49,11 @@ def test_half_results_are_float32_results_rounded_to_nearest(precise_backend, dt
         assert torch.equal(getattr(got, name), getattr(expected, name).to(dtype)), name
 
 
-def test_small_float16_values_keep_their_digits(precise_backend):
+@pytest.mark.parametrize("dim", [7, 16])
+def test_small_float16_values_keep_their_digits(precise_backend, dim):
     """Subnormal halves, which the tolerance rule would not miss, pass through reading, arithmetic and writing."""
     q, k = torch.randn(1, 1, 8, 16).half(), torch.randn(1, 1, 12, 16).half()
-    v = (torch.randint(1, 500, (1, 1, 12, 16)).double() * 2**-24).half()
+    v = (torch.randint(1, 500, (1, 1, 12, dim)).double() * 2**-24).half()
     out = offset_bias_attention(q, k, v, None, backend=precise_backend)
     ref64 = oracle(q, k, v, None).out
     assert (out.double() - ref64).abs().max() <= 2**-25 * 1.001

@@ -97,8 +97,11 @@ ENGINE = mutants_in("csrc_ref", {
     ],
     "decode.h": [
         ("parts are added up without rescaling", "test_decode.py", "cpp and long and beyond",
-         "const Real factor = std::exp2(sums.max - max);",
-         "const Real factor = 1;"),
+         "factor = std::exp2(next.max - max);",
+         "factor = 1;"),
+        ("what earlier parts found is not rescaled", "test_decode.py", "cpp and long and beyond",
+         "const Real rescale = std::exp2(all.max - max)",
+         "const Real rescale = 1"),
         ("the first query sees the last one's bias", "test_decode.py", "cpp and sixteen",
          "t.strip + len_q - 1 - row % len_q",
          "t.strip + row % len_q"),
@@ -126,6 +129,9 @@ ENGINE = mutants_in("csrc_ref", {
         ("bfloat16 is cut, not rounded", "test_half_precision.py", "cpp and rounded_to_nearest",
          "(b + 0x7fff + ((b >> 16) & 1)) >> 16",
          "b >> 16"),
+        ("vectors of bfloat16 are cut, not rounded", "test_half_precision.py", "cpp and rounded_to_nearest",
+         "(bits + 0x7fff + ((bits >> 16) & 1)) >> 16",
+         "bits >> 16"),
     ],
     "packing.h": [
         ("a bfloat16 row's neighbour is cleared in its stead", "test_empty_rows.py", "cpp and takes_no_part",
