@@ -159,6 +159,34 @@ except KeyboardInterrupt:
     assert done.stdout.strip() == "interrupted True", done.stderr
 
 
+@needs_linux
+def test_a_call_without_memory_says_so_and_lets_go_of_its_tensors():
+    """The process may have its outputs (42 MB), but not the engine's scratch (150 MB): smaller calls go on."""
+    code = """
+import os, resource, weakref, torch
+from pathlib import Path
+from triton_offset_bias import offset_bias_attention
+def attend(length):
+    q = torch.ones(1, 1, length, 64, dtype=torch.bfloat16)
+    seen.append(weakref.ref(q))
+    return offset_bias_attention(q, q, q, torch.zeros(1, 5), window_size=(8, 8), backend="cpp")
+seen = []
+expected = attend(100)
+in_use = int(Path("/proc/self/statm").read_text().split()[0]) * os.sysconf("SC_PAGE_SIZE")
+_, hard = resource.getrlimit(resource.RLIMIT_AS)
+for _ in range(2):
+    resource.setrlimit(resource.RLIMIT_AS, (in_use + 100 * 2**20, hard))
+    try:
+        attend(300_000)
+    except MemoryError as error:
+        print(error)
+    print(torch.equal(attend(100), expected), all(tensor() is None for tensor in seen))
+"""
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    failure = "the CPU engine could not allocate its scratch memory"
+    assert done.stdout.splitlines() == [failure, "True True"] * 2, done.stderr
+
+
 def test_errors_leave_no_state_behind():
     """Refused arguments, an operator's error in forward, and one in a hook of backward: the next call is as before."""
     call = build(MIXED[2])

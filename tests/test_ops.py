@@ -1,5 +1,7 @@
 """The operators inside of torch's machinery: compile, autocast, checkpointing, partial backward passes, opcheck."""
 
+import re
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -7,6 +9,7 @@ from cases import Call, Case, assert_matches_oracle, build, results_of
 from oracle import Results, oracle
 from tolerance import assert_accurate
 from torch._dynamo.testing import CompileCounterWithBackend
+from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils.checkpoint import checkpoint
 
 from triton_offset_bias import offset_bias_attention, table
@@ -188,12 +191,12 @@ def test_the_operator_passes_torchs_own_checks(requires_grad):
 
 @pytest.mark.parametrize("needs", [[True] * 4, [True, False, False, True]])
 @pytest.mark.parametrize("beyond", table.BEYOND[:2])
-@pytest.mark.parametrize("bias_dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(("bias_heads", "bias_dtype"), [(4, torch.float32), (1, torch.float32), (4, torch.bfloat16)])
 @pytest.mark.parametrize("num_keys", [0, 19])
-def test_the_backward_operator_passes_torchs_own_checks(needs, beyond, bias_dtype, num_keys):
+def test_the_backward_operator_passes_torchs_own_checks(needs, beyond, bias_heads, bias_dtype, num_keys):
     """The same for the gradient's operator, with all gradients and with some, from a table that is a view."""
     arguments = _operator_arguments(False) | {"beyond": beyond, "max_seqlen_k": num_keys}
-    arguments["bias"] = arguments["bias"].to(bias_dtype).t().contiguous().t()
+    arguments["bias"] = arguments["bias"][:bias_heads].to(bias_dtype).t().contiguous().t()
     for name, axis in (("key", 2), ("value", 2), ("key_padding_mask", 1)):
         arguments[name] = arguments[name].narrow(axis, 0, num_keys)
     forward = torch.ops.triton_offset_bias.attention.default
@@ -208,3 +211,34 @@ def test_the_backward_operator_passes_torchs_own_checks(needs, beyond, bias_dtyp
     }
     operator = torch.ops.triton_offset_bias.attention_backward.default
     torch.library.opcheck(operator, _matching(operator, arguments))
+
+
+@pytest.mark.cpu_only
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ({"key": torch.zeros(2, 2, 19, 16, dtype=torch.float64)}, "`key` must have `query`'s dtype"),
+        ({"value": torch.zeros(2, 2, 9, 12)}, "`value` must have `key`'s length 19"),
+        ({"bias": torch.zeros(3, 37)}, "`bias` must have 4 heads or 1"),
+        ({"key_padding_mask": torch.ones(2, 9, dtype=torch.bool)}, "`key_padding_mask` must have shape (2, 19)"),
+        ({"query": torch.zeros(2, 4, 17, 257)}, "backend 'cpp' does not support this call: serves head dims up to 256"),
+        ({"max_seqlen_q": 16}, "the lengths that this graph was traced for, 16 and 19, got 17 and 19"),
+    ],
+    ids=lambda x: next(iter(x)) if isinstance(x, dict) else "",
+)
+def test_the_operator_refuses_tensors_that_do_not_fit(wrong, message):
+    """Those that no public function lets through: a graph calls the operator with what it is given."""
+    operator = torch.ops.triton_offset_bias.attention.default
+    with pytest.raises((TypeError, ValueError, NotImplementedError), match=re.escape(message)):
+        operator(*_matching(operator, _operator_arguments(False) | wrong))
+
+
+@pytest.mark.cpu_only
+def test_a_graph_whose_lengths_are_constants_serves_no_others():
+    """`make_fx` and `torch.jit.trace` make them so; the engine must not read and write past the end of tensors."""
+    q, shorter, longer = (torch.randn(1, 2, length, 8) for length in (9, 5, 13))
+    graph = make_fx(lambda q: offset_bias_attention(q, q, q, None, is_causal=True))(q)
+    assert torch.equal(graph(q), offset_bias_attention(q, q, q, None, is_causal=True))
+    for other in (shorter, longer):
+        with pytest.raises(ValueError, match="traced for, 9 and 9, got"):
+            graph(other)

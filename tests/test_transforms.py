@@ -24,9 +24,9 @@ def _model() -> OffsetBiasAttention:
 
 
 def test_an_exported_model_serves_every_length_and_batch_with_equal_results():
-    """The table's range follows the symbolic length."""
+    """The table's range follows the symbolic length, which nothing binds."""
     model = _model()
-    sizes = {"x": {0: torch.export.Dim("batch"), 1: torch.export.Dim("length", min=2, max=4096)}}
+    sizes = {"x": {0: torch.export.Dim("batch"), 1: torch.export.Dim("length", min=2)}}
     exported = torch.export.export(model, (torch.randn(2, 33, 16),), dynamic_shapes=sizes).module()
     for batch, length in ((2, 33), (3, 90), (1, 7)):
         x = torch.randn(batch, length, 16)

@@ -10,8 +10,7 @@ from triton_offset_bias.problem import Problem
 from triton_offset_bias.tensor_checks import (
     check_bias,
     check_bounds,
-    check_key_padding_mask,
-    check_positions,
+    check_padded,
     check_sizes,
     check_tensors,
 )
@@ -23,7 +22,6 @@ from triton_offset_bias.validators import (
     checked_int,
     checked_scale,
     checked_window,
-    shape,
 )
 
 
@@ -59,19 +57,9 @@ def check_attention(
         TypeError: an argument has the wrong type or dtype.
         ValueError: an argument has the wrong shape, device or value.
     """
-    check_tensors(query, key, value, "(batch, heads, length, head_dim)", 4)
-    for name, tensor in (("key", key), ("value", value)):
-        if tensor.shape[0] != query.shape[0]:
-            raise ValueError(f"`{name}` must have `query`'s batch size {query.shape[0]}, got shape {shape(tensor)}")
-    check_sizes(query, key, value, enable_gqa, heads=1, length=2)
-    batch, num_heads, len_q, _ = query.shape
-    len_k = key.shape[2]
-    if bias is not None:
-        check_bias(bias, query, batch, num_heads)
-    if key_padding_mask is not None:
-        check_key_padding_mask(key_padding_mask, query, batch, len_k)
-    has_positions = check_positions(query, query_positions, key_positions, batch, len_q, len_k)
-    if has_positions and query_start is not None:
+    check_padded(query, key, value, bias, key_padding_mask, query_positions, key_positions, enable_gqa=enable_gqa)
+    len_q, len_k = query.shape[2], key.shape[2]
+    if query_positions is not None and query_start is not None:
         raise ValueError(
             "`query_start` must be None when positions are given, since these already place the queries, "
             f"got {query_start!r}"

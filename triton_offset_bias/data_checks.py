@@ -1,4 +1,4 @@
-"""Checks that have to look at the values of tensors. They are made inside the operators, where tracing does not look.
+"""Checks inside the operators: of values, which tracing does not see, and of what a graph may get wrong.
 
 On a GPU looking means to wait for the device. It is done for `beyond="error"` alone, whose user asks for it; there the
 values of `cu_seqlens_q` and `cu_seqlens_k` are not looked at, as in flash-attn.
@@ -10,10 +10,12 @@ from torch import Tensor
 
 from triton_offset_bias import table
 from triton_offset_bias.problem import Problem
+from triton_offset_bias.tensor_checks import check_padded
 
 
 def check_data(problem: Problem) -> None:
-    """Raises ValueError for sequence bounds that are none, and for attended offsets that "error" forbids."""
+    """Raises ValueError for tensors that do not fit, for bounds that are none, and for offsets that "error" forbids."""
+    _check_fit(problem)
     if problem.cu_seqlens_q is not None and problem.query.device.type == "cpu":
         sequences(problem)
     if problem.beyond != "error" or problem.bias is None or not problem.query.numel() or not problem.key.numel():
@@ -21,6 +23,18 @@ def check_data(problem: Problem) -> None:
     extremes = _attended_extremes(problem)
     if extremes is not None:
         table.check_reach(problem.bias.shape[-1], problem.bias_origin, *extremes)
+
+
+def _check_fit(problem: Problem) -> None:
+    """Raises for tensors other than the public functions let through: a graph calls the operator with any."""
+    check_padded(*problem[:7], enable_gqa=True, num_sequences=problem.num_sequences)
+    lengths = problem.query.shape[2], problem.key.shape[2]
+    if problem.cu_seqlens_q is None and lengths != (problem.max_seqlen_q, problem.max_seqlen_k):
+        raise ValueError(
+            f"`query` and `key` must have the lengths that this graph was traced for, {problem.max_seqlen_q} and "
+            f"{problem.max_seqlen_k}, got {lengths[0]} and {lengths[1]}: torch.jit.trace and make_fx make constants of "
+            "them; torch.export and torch.compile need not"
+        )
 
 
 def sequences(problem: Problem) -> list[tuple[int, int, int, int]]:

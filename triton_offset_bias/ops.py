@@ -40,15 +40,15 @@ def attention(problem: Problem, backend: str) -> tuple[Tensor, Tensor]:
             f"backend {backend!r} does not support the transforms of torch.func (vmap, grad, jvp, ...): fold what vmap "
             "maps over into the batch, take gradients by torch.autograd, or use backend='reference'"
         )
-    # A graph has the operator as a node. Without one, the rule that the operator would begin with begins at once.
-    call = _attention_op if torch.compiler.is_compiling() else _attention_rule
-    out, lse, _, _ = call(*problem, backend)
+    out, lse, _, _ = _attention_op(*problem, backend)
     return out, lse
 
 
 def _forward(*args):
     *fields, backend = args
     problem = Problem(*fields)
+    if reasons := _FUSED[backend].problem_reasons(problem):
+        raise NotImplementedError(f"backend {backend!r} does not support this call: {'; '.join(reasons)}")
     check_data(problem)
     out, lse, row_max, row_sum = outputs = _new_outputs(problem.query, problem.value)
     if out.numel() > 0 and problem.key.shape[2] > 0:

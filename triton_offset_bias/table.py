@@ -117,5 +117,5 @@ def extended(bias: Tensor, origin: int, beyond: str) -> tuple[Tensor, int]:
 
 
 def trimmed(grad: Tensor, beyond: str) -> Tensor:
-    """The transpose of `extended`: the gradient, contiguous as it came, without the columns that were added."""
-    return grad[..., 1:-1].contiguous() if beyond == "zero" else grad
+    """The transpose of `extended`: the gradient without the columns that were added, in memory of its own."""
+    return grad[..., 1:-1].clone(memory_format=torch.contiguous_format) if beyond == "zero" else grad

@@ -9,6 +9,33 @@ FLOAT_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 INTEGER_DTYPES = (torch.int8, torch.int16, torch.int32, torch.int64, torch.uint8)
 
 
+def check_padded(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    bias: Tensor | None,
+    key_padding_mask: Tensor | None,
+    query_positions: Tensor | None,
+    key_positions: Tensor | None,
+    *,
+    enable_gqa: bool,
+    num_sequences: int | None = None,
+) -> None:
+    """Raises unless the tensors fit one another; a `bias` may have one table for each of `num_sequences`, or batch."""
+    check_tensors(query, key, value, "(batch, heads, length, head_dim)", 4)
+    for name, tensor in (("key", key), ("value", value)):
+        if tensor.shape[0] != query.shape[0]:
+            raise ValueError(f"`{name}` must have `query`'s batch size {query.shape[0]}, got shape {shape(tensor)}")
+    check_sizes(query, key, value, enable_gqa, heads=1, length=2)
+    batch, num_heads, len_q, _ = query.shape
+    len_k = key.shape[2]
+    if bias is not None:
+        check_bias(bias, query, batch if num_sequences is None else num_sequences, num_heads)
+    if key_padding_mask is not None:
+        _check_key_padding_mask(key_padding_mask, query, batch, len_k)
+    _check_positions(query, query_positions, key_positions, batch, len_q, len_k)
+
+
 def check_tensors(query: Tensor, key: Tensor, value: Tensor, layout: str, axes: int) -> None:
     """Raises unless the three are tensors of one floating dtype and device, laid out as `layout` says."""
     for name, tensor in (("query", query), ("key", key), ("value", value)):
@@ -70,7 +97,7 @@ def check_bias(bias: Tensor, query: Tensor, batch: int, num_heads: int) -> None:
         raise ValueError(f"`bias` must have batch size {batch}, got shape {shape(bias)}")
 
 
-def check_key_padding_mask(mask: Tensor, query: Tensor, batch: int, len_k: int) -> None:
+def _check_key_padding_mask(mask: Tensor, query: Tensor, batch: int, len_k: int) -> None:
     """Raises unless `mask` is a (batch, len_k) bool tensor."""
     check_tensor("key_padding_mask", mask)
     if mask.dtype != torch.bool:
@@ -80,12 +107,12 @@ def check_key_padding_mask(mask: Tensor, query: Tensor, batch: int, len_k: int) 
         raise ValueError(f"`key_padding_mask` must have shape ({batch}, {len_k}), got shape {shape(mask)}")
 
 
-def check_positions(
+def _check_positions(
     query: Tensor, query_positions: Tensor | None, key_positions: Tensor | None, batch: int, len_q: int, len_k: int
-) -> bool:
-    """Whether there are positions; raises unless they are integers of fitting shapes."""
+) -> None:
+    """Raises unless there are none, or both are integers of fitting shapes."""
     if query_positions is None and key_positions is None:
-        return False
+        return
     for name, positions, length in (
         ("query_positions", query_positions, len_q),
         ("key_positions", key_positions, len_k),
@@ -102,7 +129,6 @@ def check_positions(
             )
         if positions.dim() == 2 and positions.shape[0] != batch:
             raise ValueError(f"`{name}` must have batch size {batch}, got shape {shape(positions)}")
-    return True
 
 
 def check_bounds(name: str, cu_seqlens: Tensor, query: Tensor) -> None:

@@ -35,7 +35,8 @@ def checked_int(name: str, value: int) -> int:
     """`value`, an int; NumPy's integers become one."""
     if isinstance(value, bool) or not isinstance(value, int | torch.SymInt | Integral):
         raise TypeError(f"`{name}` must be an int, got {value!r}")
-    if not -table.UNLIMITED < value < table.UNLIMITED:
+    # Asking binds a symbolic number, which tensors' sizes keep small.
+    if not isinstance(value, torch.SymInt) and not -table.UNLIMITED < value < table.UNLIMITED:
         raise ValueError(f"`{name}` must be between -2**61 and 2**61, got {value}")
     return value if isinstance(value, int | torch.SymInt) else int(value)
 

@@ -32,7 +32,7 @@ BUILD_VARIABLE = "TRITON_OFFSET_BIAS_BUILD"
 FOLDER_VARIABLE = "TRITON_OFFSET_BIAS_FOLDER"
 
 _DTYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
-_ERRORS = {1: MemoryError("the CPU engine could not allocate its scratch memory")}
+_ERROR_MEMORY = 1
 
 
 # The structs of engine.h, in the order of their fields.
@@ -223,5 +223,7 @@ def _stride_between(positions: Tensor | None) -> int:
 
 
 def _check_status(status: int) -> None:
+    if status == _ERROR_MEMORY:
+        raise MemoryError("the CPU engine could not allocate its scratch memory")
     if status:
-        raise _ERRORS.get(status, RuntimeError(f"the CPU engine refused the call (status {status})"))
+        raise RuntimeError(f"the CPU engine refused the call (status {status})")

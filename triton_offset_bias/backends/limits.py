@@ -1,5 +1,7 @@
 """What the fused backends have in common: the sizes that they serve."""
 
+import torch
+
 from triton_offset_bias.problem import Problem
 
 MAX_HEAD_DIM = 256
@@ -7,10 +9,14 @@ MAX_LENGTH = 2**30
 
 
 def exceeded_limits(problem: Problem) -> list[str]:
-    """Reasons not to serve `problem` that hold for every fused backend."""
+    """Reasons not to serve `problem` that hold for every fused backend.
+
+    Lengths are not asked for in tracing, which would bind them: the operator asks again.
+    """
     reasons = []
     if problem.query.shape[3] > MAX_HEAD_DIM or problem.value.shape[3] > MAX_HEAD_DIM:
         reasons.append(f"serves head dims up to {MAX_HEAD_DIM}")
-    if problem.query.shape[2] >= MAX_LENGTH or problem.key.shape[2] >= MAX_LENGTH:
+    longest = 0 if torch.compiler.is_compiling() else max(problem.query.shape[2], problem.key.shape[2])
+    if longest >= MAX_LENGTH:
         reasons.append(f"serves lengths below {MAX_LENGTH}")
     return reasons
