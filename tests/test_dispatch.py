@@ -17,16 +17,18 @@ def inputs() -> list[torch.Tensor]:
 
 @pytest.fixture
 def served_by(monkeypatch) -> list[str]:
-    """The names of the backends that answered "no reason against it" and hence served, in order."""
+    """The names of the backends that computed, in order."""
     served = []
     for name, module in BACKENDS.items():
+        function = "attention" if name == "reference" else "forward"
 
-        def reasons(problem, name=name, ask=module.unsupported_reasons):
-            answer = ask(problem)
-            served.extend([] if answer else [name])
-            return answer
+        original = getattr(module, function)
 
-        monkeypatch.setattr(module, "unsupported_reasons", reasons)
+        def compute(*args, name=name, original=original):
+            served.append(name)
+            return original(*args)
+
+        monkeypatch.setattr(module, function, compute)
     return served
 
 

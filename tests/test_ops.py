@@ -189,6 +189,7 @@ def test_the_operator_passes_torchs_own_checks(requires_grad):
     torch.library.opcheck(operator, _matching(operator, _operator_arguments(requires_grad)))
 
 
+@pytest.mark.cpu_only
 @pytest.mark.parametrize("needs", [[True] * 4, [True, False, False, True]])
 @pytest.mark.parametrize("beyond", table.BEYOND[:2])
 @pytest.mark.parametrize(("bias_heads", "bias_dtype"), [(4, torch.float32), (1, torch.float32), (4, torch.bfloat16)])
@@ -222,6 +223,7 @@ def test_the_backward_operator_passes_torchs_own_checks(needs, beyond, bias_head
         ({"bias": torch.zeros(3, 37)}, "`bias` must have 4 heads or 1"),
         ({"key_padding_mask": torch.ones(2, 9, dtype=torch.bool)}, "`key_padding_mask` must have shape (2, 19)"),
         ({"query": torch.zeros(2, 4, 17, 257)}, "backend 'cpp' does not support this call: serves head dims up to 256"),
+        ({"backend": "triton"}, "backend 'triton' does not support this call: "),
         ({"max_seqlen_q": 16}, "the lengths that this graph was traced for, 16 and 19, got 17 and 19"),
     ],
     ids=lambda x: next(iter(x)) if isinstance(x, dict) else "",

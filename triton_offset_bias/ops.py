@@ -47,7 +47,7 @@ def attention(problem: Problem, backend: str) -> tuple[Tensor, Tensor]:
 def _forward(*args):
     *fields, backend = args
     problem = Problem(*fields)
-    if reasons := _FUSED[backend].problem_reasons(problem):
+    if reasons := _FUSED[backend].unsupported_reasons(problem):
         raise NotImplementedError(f"backend {backend!r} does not support this call: {'; '.join(reasons)}")
     check_data(problem)
     out, lse, row_max, row_sum = outputs = _new_outputs(problem.query, problem.value)
