@@ -162,6 +162,30 @@ def test_a_module_made_without_memory_works_once_it_has_some(build, formula):
     assert torch.equal(later(-9, 30), module(-9, 30))
 
 
+@pytest.mark.parametrize("assign", [False, True])
+def test_state_dicts_from_when_fires_numbers_had_no_axis_load_too(assign):
+    """Inside of another module as well; the dict that is loaded stays as it was."""
+    saved, loaded = (OffsetBiasAttention(24, HEADS, FireBias(HEADS, THRESHOLD, hidden_size=8)) for _ in range(2))
+    _shaken(saved)
+    state = saved.state_dict()
+    old = {name: x[0] if name in ("bias.c", "bias.limit") else x for name, x in state.items()}
+    assert old["bias.limit"].shape == ()
+    loaded.load_state_dict(old, assign=assign)
+    assert old["bias.limit"].shape == ()
+    assert loaded.bias.c.shape == loaded.bias.limit.shape == (1,)
+    assert torch.equal(loaded.bias(-9, 30), saved.bias(-9, 30))
+    with pytest.raises(RuntimeError, match=r"size mismatch for bias.c: .*torch.Size\(\[2\]\)"):
+        loaded.load_state_dict({**state, "bias.c": torch.zeros(2)})
+
+
+@every_module
+def test_every_parameter_and_buffer_has_an_axis(build, formula):
+    """`fully_shard` takes no others."""
+    module = build()
+    tensors = dict([*module.named_parameters(), *module.named_buffers()])
+    assert [name for name, x in tensors.items() if x.dim() == 0] == []
+
+
 @pytest.mark.parametrize("limit", [THRESHOLD, 2.5 * THRESHOLD, 0.5 * THRESHOLD])
 def test_fire_is_exact_for_every_query_up_to_the_threshold(limit):
     """The paper's formula divides by the larger of L and the query's position; below the threshold L is held there."""

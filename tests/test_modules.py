@@ -48,6 +48,14 @@ def test_a_table_is_float32_whatever_the_modules_dtype():
     assert bias.weight.grad.dtype == torch.bfloat16
 
 
+@pytest.mark.parametrize("num_heads", [1, 3])
+def test_a_table_is_no_view_of_the_parameter(num_heads):
+    """`fully_shard` frees the parameter's memory once the table is made."""
+    for bias, table in ((b := OffsetBias(num_heads, 5), b(-4, 4)), (b := OffsetBias2d(num_heads, (2, 3)), b())):
+        (parameter,) = bias.parameters()
+        assert table.untyped_storage().data_ptr() != parameter.untyped_storage().data_ptr()
+
+
 BAD_CALLS = {
     "no probability": (lambda: OffsetBiasAttention(12, 4, None, dropout_p=2.0), r"`dropout_p` .*got 2.0"),
     "no heads": (lambda: OffsetBias(0, 4), r"`num_heads` .*1, got 0"),

@@ -87,6 +87,12 @@ PACKAGE = mutants_in("triton_offset_bias", {
         ("FIRE serves queries beyond its threshold", "test_bias_modules.py", "bad_argument",
          "abs(offset) > self.threshold",
          "offset > self.threshold"),
+        ("FIRE's limit has no axis", "test_bias_modules.py", "has_an_axis",
+         "torch.full((1,), float(threshold))",
+         "torch.tensor(float(threshold))"),
+        ("old state dicts of FIRE do not load", "test_bias_modules.py", "no_axis",
+         "state_dict[name] = state_dict[name].reshape(1)",
+         "pass"),
     ],
     "modules/kerple.py": [
         ("the power is not held below 2", "test_bias_modules.py", "formula",
@@ -97,6 +103,9 @@ PACKAGE = mutants_in("triton_offset_bias", {
         ("rows are as far apart as the window is high", "test_public_biases.py", "swin",
          "rows[:, None] * (2 * self.width - 1)",
          "rows[:, None] * (2 * self.height - 1)"),
+        ("the table is a view of the parameter", "test_modules.py", "no_view",
+         ".T.clone(memory_format=torch.contiguous_format)",
+         ".T"),
     ],
     "integrations/transformers/t5.py": [
         ("encoders' tables begin at offset 0", "integrations/test_transformers_seq2seq.py", "gradient and t5",

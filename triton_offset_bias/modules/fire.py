@@ -1,6 +1,7 @@
 """FIRE: a small network on the logarithm of the distance."""
 
 from contextlib import nullcontext
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -28,11 +29,13 @@ class FireBias(nn.Module):
         hidden_size: width of the hidden layer.
 
     Attributes:
-        c: () parameter, initially 0.1; its sign does not matter.
-        limit: () parameter, the paper's L, initially `threshold`. Below `threshold` it counts as `threshold` and gets
+        c: (1,) parameter, initially 0.1; its sign does not matter.
+        limit: (1,) parameter, the paper's L, initially `threshold`. Below `threshold` it counts as `threshold` and gets
             no gradient: a smaller L would not be a table.
         hidden, out: f's layers, Linear(1, hidden_size), then ReLU, and Linear(hidden_size, num_heads), initialised as
             torch does.
+
+    State dicts in which `c` and `limit` have no axis, (), load too.
 
     Raises:
         TypeError: an argument is no int.
@@ -47,8 +50,9 @@ class FireBias(nn.Module):
         self.num_heads = checked_count("num_heads", num_heads)
         self.threshold = checked_count("threshold", threshold)
         self.hidden_size = checked_count("hidden_size", hidden_size)
-        self.c = nn.Parameter(torch.tensor(0.1))
-        self.limit = nn.Parameter(torch.tensor(float(threshold)))
+        # One axis, for `fully_shard` takes no parameter without any.
+        self.c = nn.Parameter(torch.full((1,), 0.1))
+        self.limit = nn.Parameter(torch.full((1,), float(threshold)))
         self.hidden = nn.Linear(1, hidden_size)
         self.out = nn.Linear(hidden_size, num_heads)
 
@@ -79,6 +83,12 @@ class FireBias(nn.Module):
         with torch.autocast(device_type, enabled=False) if has_autocast else nullcontext():
             hidden = torch.relu(_linear(self.hidden, normalised[:, None]))  # (offsets, hidden_size)
             return _linear(self.out, hidden).T
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        for name in (f"{prefix}c", f"{prefix}limit"):
+            if isinstance(state_dict.get(name), Tensor) and state_dict[name].dim() == 0:
+                state_dict[name] = state_dict[name].reshape(1)
+        super()._load_from_state_dict(state_dict, prefix, *args)
 
     def _psi(self, distances: Tensor) -> Tensor:
         return torch.log1p(self.c.float().abs() * distances)

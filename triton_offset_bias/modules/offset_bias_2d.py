@@ -46,7 +46,8 @@ class OffsetBias2d(nn.Module):
 
     def forward(self) -> Tensor:
         """The table: (num_heads, (2 height - 1) * (2 width - 1)) float32; the default `bias_origin` is its own."""
-        return self.relative_position_bias_table.float().T
+        # Never a view: `fully_shard` frees the parameter's memory as soon as this has returned.
+        return self.relative_position_bias_table.float().T.clone(memory_format=torch.contiguous_format)
 
     def positions(self) -> Tensor:
         """The position of every token of a window, row by row: (height * width,) int64."""
