@@ -24,6 +24,11 @@ KERNELS = mutants_in("triton_offset_bias/backends/triton", {
          "tl.where(is_empty, 1.0, l_i))) * LN_2",
          "tl.where(is_empty, 1.0, l_i)))"),
     ],
+    "target.py": [
+        ("the newer switch of TF32 is not asked", "test_triton_precision.py", "told_to",
+         "if setting is None else setting",
+         "if setting is not None else setting"),
+    ],
     "blocks.py": [
         ("the last key of the band is left out", "test_attention.py", "triton and seen and block",
          "end = tl.minimum(start + BLOCK - band_lo, length)",

@@ -63,7 +63,7 @@ class Call:
             "IS_PACKED": self.is_packed,
             "DROPOUT_ROUNDS": 0 if problem.seed is None else dropout.ROUNDS,
             "USE_ASM": self.target.startswith("cuda"),
-            "PRECISION": precision(),
+            "PRECISION": precision(query.dtype),
         }
 
     def strides(self, x: Tensor) -> tuple[Any, ...]:

@@ -39,8 +39,25 @@ def multiprocessors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count
 
 
-def precision() -> str:
-    """How float32 is multiplied; other dtypes have one way."""
+def precision(dtype: torch.dtype) -> str:
+    """How tiles of `dtype` are multiplied: "upcast" | "tf32" | "ieee", which is the one way of 16-bit numbers."""
     if interprets():
         return "upcast"
-    return "tf32" if torch.backends.cuda.matmul.allow_tf32 else "ieee"
+    return "tf32" if dtype == torch.float32 and has_tf32(target()) and allows_tf32() else "ieee"
+
+
+def has_tf32(name: str) -> bool:
+    """Whether Triton multiplies in TF32 on that target: NVIDIA's since Ampere, and one of AMD's."""
+    backend, _, arch = name.partition(":")
+    return int(arch) >= 80 if backend == "cuda" else arch == "gfx942"
+
+
+def allows_tf32() -> bool:
+    """Whether torch's settings let float32 matrices be multiplied in TF32.
+
+    Since torch 2.9 `fp32_precision` knows what was set by it, by its parent `torch.backends.fp32_precision` and by the
+    older `allow_tf32`; the older one raises once one of the others was used.
+    """
+    matmul = torch.backends.cuda.matmul
+    setting: str | None = getattr(matmul, "fp32_precision", None)
+    return bool(matmul.allow_tf32) if setting is None else setting == "tf32"
