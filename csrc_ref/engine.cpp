@@ -58,7 +58,7 @@ int tob_backward(const tob_problem *problem, const tob_tensor *out, const tob_ro
   });
 }
 
-const char *tob_best_build(void) {
+const char *tob_widest_build(void) {
 #if defined(__x86_64__)
   const bool has_avx512 = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                           __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
@@ -69,6 +69,14 @@ const char *tob_best_build(void) {
   if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c")) return "avx2";
 #endif
   return "portable";
+}
+
+int tob_is_intel(void) {
+#if defined(__x86_64__)
+  return __builtin_cpu_is("intel") != 0;
+#else
+  return 0;
+#endif
 }
 
 const char *tob_build_description(void) {

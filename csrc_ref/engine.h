@@ -84,8 +84,12 @@ TOB_API int tob_backward(const tob_problem *problem, const tob_tensor *out, cons
                          const tob_tensor *dout, const void *dlse, const tob_tensor *dquery, const tob_tensor *dkey,
                          const tob_tensor *dvalue, void *dbias);
 
-/* The fastest build of this engine that the processor can run: "avx512_bf16", "avx512", "avx2" or "portable". */
-TOB_API const char *tob_best_build(void);
+/* The widest build of this engine that the processor can run: "avx512_bf16", "avx512", "avx2" or "portable". It can run
+   those behind it too. */
+TOB_API const char *tob_widest_build(void);
+
+/* Whether the processor is Intel's: their products of bfloat16 numbers take longer than those of floats. */
+TOB_API int tob_is_intel(void);
 
 /* What this build computes with, for people. */
 TOB_API const char *tob_build_description(void);

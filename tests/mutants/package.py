@@ -57,7 +57,12 @@ PACKAGE = mutants_in("triton_offset_bias", {
          'list(BACKENDS) if name == "auto" else [name]',
          'list(BACKENDS) if name == "auto" else [name, "reference"]'),
     ],
-    "backends/cpp.py": [
+    "backends/cpp/library.py": [
+        ("Intel's processors get the build that is slow there", "test_builds.py", "fast or processor",
+         'not (is_intel and build == "avx512_bf16")',
+         "True"),
+    ],
+    "backends/cpp/__init__.py": [
         ("every sequence has the first one's positions", "test_positions.py", "cpp and accurate",
          "return 0 if positions is None or positions.dim() == 1 else positions.stride(0)",
          "return 0"),

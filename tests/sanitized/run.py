@@ -114,7 +114,7 @@ def is_older(target: Path, *sources: Path) -> bool:
 
 def usable_builds() -> list[str]:
     """The builds that this processor runs, the fastest first."""
-    code = "from triton_offset_bias.backends import cpp; print(*cpp.BUILDS[cpp.BUILDS.index(cpp.BUILD):])"
+    code = "from triton_offset_bias.backends import cpp; print(*cpp.RUNNABLE)"
     return subprocess.check_output([sys.executable, "-c", code], cwd=ROOT, text=True).split()
 
 

@@ -1,23 +1,22 @@
 """The compiled CPU engine (`csrc_ref/`), called through ctypes; the contract is in `csrc_ref/engine.h`.
 
-The package holds one build of the engine for each instruction set; the fastest that the processor can run is loaded at
-import. `TRITON_OFFSET_BIAS_BUILD=portable` (or another of `BUILDS`) asks for one by name, `TRITON_OFFSET_BIAS_FOLDER`
-for those in a folder instead of the package's. A process that was forked after the import works on one thread.
+Which build of it is called, `library` decides. A process that was forked after the import works on one thread.
 """
 
 import ctypes
-import importlib.machinery
 import os
 import struct
-from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from triton_offset_bias import dropout, positions, table
+from triton_offset_bias.backends.cpp import library
+from triton_offset_bias.backends.cpp.library import BUILD_VARIABLE, BUILDS, FOLDER_VARIABLE
 from triton_offset_bias.backends.limits import exceeded_limits
 from triton_offset_bias.problem import Problem
 
+__all__ = ["BUILDS", "BUILD_VARIABLE", "FOLDER_VARIABLE"]
 SERVES = "CPU tensors; float16, bfloat16, float32, float64; head dims 1 to 256"
 PROPERTIES = {
     "runs on": "CPUs: AVX2, AVX-512, AVX512_BF16, any other with GCC or Clang",
@@ -27,10 +26,6 @@ PROPERTIES = {
     "`torch.compile(fullgraph=True)`, `torch.export`, autocast, checkpointing": "yes",
     "second derivatives, forward mode, `torch.func`": "no (a clear error)",
 }
-BUILDS = ("avx512_bf16", "avx512", "avx2", "portable")  # each runs where those before it do
-BUILD_VARIABLE = "TRITON_OFFSET_BIAS_BUILD"
-FOLDER_VARIABLE = "TRITON_OFFSET_BIAS_FOLDER"
-
 _DTYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
 _ERROR_MEMORY = 1
 
@@ -48,56 +43,21 @@ _PROBLEM = struct.Struct(
 )
 
 
-def _library_path(build: str) -> Path | None:
-    folder = Path(os.environ.get(FOLDER_VARIABLE) or Path(__file__).parents[1])
-    candidates = (folder / f"_engine_{build}{suffix}" for suffix in importlib.machinery.EXTENSION_SUFFIXES)
-    return next((path for path in candidates if path.exists()), None)
-
-
-def _load() -> tuple[ctypes.CDLL | None, str, str]:
-    """The engine, its build's name, and why there is no engine if there is none."""
-    wanted = os.environ.get(BUILD_VARIABLE, "")
-    if wanted and wanted not in BUILDS:
-        return None, "", f"{BUILD_VARIABLE} must be one of {', '.join(BUILDS)}, got {wanted!r}"
-    portable = _library_path("portable")
-    if portable is None:
-        return None, "", "the engine was not compiled: install a C++ compiler, then install the package again"
-    try:
-        # The engine's OpenMP calls bind to the runtime that torch has brought into the process: there is no second.
-        engine = ctypes.CDLL(str(portable))
-        engine.tob_best_build.restype = ctypes.c_char_p
-        best = engine.tob_best_build().decode()
-        if wanted and BUILDS.index(wanted) < BUILDS.index(best):
-            return None, "", f"{BUILD_VARIABLE}={wanted}, but this processor runs {best} at most"
-        build = wanted or next(b for b in BUILDS[BUILDS.index(best) :] if _library_path(b))
-        path = _library_path(build)
-        if path is None:
-            return None, "", f"{BUILD_VARIABLE}={wanted}, but that build was not compiled"
-        engine = ctypes.CDLL(str(path))
-    except OSError as error:
-        return None, "", f"the engine could not be loaded: {error}"
-    engine.tob_build_description.restype = ctypes.c_char_p
-    # Every argument is a pointer: an address, or the bytes of a struct.
-    engine.tob_forward.argtypes = [ctypes.c_void_p] * 4
-    engine.tob_backward.argtypes = [ctypes.c_void_p] * 9
-    return engine, build, ""
-
-
-_ENGINE, BUILD, _WHY_NOT = _load()
+_ENGINE, _REASON, BUILD, RUNNABLE = library.load()
 _PROCESS = os.getpid()
 
 
 def build_description() -> str:
-    """What this backend is built for here, for people."""
+    """What this backend is built for here and why it was chosen, for people."""
     if _ENGINE is None:
         return "not built"
-    found = ", ".join(build for build in BUILDS if _library_path(build))
-    return f"{BUILD} ({_ENGINE.tob_build_description().decode()}); installed builds: {found}"
+    found = ", ".join(build for build in BUILDS if library.path_of(build))
+    return f"{BUILD} ({_ENGINE.tob_build_description().decode()}), {_REASON}; installed builds: {found}"
 
 
 def unavailable_reasons() -> list[str]:
     """Why this backend cannot serve any call here."""
-    return [_WHY_NOT] if _ENGINE is None else []
+    return [_REASON] if _ENGINE is None else []
 
 
 def problem_reasons(problem: Problem) -> list[str]:

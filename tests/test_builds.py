@@ -1,0 +1,92 @@
+"""Which build of the CPU engine is loaded, and what the user is told of it."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from triton_offset_bias.backends import cpp
+from triton_offset_bias.backends.cpp import library
+
+pytestmark = pytest.mark.cpu_only
+ROOT = Path(__file__).parents[1]
+
+
+def _report(**environment: str) -> str:
+    """What `python -m triton_offset_bias.info` prints."""
+    command = [sys.executable, "-m", "triton_offset_bias.info"]
+    environment = {**os.environ, **environment}
+    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=True).stdout
+
+
+@pytest.mark.parametrize(("first", "chosen"), [(0, "avx512"), (1, "avx512"), (2, "avx2"), (3, "portable")])
+def test_the_build_that_multiplies_bfloat16_is_for_processors_that_do_it_fast(first, chosen):
+    """Intel's do it at half the rate of float32; elsewhere the widest build is the fastest."""
+    runnable = cpp.BUILDS[first:]
+    assert library.fastest_builds(runnable, is_intel=True)[0] == chosen
+    assert library.fastest_builds(runnable, is_intel=False) == runnable
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_the_engine_knows_whose_processor_it_runs_on_and_info_says_what_was_chosen():
+    """As the kernel tells; the choice of a build hangs on it."""
+    is_intel = "GenuineIntel" in Path("/proc/cpuinfo").read_text()
+    assert library.load().library.tob_is_intel() == is_intel
+    report = _report(**{cpp.BUILD_VARIABLE: ""})
+    assert f"built for  {library.fastest_builds(cpp.RUNNABLE, is_intel)[0]} (" in report
+    assert "the fastest on this processor" in report
+    assert ("multiplies bfloat16 numbers slowly" in report) == (is_intel and cpp.RUNNABLE[0] == "avx512_bf16")
+
+
+def test_info_says_that_a_build_was_asked_for():
+    """By the name of the variable; the slower builds can be asked for everywhere."""
+    report = _report(**{cpp.BUILD_VARIABLE: "portable"})
+    assert "built for  portable (" in report
+    assert f"asked for by {cpp.BUILD_VARIABLE}" in report
+
+
+@pytest.mark.parametrize(
+    ("is_intel", "compiled", "build", "reason"),
+    [
+        (1, cpp.BUILDS, "avx512", "which runs avx512_bf16 too but multiplies bfloat16 numbers slowly"),
+        (0, cpp.BUILDS, "avx512_bf16", "the fastest on this processor"),
+        (1, ("avx512_bf16", "portable"), "portable", "avx512 would be faster and was not compiled"),
+    ],
+)
+def test_a_processor_gets_its_build(monkeypatch, is_intel, compiled, build, reason):
+    """One that runs all builds, of either maker; with those that were compiled."""
+
+    class Function:
+        def __init__(self, result):
+            self.result = result
+
+        def __call__(self):
+            return self.result
+
+    class Library:
+        def __init__(self, path):
+            self.tob_widest_build, self.tob_is_intel = Function(b"avx512_bf16"), Function(is_intel)
+            self.tob_build_description = self.tob_forward = self.tob_backward = Function(None)
+
+    monkeypatch.delenv(cpp.BUILD_VARIABLE, raising=False)
+    monkeypatch.setattr(library.ctypes, "CDLL", Library)
+    monkeypatch.setattr(library, "path_of", lambda name: Path(name) if name in compiled else None)
+    engine = library.load()
+    assert engine.build == build
+    assert reason in engine.reason
+    monkeypatch.setenv(cpp.BUILD_VARIABLE, "avx512_bf16")
+    assert library.load().build == "avx512_bf16"
+
+
+def test_an_engine_of_other_sources_is_not_called(monkeypatch):
+    """One that lacks a function gives a reason, no exception at import."""
+
+    class Library:
+        def __init__(self, path):
+            pass
+
+    monkeypatch.setattr(library.ctypes, "CDLL", Library)
+    assert library.load().library is None
+    assert "compiled from other sources" in library.load().reason
