@@ -6,7 +6,7 @@ import transformers_cases as cases
 import transformers_models as models
 from transformers_models import LONG
 
-from triton_offset_bias.integrations.transformers.replacement import Replacement
+from triton_offset_bias.integrations.replacement import Replacement
 
 TEXT, PIXELS = {"input_ids": LONG[:, :50]}, {"pixel_values": torch.ones(1, 3, 64, 64)}
 # Of each family a model, what to call it with, and the name of its attention's dropout.

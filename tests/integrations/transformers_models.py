@@ -61,9 +61,9 @@ def bloom() -> transformers.BloomForCausalLM:
     return randomized(transformers.BloomForCausalLM, transformers.BloomConfig(**BLOOM))
 
 
-def falcon(**own: object) -> transformers.FalconForCausalLM:
+def falcon(implementation: str = "eager", **own: object) -> transformers.FalconForCausalLM:
     """Falcon."""
-    return randomized(transformers.FalconForCausalLM, transformers.FalconConfig(**{**FALCON, **own}))
+    return randomized(transformers.FalconForCausalLM, transformers.FalconConfig(**{**FALCON, **own}), implementation)
 
 
 def mpnet() -> transformers.MPNetForMaskedLM:
@@ -100,3 +100,33 @@ def swinv2() -> transformers.Swinv2ForImageClassification:
 def t5_inputs() -> dict[str, torch.Tensor]:
     """What to call T5 with: 3 sequences, one whole, one padded on its left, one on its right."""
     return {"input_ids": tokens(3, 30, 0), "attention_mask": padded(3, 30), "labels": tokens(3, 20, 1)}
+
+
+def _relative_of_t5(name: str, **own: object) -> transformers.PreTrainedModel:
+    config = getattr(transformers, f"{name}Config")(**{**T5, **own})
+    return randomized(getattr(transformers, f"{name}ForConditionalGeneration"), config)
+
+
+_SWITCH = {"num_experts": 2, "num_sparse_encoder_layers": 1, "router_jitter_noise": 0.0, "expert_capacity": 200}
+_TEXT_PAIR = {"input_ids": tokens(2, 13, 0), "decoder_input_ids": tokens(2, 7, 1)}
+_TEXT = {"input_ids": tokens(2, 13, 0)}
+_IMAGES = {"pixel_values": torch.rand(2, 3, 64, 64, generator=torch.Generator().manual_seed(0), device="cpu")}
+# One model of each served type, and what to call it with.
+EVERY_TYPE = {
+    "t5": (t5, _TEXT_PAIR),
+    "mt5": (lambda: _relative_of_t5("MT5"), _TEXT_PAIR),
+    "umt5": (lambda: _relative_of_t5("UMT5"), _TEXT_PAIR),
+    "longt5": (longt5, _TEXT_PAIR),
+    "switch_transformers": (lambda: _relative_of_t5("SwitchTransformers", **_SWITCH), _TEXT_PAIR),
+    "pop2piano": (
+        lambda: _relative_of_t5("Pop2Piano"),
+        {"inputs_embeds": torch.ones(2, 13, 16), "decoder_input_ids": tokens(2, 7, 1)},
+    ),
+    "mpnet": (mpnet, _TEXT),
+    "bloom": (bloom, _TEXT),
+    "falcon": (lambda: falcon("sdpa", alibi=True), _TEXT),
+    "mpt": (mpt, _TEXT),
+    "swin": (swin, _IMAGES),
+    "swinv2": (swinv2, _IMAGES),
+    "beit": (beit, _IMAGES),
+}

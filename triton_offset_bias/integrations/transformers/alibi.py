@@ -13,7 +13,8 @@ from transformers.models.bloom.modeling_bloom import BloomAttention
 from transformers.models.falcon.modeling_falcon import FalconAttention
 from transformers.models.mpt.modeling_mpt import MptAttention, MptBlock
 
-from triton_offset_bias.integrations.transformers.replacement import Replacement, refuse_attentions
+from triton_offset_bias.integrations.replacement import Replacement
+from triton_offset_bias.integrations.transformers.attention import MaskedAttention, refuse_attentions
 from triton_offset_bias.modules.alibi import alibi_slopes
 
 
@@ -31,7 +32,7 @@ def _penalties(slopes: Tensor, num_keys: int) -> Tensor:
     return -slopes[:, None] * torch.arange(num_keys, device=slopes.device)
 
 
-class OffsetBiasBloomAttention(Replacement, BloomAttention):
+class OffsetBiasBloomAttention(MaskedAttention, BloomAttention):
     """BLOOM's attention."""
 
     def forward(
@@ -78,7 +79,7 @@ class OffsetBiasBloomAttention(Replacement, BloomAttention):
         return residual + out, None
 
 
-class OffsetBiasMptAttention(Replacement, MptAttention):
+class OffsetBiasMptAttention(MaskedAttention, MptAttention):
     """MPT's attention."""
 
     def forward(
@@ -148,7 +149,7 @@ class OffsetBiasMptBlock(Replacement, MptBlock):
         return super().forward(hidden_states, position_bias, attention_mask, layer_past, use_cache, **kwargs)
 
 
-class OffsetBiasFalconAttention(Replacement, FalconAttention):
+class OffsetBiasFalconAttention(MaskedAttention, FalconAttention):
     """Falcon's attention with ALiBi, as its `sdpa` implementation has it: the `eager` one adds ALiBi twice."""
 
     def forward(

@@ -1,6 +1,6 @@
 """BEiT, whose window is the whole image, with a class token that has numbers of its own."""
 
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -8,8 +8,8 @@ from torch.nn import functional
 from transformers import PretrainedConfig
 from transformers.models.beit.modeling_beit import BeitAttention, BeitRelativePositionBias
 
-from triton_offset_bias.functional import offset_bias_attention
-from triton_offset_bias.integrations.transformers.replacement import Replacement, refuse_attentions
+from triton_offset_bias.integrations.replacement import ReplacedAttention, Replacement
+from triton_offset_bias.integrations.transformers.attention import refuse_attentions
 from triton_offset_bias.integrations.transformers.windows import places_of
 
 
@@ -20,9 +20,10 @@ def unserved_reason(config: PretrainedConfig) -> str | None:
     return "use_relative_position_bias=False and use_shared_relative_position_bias=False: it has no bias"
 
 
-@dataclass
-class WindowBias:
+class WindowBias(NamedTuple):
     """What stands for BEiT's dense bias: a table, and the places of all tokens, the class token first.
+
+    A tuple, so that whatever moves or looks for tensors finds those in it.
 
     Attributes:
         table: (H, offsets).
@@ -35,7 +36,7 @@ class WindowBias:
     query_positions: Tensor
     key_positions: Tensor
 
-    def __add__(self, other: object) -> "WindowBias":
+    def __add__(self, other: object) -> "WindowBias":  # type: ignore[override]
         """The sum of two biases, as of a shared one and a layer's own.
 
         Raises:
@@ -91,7 +92,7 @@ class OffsetBiasBeitRelativePositionBias(Replacement, BeitRelativePositionBias):
         )
 
 
-class OffsetBiasBeitAttention(Replacement, BeitAttention):
+class OffsetBiasBeitAttention(ReplacedAttention, BeitAttention):
     """BEiT's attention."""
 
     def forward(
@@ -121,7 +122,7 @@ class OffsetBiasBeitAttention(Replacement, BeitAttention):
             projection(hidden_states).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
             for projection in (self.q_proj, self.k_proj, self.v_proj)
         )
-        out = offset_bias_attention(
+        out = self.attention(
             query,
             key,
             value,
@@ -131,9 +132,8 @@ class OffsetBiasBeitAttention(Replacement, BeitAttention):
             bias_origin=attention_mask.origin,
             query_positions=attention_mask.query_positions,
             key_positions=attention_mask.key_positions,
-            backend=self.offset_bias_backend,
         )
-        return self.o_proj(out.transpose(1, 2).flatten(2)), None
+        return self.o_proj(out), None
 
 
 REPLACEMENTS: tuple[type[Replacement], ...] = (OffsetBiasBeitRelativePositionBias, OffsetBiasBeitAttention)

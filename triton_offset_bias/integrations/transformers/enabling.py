@@ -3,11 +3,18 @@
 import copy
 from importlib import import_module
 
+from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel
 
 from triton_offset_bias.dispatch import BACKENDS
+from triton_offset_bias.integrations.replacement import (
+    Replacement,
+    replace,
+    replacement_for,
+    restore,
+    unreplaceable_reason,
+)
 from triton_offset_bias.integrations.transformers.masks import NUMBERED, PLAIN, TABLE
-from triton_offset_bias.integrations.transformers.replacement import Replacement
 
 # Of every model type that is served, the module here that holds its adapter.
 SERVED: dict[str, str] = {
@@ -43,7 +50,8 @@ def enable_offset_bias(model: PreTrainedModel, backend: str = "auto") -> None:
     times position to bfloat16, here the slope alone is rounded: the same up to position 256 for slopes that are powers
     of 2, and an approximation for others.
 
-    The model gets its own copy of its configuration, for other models may share the one it has.
+    The model gets its own copy of its configuration, for other models may share the one it has. Hooks and wrappers,
+    such as those of accelerate, may be on the model before, and may come and go afterwards.
 
     Args:
         model: a model of one of the `SERVED` types, with any head.
@@ -52,7 +60,8 @@ def enable_offset_bias(model: PreTrainedModel, backend: str = "auto") -> None:
     Raises:
         TypeError: `model` is no `PreTrainedModel`.
         ValueError: its type is not served, it is enabled already or returns attention weights; `backend` is unknown.
-        NotImplementedError: its type is served, but not with this configuration.
+        NotImplementedError: its type is served, but not with this configuration, or something wrapped around one of its
+            modules keeps the module's own attention out of reach. Nothing is changed then.
 
     Source:
         Raffel et al. 2020 (T5, arXiv:1910.10683), section 2.1; Press et al. 2022 (ALiBi, arXiv:2108.12409), section 3;
@@ -61,19 +70,13 @@ def enable_offset_bias(model: PreTrainedModel, backend: str = "auto") -> None:
     classes = _replacements(model)
     if backend != "auto" and backend not in BACKENDS:
         raise ValueError(f"`backend` must be one of {', '.join(map(repr, ('auto', *BACKENDS)))}, got {backend!r}")
-    replaced = [module for module in model.modules() if type(module) in classes]
-    if not replaced:
-        raise NotImplementedError(
-            f"`model` must hold one of {', '.join(sorted(cls.__name__ for cls in classes))}, got none: "
-            "build it with attn_implementation='eager'"
-        )
+    replaced = _replaced_modules(model, classes)
     configs = _own_configs(model)
     setattr(model, _STATE, [(config, config._attn_implementation) for config in configs])
     for config in configs:
         config._attn_implementation = _MASKS.get(model.config.model_type, PLAIN)
-    for module in replaced:
-        module.__class__ = classes[type(module)]
-        module.offset_bias_backend = backend
+    for module, cls in replaced:
+        replace(module, cls, backend)
 
 
 def disable_offset_bias(model: PreTrainedModel) -> None:
@@ -91,9 +94,7 @@ def disable_offset_bias(model: PreTrainedModel) -> None:
         config._attn_implementation = implementation
     delattr(model, _STATE)
     for module in model.modules():
-        if isinstance(module, Replacement):
-            del module.offset_bias_backend
-            module.__class__ = type(module).__bases__[-1]
+        restore(module)
 
 
 def _replacements(model: PreTrainedModel) -> dict[type, type[Replacement]]:
@@ -111,7 +112,28 @@ def _replacements(model: PreTrainedModel) -> dict[type, type[Replacement]]:
     reason = adapter.unserved_reason(model.config)
     if reason is not None:
         raise NotImplementedError(f"{model_type} is not served with {reason}")
-    return {cls.__bases__[-1]: cls for cls in adapter.REPLACEMENTS}
+    return {cls.replaced: cls for cls in adapter.REPLACEMENTS}
+
+
+def _replaced_modules(
+    model: PreTrainedModel, classes: dict[type, type[Replacement]]
+) -> list[tuple[nn.Module, type[Replacement]]]:
+    """The modules that are to be replaced, each with its new class."""
+    replaced = []
+    for name, module in model.named_modules():
+        cls = replacement_for(module, classes)
+        if cls is None:
+            continue
+        reason = unreplaceable_reason(module, cls)
+        if reason is not None:
+            raise NotImplementedError(f"`model` has {name!r}, which cannot be made to attend through here: {reason}")
+        replaced.append((module, cls))
+    if not replaced:
+        raise NotImplementedError(
+            f"`model` must hold one of {', '.join(sorted(cls.__name__ for cls in classes))}, got none: "
+            "build it with attn_implementation='eager'"
+        )
+    return replaced
 
 
 def _own_configs(model: PreTrainedModel) -> list[PretrainedConfig]:

@@ -4,7 +4,8 @@ from torch import Tensor
 from transformers import PretrainedConfig
 from transformers.models.mpnet.modeling_mpnet import MPNetEncoder, MPNetSelfAttention
 
-from triton_offset_bias.integrations.transformers.replacement import Replacement, refuse_attentions
+from triton_offset_bias.integrations.replacement import Replacement
+from triton_offset_bias.integrations.transformers.attention import MaskedAttention, refuse_attentions
 from triton_offset_bias.modules.t5 import t5_buckets
 
 # MPNet's code does not take them from its configuration.
@@ -33,7 +34,7 @@ class OffsetBiasMPNetEncoder(Replacement, MPNetEncoder):
         return self.relative_attention_bias(buckets).T
 
 
-class OffsetBiasMPNetSelfAttention(Replacement, MPNetSelfAttention):
+class OffsetBiasMPNetSelfAttention(MaskedAttention, MPNetSelfAttention):
     """MPNet's attention."""
 
     def forward(

@@ -3,11 +3,12 @@
 Their layers look a bucket's number up for every pair, which gives a (1, heads, queries, keys) `position_bias` that the
 first layer computes and the others are handed. Here the same argument carries the table, (heads, offsets): one column
 per offset as far as `relative_attention_max_distance`, from where on all offsets share a bucket, so that the table's
-ends stand for all of them.
+ends stand for all of them. A table without columns stands for no bias, as in cross-attention.
 """
 
+import torch
 from torch import Tensor, nn
-from transformers import AttentionInterface, PretrainedConfig
+from transformers import AttentionInterface, Cache, EncoderDecoderCache, PretrainedConfig
 from transformers.models.longt5.modeling_longt5 import LongT5Attention, LongT5LocalAttention
 from transformers.models.mt5.modeling_mt5 import MT5Attention
 from transformers.models.pop2piano.modeling_pop2piano import Pop2PianoAttention
@@ -15,8 +16,9 @@ from transformers.models.switch_transformers.modeling_switch_transformers import
 from transformers.models.t5.modeling_t5 import T5Attention
 from transformers.models.umt5.modeling_umt5 import UMT5Attention
 
+from triton_offset_bias.integrations.replacement import Replacement
+from triton_offset_bias.integrations.transformers.attention import MaskedAttention, refuse_attentions
 from triton_offset_bias.integrations.transformers.masks import TABLE
-from triton_offset_bias.integrations.transformers.replacement import Replacement, refuse_attentions
 from triton_offset_bias.modules.t5 import t5_buckets
 
 
@@ -30,10 +32,13 @@ def unserved_reason(config: PretrainedConfig) -> str | None:
     return None
 
 
-class _BucketTable(Replacement):
+class _BucketTable(MaskedAttention):
     """What every attention layer of the family has: perhaps an embedding of buckets, and its reach."""
 
     is_decoder: bool
+    n_heads: int
+    has_relative_attention_bias: bool
+    relative_attention_bias: nn.Embedding
     relative_attention_num_buckets: int
     relative_attention_max_distance: int
 
@@ -42,47 +47,62 @@ class _BucketTable(Replacement):
         """The table's column of offset 0."""
         return 0 if self.is_decoder else self.relative_attention_max_distance
 
-    def table(self) -> Tensor | None:
-        """(heads, offsets), from -max_distance, or 0 in decoders, to max_distance; None in layers without their own."""
-        embedding: nn.Embedding | None = getattr(self, "relative_attention_bias", None)
-        if embedding is None:
-            return None
+    def table(self, device: torch.device) -> Tensor:
+        """(heads, offsets): the offsets from -max_distance, or 0 in decoders, to max_distance; none without a bias."""
+        if not self.has_relative_attention_bias:
+            return torch.empty(self.n_heads, 0, device=device)
         buckets = t5_buckets(
             -self.table_origin,
             self.relative_attention_max_distance,
             self.relative_attention_num_buckets,
             self.relative_attention_max_distance,
             bidirectional=not self.is_decoder,
-            device=embedding.weight.device,
+            device=device,
         )
-        return embedding(buckets).T
+        return self.relative_attention_bias(buckets).T
 
 
 class _TableAttention(_BucketTable):
-    """Self- and cross-attention of the family; reached through `transformers.AttentionInterface`."""
+    """Self- and cross-attention, whose own `forward` comes to `attend_with_table` by the `AttentionInterface`."""
 
     config: PretrainedConfig
     is_causal: bool
 
-    @property
-    def has_relative_attention_bias(self) -> bool:
-        """True: layers without a `position_bias` ask `compute_bias`, instead of building a dense one of zeros."""
-        return True
-
     def compute_bias(
-        self, query_length: int, key_length: int, device: object = None, past_seen_tokens: object = 0
-    ) -> Tensor | None:
-        """The table in place of the dense bias; None for no bias, as in cross-attention.
+        self, query_length: int, key_length: int, device: torch.device | None = None, past_seen_tokens: object = 0
+    ) -> Tensor:
+        """The table in place of the dense bias.
 
         Raises:
             RuntimeError: the model was told to attend in another way since it was enabled.
         """
+        self._check_implementation()
+        return self.table(self.relative_attention_bias.weight.device if device is None else device)
+
+    def _check_implementation(self) -> None:
         if self.config._attn_implementation != TABLE:
             raise RuntimeError(
                 f"`attn_implementation` must stay {TABLE!r} until disable_offset_bias(model) is called, "
                 f"got {self.config._attn_implementation!r}"
             )
-        return self.table()
+
+
+class _SharedTableAttention(_TableAttention):
+    """A layer that is handed the first layer's table."""
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        mask: Tensor | None = None,
+        key_value_states: Tensor | None = None,
+        position_bias: Tensor | None = None,
+        *args: object,
+        **kwargs: object,
+    ) -> tuple[Tensor, Tensor, None]:
+        """As the layer's own, which builds a dense bias of zeros where it has no bias and is handed none."""
+        self._check_implementation()
+        position_bias = self.table(hidden_states.device) if position_bias is None else position_bias
+        return super().forward(hidden_states, mask, key_value_states, position_bias, *args, **kwargs)  # type: ignore[misc]
 
 
 def attend_with_table(
@@ -106,7 +126,8 @@ def attend_with_table(
         attention_mask: what `padding_of` takes.
         scaling: factor on the products, 1 in this family.
         dropout: probability of dropping a weight.
-        position_bias: the table of `module` or of the first layer; None for no bias.
+        position_bias: the table of `module` or of the first layer. One without columns is no bias, and so is a dense
+            one: only a layer without a bias builds one, of zeros, and only where it is called past its `forward` here.
         output_attentions: must be False.
 
     Returns:
@@ -121,42 +142,91 @@ def attend_with_table(
             f"{type(module).__name__}: build the model with attn_implementation='eager'"
         )
     refuse_attentions(output_attentions)
+    bias = None if position_bias is None or position_bias.dim() != 2 or not position_bias.shape[1] else position_bias
     out = module.attend(
         query,
         key,
         value,
-        position_bias,
+        bias,
         attention_mask,
         scale=scaling,
         dropout_p=dropout,
         bias_origin=module.table_origin,
         # Older UMT5 layers do not know that they are causal; but of a decoder's layers only those with a table are.
-        is_causal=module.is_causal or (module.is_decoder and position_bias is not None),
+        is_causal=module.is_causal or (module.is_decoder and bias is not None),
     )
     return out, None
 
 
-class OffsetBiasT5Attention(_TableAttention, T5Attention):
+class OffsetBiasT5Attention(_SharedTableAttention, T5Attention):
     """T5's attention."""
 
 
-class OffsetBiasMT5Attention(_TableAttention, MT5Attention):
+class OffsetBiasMT5Attention(_SharedTableAttention, MT5Attention):
     """mT5's attention."""
 
 
 class OffsetBiasUMT5Attention(_TableAttention, UMT5Attention):
-    """UMT5's attention: every layer has a table of its own."""
+    """UMT5's attention: every layer has a table of its own, cross-attention has none."""
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        encoder_hidden_states: Tensor | None = None,
+        cache: Cache | None = None,
+        attention_mask: Tensor | None = None,
+        past_key_values: Cache | None = None,
+        **kwargs: object,
+    ) -> tuple[Tensor, None]:
+        """As the layer's own, which builds a dense bias of zeros in cross-attention.
+
+        Args:
+            hidden_states: (B, Lq, d_model).
+            encoder_hidden_states: (B, Lk, d_model) in cross-attention, else None.
+            cache: what keys and values are added to, in cross-attention once.
+            attention_mask: what `padding_of` takes.
+            past_key_values: the name of `cache` in older versions.
+
+        Returns:
+            (B, Lq, d_model), and None for the weights.
+        """
+        self._check_implementation()
+        cache = past_key_values if cache is None else cache
+        if encoder_hidden_states is None:
+            return super().forward(hidden_states, None, cache, attention_mask, **kwargs)
+        query = self._heads(self.q(hidden_states))
+        key, value = self._encoded(encoder_hidden_states, cache)
+        dropout_p = self.dropout if self.training else 0.0
+        out = self.attend(query, key, value, None, attention_mask, scale=self.scaling, dropout_p=dropout_p)
+        return self.o(out), None
+
+    def _encoded(self, encoder_hidden_states: Tensor, cache: Cache | None) -> tuple[Tensor, Tensor]:
+        """Keys and values of the encoder, (B, H, Lk, D) each, from the cache if they are there."""
+        own_cache = cache.cross_attention_cache if isinstance(cache, EncoderDecoderCache) else cache
+        if isinstance(cache, EncoderDecoderCache) and cache.is_updated.get(self.layer_idx):
+            layer = cache.cross_attention_cache.layers[self.layer_idx]
+            return layer.keys, layer.values
+        key, value = (self._heads(projection(encoder_hidden_states)) for projection in (self.k, self.v))
+        if own_cache is not None:
+            key, value = own_cache.update(key, value, self.layer_idx)
+        if isinstance(cache, EncoderDecoderCache):
+            cache.is_updated[self.layer_idx] = True
+        return key, value
+
+    def _heads(self, states: Tensor) -> Tensor:
+        """(B, H, L, D)."""
+        return states.unflatten(-1, (self.n_heads, self.key_value_proj_dim)).transpose(1, 2)
 
 
-class OffsetBiasLongT5Attention(_TableAttention, LongT5Attention):
+class OffsetBiasLongT5Attention(_SharedTableAttention, LongT5Attention):
     """The attention of LongT5's decoder."""
 
 
-class OffsetBiasSwitchTransformersAttention(_TableAttention, SwitchTransformersAttention):
+class OffsetBiasSwitchTransformersAttention(_SharedTableAttention, SwitchTransformersAttention):
     """Switch Transformers' attention."""
 
 
-class OffsetBiasPop2PianoAttention(_TableAttention, Pop2PianoAttention):
+class OffsetBiasPop2PianoAttention(_SharedTableAttention, Pop2PianoAttention):
     """Pop2Piano's attention."""
 
 
@@ -182,7 +252,7 @@ class OffsetBiasLongT5LocalAttention(_BucketTable, LongT5LocalAttention):
             (B, L, d_model), and the table for the next layers.
         """
         refuse_attentions(output_attentions)
-        table = self.table() if position_bias is None else position_bias
+        table = self.table(hidden_states.device) if position_bias is None else position_bias
         length = hidden_states.shape[1]
         # A key is padding where it may not even attend to itself, in the middle one of its block's three.
         middle = None if mask is None else mask[..., self.block_len : 2 * self.block_len]

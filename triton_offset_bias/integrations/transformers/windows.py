@@ -10,11 +10,11 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 from transformers import PretrainedConfig
-from transformers.models.swin.modeling_swin import SwinAttention
+from transformers.models.swin.modeling_swin import SwinAttention, SwinRelativePositionBias
 from transformers.models.swinv2.modeling_swinv2 import Swinv2SelfAttention
 
-from triton_offset_bias.functional import offset_bias_attention
-from triton_offset_bias.integrations.transformers.replacement import Replacement, refuse_attentions
+from triton_offset_bias.integrations.replacement import ReplacedAttention, Replacement
+from triton_offset_bias.integrations.transformers.attention import refuse_attentions
 
 
 def unserved_reason(config: PretrainedConfig) -> None:
@@ -29,7 +29,7 @@ def places_of(height: int, width: int, device: torch.device) -> Tensor:
 
 
 def _attend_in_windows(
-    module: Replacement,
+    module: ReplacedAttention,
     states: tuple[Tensor, Tensor, Tensor],
     table: Tensor,
     window_size: tuple[int, int],
@@ -40,7 +40,7 @@ def _attend_in_windows(
     """Attention within windows, each token within its region.
 
     Args:
-        module: tells the backend.
+        module: the layer.
         states: query, key and value, each (B * windows, H, tokens, D).
         table: (H, offsets), the offset 0 in its middle.
         window_size: height and width, of as many tokens.
@@ -58,7 +58,7 @@ def _attend_in_windows(
         # A region is called after its first token. Regions so far apart are out of each other's window of attention.
         regions = (mask == 0).int().argmax(-1)
         places = (places + regions * table.shape[-1]).repeat(query.shape[0] // mask.shape[0], 1)
-    out = offset_bias_attention(
+    return module.attention(
         query,
         key,
         value,
@@ -68,12 +68,18 @@ def _attend_in_windows(
         window_size=(reach, reach),
         query_positions=places,
         key_positions=places,
-        backend=module.offset_bias_backend,
     )
-    return out.transpose(1, 2).flatten(2)
 
 
-class OffsetBiasSwinAttention(Replacement, SwinAttention):
+class OffsetBiasSwinRelativePositionBias(Replacement, SwinRelativePositionBias):
+    """Swin's bias, a module of its own so that hooks on it have its parameter at hand."""
+
+    def forward(self) -> Tensor:
+        """(H, offsets): the table."""
+        return self.relative_position_bias_table.T
+
+
+class OffsetBiasSwinAttention(ReplacedAttention, SwinAttention):
     """Swin's attention."""
 
     def forward(
@@ -101,7 +107,7 @@ class OffsetBiasSwinAttention(Replacement, SwinAttention):
         out = _attend_in_windows(
             self,
             (query, key, value),
-            self.relative_position_bias.relative_position_bias_table.T,
+            self.relative_position_bias(),
             self.relative_position_bias.window_size,
             attention_mask,
             self.scaling,
@@ -110,7 +116,7 @@ class OffsetBiasSwinAttention(Replacement, SwinAttention):
         return self.o_proj(out), None
 
 
-class OffsetBiasSwinv2SelfAttention(Replacement, Swinv2SelfAttention):
+class OffsetBiasSwinv2SelfAttention(ReplacedAttention, Swinv2SelfAttention):
     """Swin V2's attention: cosines times a learned scale per head, and a bias that a small network gives."""
 
     def forward(
@@ -145,4 +151,8 @@ class OffsetBiasSwinv2SelfAttention(Replacement, Swinv2SelfAttention):
         return (out,)
 
 
-REPLACEMENTS: tuple[type[Replacement], ...] = (OffsetBiasSwinAttention, OffsetBiasSwinv2SelfAttention)
+REPLACEMENTS: tuple[type[Replacement], ...] = (
+    OffsetBiasSwinRelativePositionBias,
+    OffsetBiasSwinAttention,
+    OffsetBiasSwinv2SelfAttention,
+)

@@ -1,23 +1,14 @@
-"""What all adapters share: how a class takes another's place, and how its attention is called."""
+"""What the adapters share: attention under the masks of transformers."""
 
 import torch
 from torch import Tensor
 
-from triton_offset_bias.functional import offset_bias_attention
+from triton_offset_bias.integrations.replacement import ReplacedAttention
 from triton_offset_bias.integrations.transformers.masks import padding_of
 
 
-class Replacement:
-    """Base of the classes that instances of a model's own classes are turned into.
-
-    The last base of such a class is the class it replaces. It adds no parameters, buffers or submodules, so that an
-    instance changes its class, and changes it back, without any change of its state.
-
-    Attributes:
-        offset_bias_backend: the backend that `offset_bias_attention` is asked for.
-    """
-
-    offset_bias_backend: str
+class MaskedAttention(ReplacedAttention):
+    """An attention that takes masks of keys."""
 
     def attend(
         self,
@@ -47,12 +38,14 @@ class Replacement:
             (B, Lq, Hq * Dv).
         """
         padding = padding_of(mask, query.shape[0], is_causal)
+        query_positions = key_positions = None
         if padding is not None and is_causal:
             key, value = key[:, :, : padding.shape[1]], value[:, :, : padding.shape[1]]
-        numbers = None
         if padding is not None and padding.dtype != torch.bool:
-            numbers, padding = padding, padding >= 0
-        out = offset_bias_attention(
+            key_positions, padding = padding, padding >= 0
+            # A padded query has the number of the last attended token before it.
+            query_positions = (padding.cumsum(-1) - 1)[:, -query.shape[2] :]
+        return self.attention(
             query,
             key,
             value,
@@ -64,12 +57,9 @@ class Replacement:
             bias_origin=bias_origin,
             window_size=window_size,
             key_padding_mask=padding,
-            # A padded query counts as the last attended token before it.
-            query_positions=None if numbers is None else numbers.cummax(-1).values[:, -query.shape[2] :],
-            key_positions=numbers,
-            backend=self.offset_bias_backend,
+            query_positions=query_positions,
+            key_positions=key_positions,
         )
-        return out.transpose(1, 2).flatten(2)
 
 
 def refuse_attentions(output_attentions: object) -> None:

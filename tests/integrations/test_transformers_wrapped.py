@@ -1,0 +1,271 @@
+"""Models whose modules carry hooks and wrappers: whatever is wrapped when, they attend through this package."""
+
+import copy
+import functools
+import types
+from collections.abc import Callable
+
+import accelerate
+import accelerate.hooks
+import pytest
+import torch
+import transformers_models as models
+from transformers_models import EVERY_TYPE, transformers
+
+from triton_offset_bias.integrations import replacement
+from triton_offset_bias.integrations.replacement import ReplacedAttention, Replacement
+from triton_offset_bias.integrations.transformers import SERVED, disable_offset_bias, enable_offset_bias
+
+
+def _every_module(model: torch.nn.Module, wrap: Callable[[torch.nn.Module], object]) -> None:
+    for module in list(model.modules()):
+        wrap(module)
+
+
+def _bind(module: torch.nn.Module) -> None:
+    module.forward = module.forward
+
+
+def _close_over(module: torch.nn.Module) -> None:
+    inner = module.forward
+
+    @functools.wraps(inner)
+    def forward(*args, **kwargs):
+        return inner(*args, **kwargs)
+
+    module.forward = forward
+
+
+class _Held:
+    """A callable that keeps what it calls as an attribute."""
+
+    def __init__(self, inner: Callable) -> None:
+        self.inner = inner
+
+    def __call__(self, *args, **kwargs):
+        """The result of what it keeps."""
+        return self.inner(*args, **kwargs)
+
+
+def _hold(module: torch.nn.Module) -> None:
+    module.forward = _Held(functools.partial(module.forward))
+
+
+def _hook(module: torch.nn.Module) -> None:
+    accelerate.hooks.add_hook_to_module(module, accelerate.hooks.ModelHook(), append=True)
+
+
+def _hook_and_unhook(module: torch.nn.Module) -> None:
+    _hook(module)
+    accelerate.hooks.remove_hook_from_module(module)
+
+
+WRAPPERS = {
+    "bound": _bind,
+    "closure": _close_over,
+    "callable": _hold,
+    "accelerate": _hook,
+    "accelerate, removed": _hook_and_unhook,
+}
+
+
+@pytest.fixture
+def attentions(monkeypatch):
+    """A list to which every attention through this package adds its query's shape."""
+    seen = []
+    attend = replacement.offset_bias_attention
+
+    def counted(query, *args, **kwargs):
+        seen.append(query.shape)
+        return attend(query, *args, **kwargs)
+
+    monkeypatch.setattr(replacement, "offset_bias_attention", counted)
+    return seen
+
+
+def _outputs(model: transformers.PreTrainedModel, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
+    with torch.no_grad():
+        return model(**inputs).logits
+
+
+def _assert_attends_here(model, inputs, expected, attentions) -> None:
+    attentions.clear()
+    torch.testing.assert_close(_outputs(model, inputs), expected, rtol=1e-4, atol=1e-4)
+    assert len(attentions) == sum(isinstance(module, ReplacedAttention) for module in model.modules())
+    assert attentions
+
+
+def _assert_attends_itself(model, inputs, expected, attentions) -> None:
+    attentions.clear()
+    assert torch.equal(_outputs(model, inputs), expected)
+    assert not attentions
+    assert not any(isinstance(module, Replacement) for module in model.modules())
+
+
+def test_there_is_a_model_of_every_served_type():
+    """The tests below run them all."""
+    assert set(EVERY_TYPE) == set(SERVED)
+
+
+@pytest.mark.parametrize("wrap", WRAPPERS.values(), ids=WRAPPERS)
+@pytest.mark.parametrize("name", EVERY_TYPE)
+def test_what_is_wrapped_before_attends_here_and_then_itself_again(name, wrap, attentions):
+    """Enabled under the wrappers, disabled under them, and enabled once more."""
+    build, inputs = EVERY_TYPE[name]
+    model = build()
+    expected = _outputs(model, inputs)
+    _every_module(model, wrap)
+    enable_offset_bias(model)
+    _assert_attends_here(model, inputs, expected, attentions)
+    disable_offset_bias(model)
+    _assert_attends_itself(model, inputs, expected, attentions)
+    enable_offset_bias(model)
+    _assert_attends_here(model, inputs, expected, attentions)
+
+
+@pytest.mark.parametrize("wrap", WRAPPERS.values(), ids=WRAPPERS)
+@pytest.mark.parametrize("name", EVERY_TYPE)
+def test_what_is_wrapped_afterwards_attends_here_and_then_itself_again(name, wrap, attentions):
+    """Disabled under wrappers that hold this package's attention."""
+    build, inputs = EVERY_TYPE[name]
+    model = build()
+    expected = _outputs(model, inputs)
+    enable_offset_bias(model)
+    _every_module(model, wrap)
+    _assert_attends_here(model, inputs, expected, attentions)
+    disable_offset_bias(model)
+    _assert_attends_itself(model, inputs, expected, attentions)
+
+
+@pytest.mark.parametrize("is_first", [True, False], ids=["hooks first", "enabled first"])
+@pytest.mark.parametrize("name", EVERY_TYPE)
+def test_hooks_removed_again_leave_the_attention_that_is_enabled(name, is_first, attentions):
+    """Accelerate puts what a hook found back on the instance."""
+    build, inputs = EVERY_TYPE[name]
+    model = build()
+    expected = _outputs(model, inputs)
+    for step in (_hook, None) if is_first else (None, _hook):
+        _every_module(model, step) if step else enable_offset_bias(model)
+    accelerate.hooks.remove_hook_from_module(model, recurse=True)
+    _assert_attends_here(model, inputs, expected, attentions)
+    disable_offset_bias(model)
+    _assert_attends_itself(model, inputs, expected, attentions)
+
+
+def _cpu_offload(model: torch.nn.Module, folder: str) -> None:
+    accelerate.cpu_offload(model, execution_device="cpu")
+
+
+def _disk_offload(model: torch.nn.Module, folder: str) -> None:
+    accelerate.disk_offload(model, folder, execution_device="cpu")
+
+
+def _dispatch(model: torch.nn.Module, folder: str) -> None:
+    names = {name for name, _ in model.named_children()}
+    device_map = {name: "disk" if index % 2 else "cpu" for index, name in enumerate(sorted(names))}
+    accelerate.dispatch_model(model, device_map, main_device="cpu", offload_dir=folder, force_hooks=True)
+
+
+OFFLOADS = {"to the CPU": _cpu_offload, "to the disk": _disk_offload, "dispatched": _dispatch}
+
+
+@pytest.mark.parametrize("is_first", [True, False], ids=["offloaded first", "enabled first"])
+@pytest.mark.parametrize("offload", OFFLOADS.values(), ids=OFFLOADS)
+@pytest.mark.parametrize("name", EVERY_TYPE)
+@pytest.mark.cpu_only
+def test_parameters_that_are_elsewhere_between_calls_are_at_hand_in_them(name, offload, is_first, tmp_path, attentions):
+    """Between calls they are on the meta device; disabling finds its way under the hooks too."""
+    build, inputs = EVERY_TYPE[name]
+    model = build()
+    expected = _outputs(model, inputs)
+    if is_first:
+        offload(model, str(tmp_path))
+        enable_offset_bias(model)
+    else:
+        enable_offset_bias(model)
+        offload(model, str(tmp_path))
+    assert any(x.is_meta for x in model.parameters())
+    _assert_attends_here(model, inputs, expected, attentions)
+    disable_offset_bias(model)
+    _assert_attends_itself(model, inputs, expected, attentions)
+
+
+def test_copies_of_a_hooked_and_enabled_model_attend_here(attentions):
+    """A copy's hooks belong to the copy."""
+    build, inputs = EVERY_TYPE["mpt"]
+    model = build()
+    expected = _outputs(model, inputs)
+    _every_module(model, _hook)
+    enable_offset_bias(model)
+    twin = copy.deepcopy(model)
+    disable_offset_bias(model)
+    _assert_attends_here(twin, inputs, expected, attentions)
+    _assert_attends_itself(model, inputs, expected, attentions)
+
+
+def test_an_attention_out_of_reach_is_refused_by_name_and_nothing_is_changed():
+    """The wrapper calls the class's own function, and holds nothing that could be exchanged."""
+    model = models.bloom()
+    attention = model.transformer.h[1].self_attention
+    attention.forward = eval("lambda *args, **kwargs: type(me).forward(me, *args, **kwargs)", {"me": attention})
+    with pytest.raises(NotImplementedError, match=r"'transformer.h.1.self_attention'.*BloomAttention's own is out of"):
+        enable_offset_bias(model)
+    assert not any(isinstance(module, Replacement) for module in model.modules())
+    assert model.config._attn_implementation == "eager"
+
+
+@pytest.mark.parametrize("name", EVERY_TYPE)
+def test_an_attention_that_is_passed_over_afterwards_raises(name):
+    """Something puts the library's own forward back on the instance: served all the same, or an error."""
+    build, inputs = EVERY_TYPE[name]
+    model = build()
+    expected = _outputs(model, inputs)
+    enable_offset_bias(model)
+    for module in model.modules():
+        if isinstance(module, ReplacedAttention):
+            module.forward = types.MethodType(module.replaced.forward, module)
+    try:
+        got = _outputs(model, inputs)
+    except (RuntimeError, TypeError, ValueError, KeyError):
+        return
+    torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_a_derived_class_is_served_unless_it_overrides_attention(attentions):
+    """As `fully_shard` and parametrizations derive one; a subclass with a forward of its own is refused by name."""
+    build, inputs = EVERY_TYPE["bloom"]
+    model = build()
+    expected = _outputs(model, inputs)
+    first, second = (block.self_attention for block in model.transformer.h)
+    own = type(first)
+    first.__class__ = type("ShardedBloomAttention", (own,), {"shards": 2})
+    enable_offset_bias(model)
+    assert first.shards == 2
+    _assert_attends_here(model, inputs, expected, attentions)
+    second.__class__ = type("ShardedAfterwards", (type(second),), {})
+    _assert_attends_here(model, inputs, expected, attentions)
+    disable_offset_bias(model)
+    _assert_attends_itself(model, inputs, expected, attentions)
+    second.__class__ = type("OtherAttention", (own,), {"forward": lambda self, *args, **kwargs: None})
+    with pytest.raises(NotImplementedError, match=r"h.1.self_attention'.*class OtherAttention overrides forward of"):
+        enable_offset_bias(model)
+
+
+@pytest.mark.parametrize("name", EVERY_TYPE)
+def test_the_librarys_own_code_finds_the_answers_it_found_before(name):
+    """Weights are initialised again, and classes are known by their names."""
+    build, inputs = EVERY_TYPE[name]
+    model, fast = build(), build()
+    names = [type(module).__name__ for module in model.modules()]
+    enable_offset_bias(fast)
+    assert [type(module).__name__ for module in fast.modules()] == names
+    for each in (model, fast):
+        torch.manual_seed(3)
+        for parameter in each.parameters():
+            parameter.data.fill_(0.5)
+        for module in each.modules():
+            module._is_hf_initialized = False
+        each.apply(each._init_weights)
+    for (key, x), y in zip(model.state_dict().items(), fast.state_dict().values(), strict=True):
+        assert torch.equal(x, y), key
+    torch.testing.assert_close(_outputs(fast, inputs), _outputs(model, inputs), rtol=1e-4, atol=1e-4)
