@@ -2,6 +2,7 @@
 
 import re
 
+import numpy as np
 import pytest
 import torch
 from oracle import NAMES, Results, oracle
@@ -101,6 +102,50 @@ def test_bounds_may_be_int64_and_maximum_lengths_too_large(backend):
     assert torch.equal(offset_bias_attention_varlen(*inputs, *wide, 500, 600, backend=backend), expected)
 
 
+LENGTHS = {
+    "a NumPy integer": lambda lengths: np.int64(lengths.max()),
+    "a NumPy array": lambda lengths: np.array(int(lengths.max())),
+    "no axis": lambda lengths: lengths.max(),
+    "one axis, a byte": lambda lengths: lengths.max(dim=0, keepdim=True).values.to(torch.uint8),
+    "more than the rows": lambda lengths: 100 * lengths.max(),
+}
+every_length = pytest.mark.parametrize("longest", LENGTHS.values(), ids=LENGTHS)
+
+
+@every_length
+def test_the_longest_length_may_be_a_tensor_with_one_integer(backend, longest):
+    """As flash-attn's callers have it; nothing changes by a bit."""
+    inputs = _inputs([5, 3], [4, 6], (2, 2), "HN")
+    queries, keys = _bounds([5, 3]), _bounds([4, 6])
+    expected = offset_bias_attention_varlen(*inputs, queries, keys, 5, 6, backend=backend)
+    lengths = longest(queries.diff()), longest(keys.diff())
+    assert torch.equal(offset_bias_attention_varlen(*inputs, queries, keys, *lengths, backend=backend), expected)
+
+
+@every_length
+@pytest.mark.parametrize("fullgraph", [False, True])
+@pytest.mark.filterwarnings("ignore:The .grad attribute")  # torch's, wherever a graph breaks
+def test_compiled_code_may_read_the_longest_length_from_a_tensor(longest, fullgraph):
+    """Output and gradients, for lengths that change, and too short a one is an error there too."""
+
+    def attend(q, k, v, bias, bounds, lengths):
+        q = 2 * q  # made by compiled code, too
+        return offset_bias_attention_varlen(q, k, v, bias, bounds, bounds, lengths, lengths) * 3
+
+    torch._dynamo.reset()
+    compiled = torch.compile(attend, fullgraph=fullgraph, backend="aot_eager")
+    for lengths in ([5, 3], [4, 6, 2], [1, 9]):
+        bounds, inputs = _bounds(lengths), _inputs(lengths, lengths, (2, 2), "HN")
+        expected = attend(*inputs, bounds, max(lengths))
+        got = compiled(*inputs, bounds, longest(bounds.diff()))
+        torch.testing.assert_close(got, expected)
+        wanted, gradients = (torch.autograd.grad(out.square().sum(), inputs) for out in (expected, got))
+        torch.testing.assert_close(gradients, wanted)
+    if "100" not in str(longest(torch.tensor([1]))):
+        with pytest.raises(ValueError, match=r"`max_seqlen_q` must be at least .* 9, got 7"):
+            compiled(*inputs, bounds, longest(bounds.diff() - 2))
+
+
 def _int32(*values: int) -> torch.Tensor:
     return torch.tensor(values, dtype=torch.int32)
 
@@ -126,6 +171,18 @@ BAD_CALLS = {
     "different numbers of sequences": ({"cu_seqlens_k": _int32(0, 4, 7, 10)}, ValueError, r"`cu_seqlens_k` .*2.*got 3"),
     "maximum too small": ({"max_seqlen_q": 4}, ValueError, r"`max_seqlen_q` .*5.*got 4"),
     "maximum fractional": ({"max_seqlen_k": 6.0}, TypeError, r"`max_seqlen_k` .*int.*got 6\.0"),
+    "a maximum of several": (
+        {"max_seqlen_q": _int32(5, 3)},
+        TypeError,
+        r"`max_seqlen_q` .*a tensor with one integer, got torch.int32 with shape \(2,\)",
+    ),
+    "a maximum in a fractional tensor": (
+        {"max_seqlen_k": torch.tensor(6.0)},
+        TypeError,
+        r"`max_seqlen_k` .*one integer, got torch.float32 with shape \(\)",
+    ),
+    "a maximum in a tensor too small": ({"max_seqlen_q": torch.tensor(4)}, ValueError, r"`max_seqlen_q` .*5.*got 4"),
+    "a negative maximum in a tensor": ({"max_seqlen_k": _int32(-1)}, ValueError, r"`max_seqlen_k` .*0, got -1"),
     "query with four axes": ({"query": torch.ones(1, 8, 4, 6)}, ValueError, r"`query` .*got shape \(1, 8, 4, 6\)"),
     "other key heads": (
         {"key": torch.ones(10, 2, 6), "value": torch.ones(10, 2, 3)},

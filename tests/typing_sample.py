@@ -30,6 +30,8 @@ packed = torch.randn(5, 2, 8)
 bounds = torch.tensor([0, 2, 5], dtype=torch.int32)
 out = offset_bias_attention_varlen(packed, packed, packed, table, bounds, bounds, 3, 3)
 assert_type(out, Tensor)
+longest = bounds.diff().max()
+assert_type(offset_bias_attention_varlen(packed, packed, packed, table, bounds, bounds, longest, longest), Tensor)
 pair = offset_bias_attention_varlen(packed, packed, packed, table, bounds, bounds, 3, 3, return_lse=True)
 assert_type(pair, tuple[Tensor, Tensor])
 

@@ -94,7 +94,7 @@ def check_varlen(
     enable_gqa: bool,
     options: Options,
 ) -> Problem:
-    """Checks every argument of `offset_bias_attention_varlen`, but for the values of `cu_seqlens_q` and `cu_seqlens_k`.
+    """Checks every argument of `offset_bias_attention_varlen` but the longest lengths and the values of the bounds.
 
     Raises:
         TypeError: an argument has the wrong type or dtype.
@@ -111,9 +111,6 @@ def check_varlen(
         )
     if bias is not None:
         check_bias(bias, query, cu_seqlens_q.shape[0] - 1, query.shape[1])
-    for name, longest in (("max_seqlen_q", max_seqlen_q), ("max_seqlen_k", max_seqlen_k)):
-        if checked_int(name, longest) < 0:
-            raise ValueError(f"`{name}` must be at least 0, got {longest}")
     return _checked_problem(
         query=query.transpose(0, 1).unsqueeze(0),
         key=key.transpose(0, 1).unsqueeze(0),
@@ -122,8 +119,8 @@ def check_varlen(
         cu_seqlens_q=cu_seqlens_q,
         cu_seqlens_k=cu_seqlens_k,
         query_start=0,
-        max_seqlen_q=min(max_seqlen_q, query.shape[0]),
-        max_seqlen_k=min(max_seqlen_k, key.shape[0]),
+        max_seqlen_q=torch.sym_min(max_seqlen_q, query.shape[0]),
+        max_seqlen_k=torch.sym_min(max_seqlen_k, key.shape[0]),
         options=options,
     )
 

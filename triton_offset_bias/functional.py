@@ -8,6 +8,7 @@ from typing_extensions import Unpack  # comes with torch; typing's from Python 3
 from triton_offset_bias import ops
 from triton_offset_bias.checks import check_attention, check_varlen, with_autocast
 from triton_offset_bias.dispatch import select_backend
+from triton_offset_bias.validators import checked_length
 
 
 # The keywords but `return_lse`, for the overloads alone, which would repeat all of them three times.
@@ -147,19 +148,19 @@ def offset_bias_attention(
 @overload
 def offset_bias_attention_varlen(
     query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None,
-    cu_seqlens_q: Tensor, cu_seqlens_k: Tensor, max_seqlen_q: int, max_seqlen_k: int,
+    cu_seqlens_q: Tensor, cu_seqlens_k: Tensor, max_seqlen_q: int | Tensor, max_seqlen_k: int | Tensor,
     *, return_lse: Literal[False] = ..., **options: Unpack[_SharedOptions],
 ) -> Tensor: ...  # fmt: skip
 @overload
 def offset_bias_attention_varlen(
     query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None,
-    cu_seqlens_q: Tensor, cu_seqlens_k: Tensor, max_seqlen_q: int, max_seqlen_k: int,
+    cu_seqlens_q: Tensor, cu_seqlens_k: Tensor, max_seqlen_q: int | Tensor, max_seqlen_k: int | Tensor,
     *, return_lse: Literal[True], **options: Unpack[_SharedOptions],
 ) -> tuple[Tensor, Tensor]: ...  # fmt: skip
 @overload
 def offset_bias_attention_varlen(
     query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None,
-    cu_seqlens_q: Tensor, cu_seqlens_k: Tensor, max_seqlen_q: int, max_seqlen_k: int,
+    cu_seqlens_q: Tensor, cu_seqlens_k: Tensor, max_seqlen_q: int | Tensor, max_seqlen_k: int | Tensor,
     *, return_lse: bool, **options: Unpack[_SharedOptions],
 ) -> Tensor | tuple[Tensor, Tensor]: ...  # fmt: skip
 def offset_bias_attention_varlen(
@@ -169,8 +170,8 @@ def offset_bias_attention_varlen(
     bias: Tensor | None,
     cu_seqlens_q: Tensor,
     cu_seqlens_k: Tensor,
-    max_seqlen_q: int,
-    max_seqlen_k: int,
+    max_seqlen_q: int | Tensor,
+    max_seqlen_k: int | Tensor,
     *,
     dropout_p: float = 0.0,
     is_causal: bool = False,
@@ -196,8 +197,10 @@ def offset_bias_attention_varlen(
         bias: (N,), (H, N) or (B, H, N) with B the number of sequences; see `offset_bias_attention`.
         cu_seqlens_q: (B + 1,) int32 or int64: 0, then the running sum of the sequences' query lengths.
         cu_seqlens_k: (B + 1,) int32 or int64: the same for keys.
-        max_seqlen_q: the longest query length, or more.
-        max_seqlen_k: the longest key length, or more.
+        max_seqlen_q: the longest query length, or more: an int, or a tensor with one integer such as ``lengths.max()``.
+            The call reads a tensor's number: on a GPU it waits for the device, and under `torch.compile` the graph
+            breaks there, but with ``fullgraph=True`` or ``torch._dynamo.config.capture_scalar_outputs``.
+        max_seqlen_k: the longest key length, or more, likewise.
         dropout_p, is_causal, scale, enable_gqa, bias_origin, beyond, window_size, deterministic, backend: as in
             `offset_bias_attention`.
         return_lse: also return the log-sum-exp, (Hq, total_q).
@@ -208,6 +211,8 @@ def offset_bias_attention_varlen(
     Raises:
         TypeError, ValueError, NotImplementedError: as in `offset_bias_attention`.
     """
+    # First: compiled code may break its graph there, and goes on with nothing but the caller's tensors.
+    longest_q, longest_k = checked_length("max_seqlen_q", max_seqlen_q), checked_length("max_seqlen_k", max_seqlen_k)
     query, key, value = with_autocast(query, key, value)
     problem = check_varlen(
         query,
@@ -216,8 +221,8 @@ def offset_bias_attention_varlen(
         bias,
         cu_seqlens_q,
         cu_seqlens_k,
-        max_seqlen_q,
-        max_seqlen_k,
+        longest_q,
+        longest_k,
         enable_gqa=enable_gqa,
         options={
             "dropout_p": dropout_p,

@@ -3,12 +3,14 @@
 import sys
 from numbers import Integral, Real
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from triton_offset_bias import table
 
 LARGEST_SCALE = sys.float_info.max
+INTEGERS = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
 
 
 def shape(tensor: Tensor) -> tuple[int, ...]:
@@ -46,6 +48,27 @@ def checked_count(name: str, value: int) -> int:
     if checked_int(name, value) < 1:
         raise ValueError(f"`{name}` must be at least 1, got {value}")
     return value
+
+
+def checked_length(name: str, value: int | Tensor) -> int:
+    """`value`, at least 0. One integer in a tensor becomes an int, for which the device is waited for."""
+    length = _read(name, torch.as_tensor(value) if isinstance(value, np.ndarray) else value)
+    if length is not value and torch.compiler.is_compiling():
+        # A graph knows nothing of the number that it reads. The operator checks it.
+        torch._check(length >= 0, lambda: f"`{name}` must be at least 0")
+    elif checked_int(name, length) < 0:
+        raise ValueError(f"`{name}` must be at least 0, got {length}")
+    return length
+
+
+def _read(name: str, value: int | Tensor) -> int:
+    """The one integer of a tensor."""
+    if not isinstance(value, Tensor):
+        return value
+    if value.numel() != 1 or value.dtype not in INTEGERS:
+        got = f"{value.dtype} with shape {shape(value)}"
+        raise TypeError(f"`{name}` must be an int or a tensor with one integer, got {got}")
+    return int(value.item())
 
 
 def check_offset_range(min_offset: int, max_offset: int) -> None:

@@ -48,6 +48,9 @@ PACKAGE = mutants_in("triton_offset_bias", {
          "query_start=0 if query_start is None"),
     ],
     "validators.py": [
+        ("a longest length in a tensor is not checked", "test_varlen.py", "bad_argument",
+         "elif checked_int(name, length) < 0:",
+         "elif isinstance(value, int) and checked_int(name, length) < 0:"),
         ("a scale of 0 is replaced", "test_attention.py", "scale and reference",
          "if scale is None:",
          "if not scale:"),
