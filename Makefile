@@ -21,7 +21,7 @@ demo: $(INSTALLED)  ## train a small language model on real text, with a table a
 	$(RUN) examples/train_bytes.py $(OPTIONS)
 
 test: $(INSTALLED)  ## run the tests
-	$(RUN) -m pytest $(OPTIONS)
+	TESTS_REQUIRE_ALL=1 $(RUN) -m pytest $(OPTIONS)
 
 test-interpreted: $(INSTALLED)  ## run the tests on the GPU kernels in Triton's interpreter (no GPU needed)
 	TRITON_INTERPRET=1 $(RUN) -m pytest -n auto -k triton $(OPTIONS)
@@ -31,7 +31,7 @@ test-emulated: $(INSTALLED)  ## run the compiled GPU kernels in a PTX emulator (
 	for arch in 80 90; do PTXEMU=$(PTXEMU) PTXEMU_ARCH=$$arch $(RUN) -m pytest tests/test_emulated.py tests/test_triton_precision.py $(OPTIONS) || exit 1; done; fi
 
 test-gpu: $(INSTALLED)  ## run the tests on CUDA tensors (SANITIZER="compute-sanitizer --tool memcheck" checks memory as well)
-	TEST_DEVICE=cuda $(SANITIZER) $(RUN) -m pytest $(OPTIONS)
+	TESTS_REQUIRE_ALL=1 TEST_DEVICE=cuda $(SANITIZER) $(RUN) -m pytest $(OPTIONS)
 
 test-oldest-transformers: $(INSTALLED) $(OLDEST_TRANSFORMERS)  ## run the tests of the integration on the oldest transformers that it declares
 	PYTHONPATH=$(OLDEST_TRANSFORMERS) $(RUN) -m pytest tests/integrations $(OPTIONS)

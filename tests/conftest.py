@@ -2,14 +2,19 @@
 
 `PTXEMU=FOLDER` makes the PTX emulator in that folder Triton's device, as an NVIDIA GPU of `PTXEMU_ARCH` (80 or 90).
 `TEST_DEVICE=cuda` puts every tensor that a test makes on that device; tests of the CPU engine are left out.
+`TESTS_REQUIRE_ALL=1`, which `make` sets, makes a missing library or engine an error; otherwise its tests are skipped.
 """
 
 import os
 import sys
+from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import torch
 
+# Programs that tests start find the package as the tests do, whatever their folder is.
+os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [os.environ.get("PYTHONPATH"), str(Path(__file__).parents[1])]))
 if "PYTEST_XDIST_WORKER" in os.environ and "OMP_NUM_THREADS" not in os.environ:
     # The workers fill the cores: with two threads each, threads wait for others that wait for a core.
     os.environ["OMP_NUM_THREADS"] = "1"  # of the processes that tests start
@@ -20,25 +25,65 @@ if "PTXEMU" in os.environ:
 
     triton_offline.install(arch=int(os.environ.get("PTXEMU_ARCH", "80")))
 
+from bare import REQUIRE_ALL, OptionalModule, has_device, lacking_memory, own_warnings, watched_memory
+
 from triton_offset_bias.dispatch import BACKENDS
 
 DEVICE = os.environ.get("TEST_DEVICE", "cpu")
-torch.set_default_device(DEVICE)
-AVAILABLE = [
-    name for name, module in BACKENDS.items() if not module.unavailable_reasons() and (name != "cpp" or DEVICE == "cpu")
-]
+IS_ON_CPU = torch.device(DEVICE).type == "cpu"
+torch.set_default_device(DEVICE if has_device(DEVICE) else "cpu")
+
+
+def _serves_the_device(name: str) -> bool:
+    """Whether the backend can serve calls here with tensors on the device of the tests."""
+    backend = BACKENDS[name]
+    if backend.unavailable_reasons():
+        return False
+    if name == "triton":
+        return torch.device(DEVICE).type in backend.device_types()
+    return name != "cpp" or IS_ON_CPU
+
+
+AVAILABLE = [name for name in BACKENDS if _serves_the_device(name)]
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Without the device tests can be listed, and not run. Warnings are errors where this project is to blame.
+
+    Others are errors too, as pyproject.toml says, but for what a library says on a device that it alone sees.
+    """
+    if not has_device(DEVICE) and not config.option.collectonly:
+        raise pytest.UsageError(f"TEST_DEVICE={DEVICE}, but torch {torch.__version__} finds no such device")
+    if REQUIRE_ALL and IS_ON_CPU and BACKENDS["cpp"].unavailable_reasons():
+        raise pytest.UsageError(f"TESTS_REQUIRE_ALL=1, but {BACKENDS['cpp'].unavailable_reasons()[0]}")
+    if "error" in config.getini("filterwarnings"):
+        for line in (*(() if IS_ON_CPU else ("default",)), own_warnings()):
+            config.addinivalue_line("filterwarnings", line)
+
+
+def pytest_pycollect_makemodule(module_path: Path, parent: pytest.Collector) -> pytest.Module:
+    """Files that import a library that is not installed are skipped."""
+    return OptionalModule.from_parent(parent, path=module_path)
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Leaves out what only a CPU can do when the tensors are elsewhere."""
-    left_out = [item for item in items if DEVICE != "cpu" and item.get_closest_marker("cpu_only")]
+    left_out = [item for item in items if not IS_ON_CPU and item.get_closest_marker("cpu_only")]
     items[:] = [item for item in items if item not in left_out]
     config.hook.pytest_deselected(items=left_out)
 
 
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """Skips what this machine has no engine or no memory for."""
+    if item.get_closest_marker("needs_engine") and "cpp" not in AVAILABLE:
+        pytest.skip("; ".join(BACKENDS["cpp"].unavailable_reasons()) or "the engine serves CPU tensors")
+    if reason := lacking_memory(item, DEVICE):
+        pytest.skip(reason)
+
+
 @pytest.fixture(params=AVAILABLE)
 def backend(request: pytest.FixtureRequest) -> str:
-    """Each backend that can serve CPU tensors here, by name."""
+    """Each backend that can serve the tensors of the tests here, by name."""
     return request.param
 
 
@@ -46,6 +91,12 @@ def backend(request: pytest.FixtureRequest) -> str:
 def precise_backend(request: pytest.FixtureRequest) -> str:
     """Those of them that serve float64 and round as IEEE 754 says: Triton's interpreter cuts bfloat16 numbers off."""
     return request.param
+
+
+@pytest.fixture(autouse=True)
+def _watched_memory(request: pytest.FixtureRequest) -> Iterator[None]:
+    with watched_memory(request.node, DEVICE):
+        yield
 
 
 @pytest.fixture(autouse=True)

@@ -169,7 +169,12 @@ def _is_served(backend: str, case: Case) -> bool:
 
 
 SERVED = [
-    pytest.param(backend, case, id=f"{backend}-{case.reason}")
+    pytest.param(
+        backend,
+        case,
+        id=f"{backend}-{case.reason}",
+        marks=[pytest.mark.large_memory(20)] if case.layout == "rows 2**26 elements apart" else [],
+    )
     for backend in AVAILABLE
     for case in CASES
     if _is_served(backend, case)

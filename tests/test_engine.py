@@ -18,7 +18,7 @@ from triton_offset_bias import offset_bias_attention, offset_bias_attention_varl
 from triton_offset_bias.backends import cpp
 
 ROOT = Path(__file__).parents[1]
-pytestmark = pytest.mark.cpu_only
+pytestmark = [pytest.mark.cpu_only, pytest.mark.needs_engine]
 needs_linux = pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 
 SPLIT = [

@@ -17,11 +17,10 @@ from tolerance import assert_accurate
 from torch import Tensor
 
 from triton_offset_bias import offset_bias_attention, offset_bias_attention_varlen
-from triton_offset_bias.backends import cpp
 
 pytestmark = [
     pytest.mark.cpu_only,
-    pytest.mark.skipif(bool(cpp.unavailable_reasons()), reason="there is no engine here"),
+    pytest.mark.needs_engine,
 ]
 EXAMPLES = os.environ.get("FUZZ_EXAMPLES", "")
 bounded = settings(

@@ -70,6 +70,7 @@ def _loss_and_inputs(backend: str) -> tuple[torch.Tensor, list[torch.Tensor]]:
     return out.square().sum(), [call.q, call.k, call.v, call.bias]
 
 
+@pytest.mark.needs_engine
 @pytest.mark.cpu_only
 def test_a_second_derivative_by_backward_is_an_error_on_the_engine():
     """`backward(create_graph=True)`, then backward of a function of a gradient."""
@@ -81,6 +82,7 @@ def test_a_second_derivative_by_backward_is_an_error_on_the_engine():
         penalty.backward()
 
 
+@pytest.mark.needs_engine
 @pytest.mark.cpu_only
 @pytest.mark.parametrize("first", range(4))
 @pytest.mark.parametrize("second", range(4))

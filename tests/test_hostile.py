@@ -216,6 +216,7 @@ def test_every_nan_of_half_precision_is_one(backend, dtype, name):
     assert offset_bias_attention(q, k, v, None, backend=backend).isnan().any(-1).any(-1).all()
 
 
+@pytest.mark.needs_engine
 @pytest.mark.cpu_only
 def test_a_hundred_thousand_positions_under_a_window():
     """On the CPU engine, in time and memory linear in the length: rows here and there against the oracle."""
@@ -267,6 +268,7 @@ def test_indices_beyond_2_to_the_31_along_every_axis(precise_backend, axis, shap
     assert all(torch.equal(*pair) for pair in zip(*results, strict=True))
 
 
+@pytest.mark.needs_engine
 @pytest.mark.cpu_only
 def test_keys_of_more_than_2_to_the_31_elements():
     """A decoding step against 2**23 equal keys and values: views that take the memory of one."""

@@ -2,9 +2,9 @@
 
 import sys
 
-import matplotlib
 import pytest
 import torch
+from bare import skip_without
 from torch import nn
 
 from triton_offset_bias import offset_bias_attention
@@ -64,6 +64,8 @@ def test_a_dense_bias_has_at_every_pair_what_attention_sees_there(lengths, query
 @pytest.fixture
 def _off_screen():
     """No window, and no figure left open."""
+    import matplotlib
+
     before = matplotlib.get_backend()
     matplotlib.use("agg")
     yield
@@ -71,6 +73,7 @@ def _off_screen():
     matplotlib.use(before)
 
 
+@skip_without("matplotlib")
 @pytest.mark.usefixtures("_off_screen")
 def test_a_plot_has_a_line_per_head_with_the_bias_over_the_offset():
     """In new axes or in those given, with the heads named."""
@@ -85,6 +88,7 @@ def test_a_plot_has_a_line_per_head_with_the_bias_over_the_offset():
     assert axes.get_legend() is not None
 
 
+@skip_without("matplotlib")
 @pytest.mark.usefixtures("_off_screen")
 def test_many_heads_are_not_named():
     """A legend of dozens would hide the lines."""

@@ -14,11 +14,10 @@ from oracle import NAMES, Results
 from torch.utils.data import DataLoader, Dataset
 
 from triton_offset_bias import offset_bias_attention
-from triton_offset_bias.backends import cpp
 
 pytestmark = [
     pytest.mark.cpu_only,
-    pytest.mark.skipif(bool(cpp.unavailable_reasons()), reason="there is no engine here"),
+    pytest.mark.needs_engine,
 ]
 needs_linux = pytest.mark.skipif(sys.platform != "linux", reason="forks, and reads /proc")
 ROOT = Path(__file__).parents[1]

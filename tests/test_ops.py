@@ -57,6 +57,7 @@ def test_a_compiled_call_is_one_graph_with_equal_results(backend, compiler):
     _assert_same(_differentiated(compiled, call), _differentiated(attend, call))
 
 
+@pytest.mark.needs_engine
 @pytest.mark.cpu_only
 def test_one_compiled_graph_serves_all_lengths():
     """With symbolic lengths a new length brings no new compilation, and equal results."""
@@ -181,6 +182,7 @@ def _matching(operator, arguments: dict) -> tuple:
     return tuple(arguments[argument.name] for argument in operator._schema.arguments)
 
 
+@pytest.mark.needs_engine
 @pytest.mark.cpu_only
 @pytest.mark.parametrize("requires_grad", [False, True])
 def test_the_operator_passes_torchs_own_checks(requires_grad):
@@ -189,6 +191,7 @@ def test_the_operator_passes_torchs_own_checks(requires_grad):
     torch.library.opcheck(operator, _matching(operator, _operator_arguments(requires_grad)))
 
 
+@pytest.mark.needs_engine
 @pytest.mark.cpu_only
 @pytest.mark.parametrize("needs", [[True] * 4, [True, False, False, True]])
 @pytest.mark.parametrize("beyond", table.BEYOND[:2])
@@ -214,6 +217,7 @@ def test_the_backward_operator_passes_torchs_own_checks(needs, beyond, bias_head
     torch.library.opcheck(operator, _matching(operator, arguments))
 
 
+@pytest.mark.needs_engine
 @pytest.mark.cpu_only
 @pytest.mark.parametrize(
     ("wrong", "message"),
@@ -235,6 +239,7 @@ def test_the_operator_refuses_tensors_that_do_not_fit(wrong, message):
         operator(*_matching(operator, _operator_arguments(False) | wrong))
 
 
+@pytest.mark.needs_engine
 @pytest.mark.cpu_only
 def test_a_graph_whose_lengths_are_constants_serves_no_others():
     """`make_fx` and `torch.jit.trace` make them so; the engine must not read and write past the end of tensors."""

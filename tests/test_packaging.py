@@ -16,6 +16,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from bare import REQUIRE_ALL, skip_without
 
 import triton_offset_bias
 from triton_offset_bias.backends import cpp
@@ -26,7 +27,12 @@ NOT_SOURCES = shutil.ignore_patterns(".*", "build", "dist", "out", "*.egg-info",
 QUICKSTART = re.search(r"^## Quickstart\n+```python\n(.*?)^```", (ROOT / "README.md").read_text(), re.M | re.S)[1]
 PACKAGE = {str(path.relative_to(ROOT)) for path in (ROOT / "triton_offset_bias").rglob("*.py")}
 PACKAGE |= {"triton_offset_bias/py.typed"}
-pytestmark = [pytest.mark.cpu_only, pytest.mark.skipif(sys.platform == "win32", reason="compiles by a shell script")]
+pytestmark = [
+    pytest.mark.cpu_only,
+    pytest.mark.skipif(sys.platform == "win32", reason="compiles by a shell script"),
+    pytest.mark.skipif(not (shutil.which("c++") or REQUIRE_ALL), reason="compiles the engine, and finds no c++"),
+    skip_without("pip", "setuptools"),
+]
 
 
 def _run(*command: str | Path, folder: Path, **environment: str) -> str:
@@ -140,6 +146,7 @@ def test_without_a_compiler_the_sdist_installs_and_the_reference_serves(sdist: P
     assert "reference: ready" in printed
 
 
+@skip_without("mypy")
 def test_a_type_checker_finds_the_types_of_the_public_api(python: Path, tmp_path: Path) -> None:
     """mypy --strict, of a user's program against the installed wheel."""
     shutil.copy(ROOT / "tests" / "typing_sample.py", tmp_path)

@@ -3,7 +3,6 @@
 import pytest
 import torch
 from cases import Call, Case, assert_matches_oracle, build, results_of
-from conftest import AVAILABLE
 
 from triton_offset_bias import offset_bias_attention
 
@@ -76,7 +75,7 @@ def test_every_result_is_as_accurate_as_plain_pytorch(backend, case):
 
 
 @pytest.mark.cpu_only
-@pytest.mark.skipif("cpp" not in AVAILABLE, reason="there is no engine here")
+@pytest.mark.needs_engine
 def test_positions_too_far_apart_for_the_engine_are_an_error_that_tells_how_far():
     """A window that reaches from one cluster to the next leaves no gap to shorten."""
     q, k = torch.randn(2, 2, 13, 8), torch.randn(2, 2, 17, 8)

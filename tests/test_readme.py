@@ -6,9 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
-
-from bench.readme import paragraphs
-from bench.report import read_results
+from bare import skip_without
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -20,7 +18,9 @@ def code_blocks(language: str) -> list:
     for page in PAGES:
         for match in re.finditer(rf"^```{language}\n(.*?)^```", page.read_text(), re.MULTILINE | re.DOTALL):
             line = page.read_text()[: match.start()].count("\n") + 1
-            found.append(pytest.param(match.group(1), id=f"{page.name}:{line}"))
+            libraries = re.findall(r"^(?:from|import) (\w+)", match.group(1), re.MULTILINE)
+            libraries += ["matplotlib"] if "plot_bias" in match.group(1) else []
+            found.append(pytest.param(match.group(1), id=f"{page.name}:{line}", marks=skip_without(*libraries)))
     return found
 
 
@@ -52,6 +52,10 @@ def test_every_block_has_a_language_that_is_tested() -> None:
     assert code_blocks("sh")
 
 
+@skip_without("pandas")
 def test_the_numbers_are_those_of_the_results() -> None:
     """`python -m bench.readme bench/results/cpu.csv` prints what the README has to say."""
+    from bench.readme import paragraphs
+    from bench.report import read_results
+
     assert paragraphs(read_results(ROOT / "bench/results/cpu.csv")) in (ROOT / "README.md").read_text()

@@ -37,6 +37,7 @@ def _squares(name: str, q: Tensor, bias: Tensor) -> Tensor:
     return offset_bias_attention(q, q, q, bias, backend=name).square().sum()
 
 
+@pytest.mark.needs_engine
 @FUSED
 @pytest.mark.parametrize("transform", [torch.func.vmap, torch.func.grad, torch.func.jacfwd], ids=lambda f: f.__name__)
 def test_a_transform_of_torch_func_is_refused_with_the_way_out(name, transform):
@@ -55,6 +56,7 @@ def test_the_reference_serves_the_transforms():
         torch.testing.assert_close(gradient, torch.autograd.grad(_squares("reference", q, table), table)[0])
 
 
+@pytest.mark.needs_engine
 @pytest.mark.parametrize("requires_grad", [False, True])
 def test_a_tangent_is_refused_and_a_call_without_one_is_served(requires_grad):
     """Also when nothing asks for a gradient, where torch itself would drop it."""

@@ -1,0 +1,84 @@
+"""What the tests do on a machine that lacks something: a library, memory, or the device that was asked for."""
+
+import os
+import re
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).parents[1]
+REQUIRE_ALL = os.environ.get("TESTS_REQUIRE_ALL") == "1"
+LARGE_MEMORY = 2e9  # bytes; what takes more is marked
+# What pip, and the `dev` extra of pyproject.toml, bring beside pytest, by the names that Python imports.
+OPTIONAL = {
+    *("accelerate", "hypothesis", "matplotlib", "mypy", "pandas", "pip", "psutil", "setuptools", "sklearn", "tqdm"),
+    *("transformers", "x_transformers"),
+}
+
+
+class OptionalModule(pytest.Module):
+    """A file of tests, which are skipped where an optional library that it imports is not installed."""
+
+    def collect(self) -> Iterable[pytest.Item | pytest.Collector]:
+        """The tests; an import that fails for any other reason is an error."""
+        try:
+            return super().collect()
+        except self.CollectError as error:
+            missing = getattr(error.__cause__, "name", None) or ""
+            is_optional = isinstance(error.__cause__, ModuleNotFoundError) and missing.partition(".")[0] in OPTIONAL
+            if REQUIRE_ALL or not is_optional:
+                raise
+            pytest.skip(f"{missing} is not installed", allow_module_level=True)
+
+
+def skip_without(*libraries: str) -> pytest.MarkDecorator:
+    """A mark that skips a test where one of the optional libraries is not installed."""
+    missing = [name for name in libraries if name in OPTIONAL and not _is_installed(name)]
+    return pytest.mark.skipif(bool(missing) and not REQUIRE_ALL, reason=f"{', '.join(missing)} is not installed")
+
+
+def _is_installed(library: str) -> bool:
+    try:
+        __import__(library)
+    except ModuleNotFoundError:
+        return False
+    return True
+
+
+def has_device(device: str) -> bool:
+    """Whether torch can make tensors on the device."""
+    kind = torch.device(device).type
+    return kind in ("cpu", "meta") or torch.get_device_module(kind).is_available()
+
+
+def lacking_memory(item: pytest.Item, device: str) -> str:
+    """Why a test marked `large_memory(gigabytes)` does not fit into the memory that the device has left, or ""."""
+    mark = item.get_closest_marker("large_memory")
+    if mark is None or torch.device(device).type != "cuda":
+        return ""
+    free = torch.cuda.mem_get_info()[0] / 1e9
+    return f"needs {mark.args[0]} GB of device memory, {free:.1f} are free" if free < mark.args[0] else ""
+
+
+@contextmanager
+def watched_memory(item: pytest.Item, device: str) -> Iterator[None]:
+    """Fails a test that takes more memory on a CUDA device than one may without the mark `large_memory`."""
+    if torch.device(device).type != "cuda" or item.get_closest_marker("large_memory"):
+        yield
+        return
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    yield
+    taken = torch.cuda.max_memory_allocated() - before
+    if taken > LARGE_MEMORY:
+        pytest.fail(f"takes {taken / 1e9:.1f} GB of device memory: mark it large_memory(gigabytes)", pytrace=False)
+
+
+def own_warnings() -> str:
+    """The filter that makes every warning an error that this project's own modules raise or are blamed for."""
+    files = [*(ROOT / "tests").rglob("*.py"), *(ROOT / "examples").glob("*.py")]
+    modules = {"triton_offset_bias", "bench", "mutants", "__readme__", *(file.stem for file in files)}
+    return f"error:::({'|'.join(sorted(map(re.escape, modules)))})(\\.|$)"
