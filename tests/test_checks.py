@@ -146,7 +146,15 @@ BAD_CALLS = {
 }
 
 
-@pytest.mark.parametrize(("wrong", "error", "message"), BAD_CALLS.values(), ids=BAD_CALLS)
+def _marks(wrong: dict) -> list[pytest.MarkDecorator]:
+    """The engine is asked for where it alone looks at the data."""
+    return [pytest.mark.cpu_only, pytest.mark.needs_engine] if wrong.get("backend") == "cpp" else []
+
+
+@pytest.mark.parametrize(
+    ("wrong", "error", "message"),
+    [pytest.param(*call, id=name, marks=_marks(call[0])) for name, call in BAD_CALLS.items()],
+)
 def test_a_bad_argument_is_named_with_what_was_expected_and_what_came(wrong, error, message):
     """The listed calls, each wrong in one place."""
     good = {

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from triton_offset_bias import dropout, table
+from triton_offset_bias.autocast import has_autocast
 from triton_offset_bias.problem import Problem
 from triton_offset_bias.tensor_checks import (
     check_bias,
@@ -173,7 +174,7 @@ def _checked_problem(
 
 def with_autocast(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Query, key and value in the autocast dtype where autocast is on for their device, as SDPA casts them."""
-    if not isinstance(query, Tensor) or not torch.amp.is_autocast_available(query.device.type):
+    if not isinstance(query, Tensor) or not has_autocast(query.device.type):
         return query, key, value
     if not torch.is_autocast_enabled(query.device.type):
         return query, key, value

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from triton_offset_bias import dropout, table
+from triton_offset_bias.autocast import has_autocast
 from triton_offset_bias.data_checks import check_data, sequences
 from triton_offset_bias.problem import Problem
 
@@ -49,8 +50,7 @@ def attention(problem: Problem) -> tuple[Tensor, Tensor]:
     """Output (B, Hq, Lq, Dv) and log-sum-exp (B, Hq, Lq), both differentiable as often as torch can."""
     check_data(problem)
     device_type = problem.query.device.type
-    has_autocast = torch.amp.is_autocast_available(device_type)
-    with torch.autocast(device_type, enabled=False) if has_autocast else nullcontext():
+    with torch.autocast(device_type, enabled=False) if has_autocast(device_type) else nullcontext():
         out, lse = _attention(problem) if problem.cu_seqlens_q is None else _packed_attention(problem)
     return out.to(problem.query.dtype), lse
 

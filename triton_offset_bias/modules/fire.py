@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from triton_offset_bias.autocast import has_autocast
 from triton_offset_bias.modules.ranges import distance_range
 from triton_offset_bias.validators import check_offset_range, checked_count
 
@@ -79,8 +80,7 @@ class FireBias(nn.Module):
         distances = distance_range(min_offset, max_offset, self.c.device)
         normalised = self._psi(distances) / self._psi(self.limit.float().clamp(min=self.threshold))
         device_type = distances.device.type
-        has_autocast = torch.amp.is_autocast_available(device_type)
-        with torch.autocast(device_type, enabled=False) if has_autocast else nullcontext():
+        with torch.autocast(device_type, enabled=False) if has_autocast(device_type) else nullcontext():
             hidden = torch.relu(_linear(self.hidden, normalised[:, None]))  # (offsets, hidden_size)
             return _linear(self.out, hidden).T
 
