@@ -1,5 +1,6 @@
 """What the tests do on a machine that lacks something: a library, memory, or the device that was asked for."""
 
+import importlib.util
 import os
 import re
 from collections.abc import Iterable, Iterator
@@ -42,10 +43,9 @@ def skip_without(*libraries: str) -> pytest.MarkDecorator:
 
 def _is_installed(library: str) -> bool:
     try:
-        __import__(library)
+        return importlib.util.find_spec(library) is not None
     except ModuleNotFoundError:
         return False
-    return True
 
 
 def has_device(device: str) -> bool:
