@@ -15,28 +15,33 @@ import torch
 from triton_offset_bias.backends import cpp
 
 ROOT = Path(__file__).parents[1]
-BLOCKER = f"""
+WITHOUT = f"""
 import sys
 
 
-class Blocker:
-    def find_spec(self, name, path=None, target=None):
-        if name.partition(".")[0] in {sorted(bare.OPTIONAL)}:
-            raise ModuleNotFoundError(f"No module named {{name!r}}", name=name)
+class Without:
+    def __init__(self, finder):
+        self.finder = finder
+
+    def __getattr__(self, name):
+        return getattr(self.finder, name)
+
+    def find_spec(self, name, *others):
+        return None if name.partition(".")[0] in {sorted(bare.OPTIONAL)} else self.finder.find_spec(name, *others)
 
 
-sys.meta_path.insert(0, Blocker())
+sys.meta_path[:] = map(Without, sys.meta_path)
 """
 pytestmark = pytest.mark.cpu_only  # each starts a Python of its own, whose device it chooses, or needs none
 
 
 def _run_pytest(folder: Path, *options: str | Path, **environment: str) -> subprocess.CompletedProcess[str]:
     """Runs pytest in an empty folder, where no optional library, plugin or engine is found."""
-    (folder / "blocker").mkdir()
-    (folder / "blocker" / "sitecustomize.py").write_text(BLOCKER)
+    (folder / "without").mkdir()
+    (folder / "without" / "sitecustomize.py").write_text(WITHOUT)
     (folder / "empty").mkdir()
     inherited = {name: x for name, x in os.environ.items() if name not in ("TEST_DEVICE", "TESTS_REQUIRE_ALL")}
-    path = os.pathsep.join([str(folder / "blocker"), os.environ["PYTHONPATH"]])
+    path = os.pathsep.join([str(folder / "without"), os.environ["PYTHONPATH"]])
     environment |= {"PYTHONPATH": path, "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1", cpp.FOLDER_VARIABLE: str(folder)}
     command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", *options]
     return subprocess.run(command, cwd=folder / "empty", env=inherited | environment, capture_output=True, text=True)
