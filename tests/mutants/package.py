@@ -107,7 +107,18 @@ PACKAGE = mutants_in("triton_offset_bias", {
          "2.0 * raw.sigmoid()",
          "raw.exp()"),
     ],
+    "modules/offset_bias.py": [
+        ("places between two numbers are rounded down", "test_resized_tables.py", "about_offset_0",
+         "torch.lerp(numbers[:, columns], following, fractions)",
+         "torch.lerp(numbers[:, columns], following, 0 * fractions)"),
+        ("an extended table is interpolated", "test_resized_tables.py", "extended",
+         'method == "extend" or max_length',
+         "max_length"),
+    ],
     "modules/offset_bias_2d.py": [
+        ("a resized image keeps its corners", "test_resized_tables.py", "swin_and_timm",
+         'mode="bicubic", align_corners=False)\n        return',
+         'mode="bicubic", align_corners=True)\n        return'),
         ("rows are as far apart as the window is high", "test_public_biases.py", "swin",
          "rows[:, None] * (2 * self.width - 1)",
          "rows[:, None] * (2 * self.height - 1)"),

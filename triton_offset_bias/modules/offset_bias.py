@@ -1,10 +1,14 @@
 """The free parameter per offset."""
 
+from typing import Literal
+
 import torch
 from torch import Tensor, nn
 
 from triton_offset_bias import table
 from triton_offset_bias.validators import check_flag, check_offset_range, checked_count
+
+METHODS = ("interpolate", "extend")
 
 
 class OffsetBias(nn.Module):
@@ -55,6 +59,51 @@ class OffsetBias(nn.Module):
         """
         check_offset_range(min_offset, max_offset)
         return table.per_offset(self.weight.float(), min_offset, max_offset, self.origin)
+
+    def resized(self, max_length: int, method: Literal["interpolate", "extend"] = "interpolate") -> Tensor:
+        """The parameter of a module of another length, for example to go on training on longer sequences.
+
+            "interpolate":  new[h, offset] = bias[h, offset * (self.max_length - 1) / (max_length - 1)]
+            "extend":       new[h, offset] = bias[h, offset]
+
+        "interpolate" stretches or shrinks both sides of offset 0 as a whole, linearly between two numbers: the furthest
+        offset keeps the furthest number. "extend" leaves every offset its number and repeats the ends, or cuts them
+        off. Attention then sees what it saw before, but offsets beyond the old ends have numbers of their own to train.
+        A new module loads the result:
+
+            new = OffsetBias(num_heads, max_length, bidirectional)
+            new.load_state_dict({"weight": old.resized(max_length)})
+
+        Args:
+            max_length: length of the new module.
+            method: "interpolate" (default) or "extend".
+
+        Returns:
+            (num_heads, 2 * max_length - 1), or (num_heads, max_length) when not bidirectional; differentiable, in the
+            parameter's dtype, interpolated in float32 or finer; the same numbers if the length is the same.
+
+        Raises:
+            TypeError: `max_length` is no int.
+            ValueError: `max_length` is below 1, or `method` is another.
+
+        Source:
+            Chen et al. 2023 (Position Interpolation, arXiv:2306.15595), equation 4, for positions that are scaled down
+            into the trained range; here by the furthest offset, which is ``length - 1``.
+        """
+        checked_count("max_length", max_length)
+        if method not in METHODS:
+            raise ValueError(f"`method` must be one of {', '.join(map(repr, METHODS))}, got {method!r}")
+        weight, lowest = self.weight, 1 - max_length if self.bidirectional else 0
+        if method == "extend" or max_length in (1, self.max_length):
+            return table.per_offset(weight, lowest, max_length - 1, self.origin)
+        offsets = torch.arange(lowest, max_length, device=weight.device)
+        # In whole numbers, for float32 would round the places of a long table.
+        scaled, steps = offsets * (self.max_length - 1), max_length - 1
+        columns = scaled.div(steps, rounding_mode="floor") + self.origin
+        fractions = (scaled % steps).to(torch.promote_types(weight.dtype, torch.float32)) / steps
+        numbers = weight.to(fractions.dtype)
+        following = numbers[:, (columns + 1).clamp(max=weight.shape[1] - 1)]
+        return torch.lerp(numbers[:, columns], following, fractions).to(weight.dtype)
 
     def extra_repr(self) -> str:
         """The arguments, for `repr`."""

@@ -38,9 +38,7 @@ class OffsetBias2d(nn.Module):
     def __init__(self, num_heads: int, window_size: tuple[int, int]) -> None:
         super().__init__()
         self.num_heads = checked_count("num_heads", num_heads)
-        if not isinstance(window_size, tuple | list) or len(window_size) != 2:
-            raise ValueError(f"`window_size` must be a pair (height, width), got {window_size!r}")
-        self.height, self.width = (checked_count("window_size", size) for size in window_size)
+        self.height, self.width = _checked_window(window_size)
         num_offsets = (2 * self.height - 1) * (2 * self.width - 1)
         self.relative_position_bias_table = nn.Parameter(torch.zeros(num_offsets, num_heads))
 
@@ -61,6 +59,49 @@ class OffsetBias2d(nn.Module):
         offsets = table.dense_offsets(positions, positions)
         return bias[:, offsets + table.default_origin(bias.shape[-1])]
 
+    def resized(self, window_size: tuple[int, int]) -> Tensor:
+        """The parameter of a module for another window: the image of its numbers, interpolated bicubically.
+
+            image[h, drow + height - 1, dcol + width - 1] = the bias of head h at (drow, dcol)
+            new image = interpolate(image, (2 new height - 1, 2 new width - 1), mode="bicubic", align_corners=False)
+
+        Equal to what Swin's and timm's code does to a checkpoint whose window is another. A new module loads it:
+
+            new = OffsetBias2d(num_heads, window_size)
+            new.load_state_dict({"relative_position_bias_table": old.resized(window_size)})
+
+        Its transpose is the table itself, for the new window's `positions`, through which `old` may be trained.
+
+        Args:
+            window_size: (height, width) of the new window, in tokens.
+
+        Returns:
+            ((2 new height - 1) * (2 new width - 1), num_heads), differentiable, in the parameter's dtype, interpolated
+            in float32 or finer; the same numbers if the window is the same.
+
+        Raises:
+            TypeError: a size is no int.
+            ValueError: a size is below 1, or `window_size` is no pair.
+
+        Source:
+            ``load_pretrained`` in Swin's public code (Liu et al. 2021, arXiv:2103.14030), ``utils.py``; the same in
+            timm's ``resize_rel_pos_bias_table_simple``. The kernel is Keys's (1981), with torch's factor -0.75.
+        """
+        height, width = _checked_window(window_size)
+        weight = self.relative_position_bias_table
+        image = weight.T.unflatten(-1, (2 * self.height - 1, 2 * self.width - 1)).unsqueeze(0)
+        compute = torch.promote_types(weight.dtype, torch.float32)
+        size = (2 * height - 1, 2 * width - 1)
+        resized = nn.functional.interpolate(image.to(compute), size, mode="bicubic", align_corners=False)
+        return resized[0].flatten(1).T.to(weight.dtype)
+
     def extra_repr(self) -> str:
         """The arguments, for `repr`."""
         return f"num_heads={self.num_heads}, window_size=({self.height}, {self.width})"
+
+
+def _checked_window(window_size: tuple[int, int]) -> tuple[int, int]:
+    if not isinstance(window_size, tuple | list) or len(window_size) != 2:
+        raise ValueError(f"`window_size` must be a pair (height, width), got {window_size!r}")
+    height, width = (checked_count("window_size", size) for size in window_size)
+    return height, width
