@@ -29,6 +29,7 @@ def test_the_build_that_multiplies_bfloat16_is_for_processors_that_do_it_fast(fi
     assert library.fastest_builds(runnable, is_intel=False) == runnable
 
 
+@pytest.mark.needs_engine
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 def test_the_engine_knows_whose_processor_it_runs_on_and_info_says_what_was_chosen():
     """As the kernel tells; the choice of a build hangs on it."""
@@ -40,6 +41,7 @@ def test_the_engine_knows_whose_processor_it_runs_on_and_info_says_what_was_chos
     assert ("multiplies bfloat16 numbers slowly" in report) == (is_intel and cpp.RUNNABLE[0] == "avx512_bf16")
 
 
+@pytest.mark.needs_engine
 def test_info_says_that_a_build_was_asked_for():
     """By the name of the variable; the slower builds can be asked for everywhere."""
     report = _report(**{cpp.BUILD_VARIABLE: "portable"})
@@ -80,6 +82,7 @@ def test_a_processor_gets_its_build(monkeypatch, is_intel, compiled, build, reas
     assert library.load().build == "avx512_bf16"
 
 
+@pytest.mark.needs_engine
 def test_an_engine_of_other_sources_is_not_called(monkeypatch):
     """One that lacks a function gives a reason, no exception at import."""
 

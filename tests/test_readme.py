@@ -7,8 +7,10 @@ from pathlib import Path
 
 import pytest
 from bare import skip_without
+from conftest import AVAILABLE
 
 ROOT = Path(__file__).parents[1]
+NEEDS_FUSED = pytest.mark.skipif(AVAILABLE == ["reference"], reason="no fused backend is available here")
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 
 
@@ -20,7 +22,8 @@ def code_blocks(language: str) -> list:
             line = page.read_text()[: match.start()].count("\n") + 1
             libraries = re.findall(r"^(?:from|import) (\w+)", match.group(1), re.MULTILINE)
             libraries += ["matplotlib"] if "plot_bias" in match.group(1) else []
-            found.append(pytest.param(match.group(1), id=f"{page.name}:{line}", marks=skip_without(*libraries)))
+            marks = [skip_without(*libraries), *([NEEDS_FUSED] if "fused backends" in match.group(1) else [])]
+            found.append(pytest.param(match.group(1), id=f"{page.name}:{line}", marks=marks))
     return found
 
 
