@@ -77,9 +77,10 @@ typedef struct {
 TOB_API int tob_forward(const tob_problem *problem, const tob_tensor *out, void *lse /* as row_max, in nats */,
                         const tob_row_stats *stats);
 
-/* Gradients; len_q and len_k at least 1. dlse may be NULL (zero). Of dquery, dkey, dvalue (their `data`) and dbias,
-   those that are NULL are not computed. dbias: as bias, summed over batch and heads where bias_batch and bias_heads
-   are 1. */
+/* Gradients; len_q and len_k at least 1. out and stats may be of rows that attended to more keys, through the same
+   bias: gradients from parts of the keys add up to those from all. dlse may be NULL (zero). Of dquery, dkey, dvalue
+   (their `data`) and dbias, those that are NULL are not computed. dbias: as bias, summed over batch and heads where
+   bias_batch and bias_heads are 1. */
 TOB_API int tob_backward(const tob_problem *problem, const tob_tensor *out, const tob_row_stats *stats,
                          const tob_tensor *dout, const void *dlse, const tob_tensor *dquery, const tob_tensor *dkey,
                          const tob_tensor *dvalue, void *dbias);

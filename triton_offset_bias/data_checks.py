@@ -6,16 +6,18 @@ values of `cu_seqlens_q` and `cu_seqlens_k` are not looked at, as in flash-attn.
 
 import itertools
 
+import torch
 from torch import Tensor
 
 from triton_offset_bias import table
 from triton_offset_bias.problem import Problem
 from triton_offset_bias.tensor_checks import check_padded
+from triton_offset_bias.validators import shape
 
 
 def check_data(problem: Problem) -> None:
     """Raises ValueError for tensors that do not fit, for bounds that are none, and for offsets that "error" forbids."""
-    _check_fit(problem)
+    check_fit(problem)
     if problem.cu_seqlens_q is not None and problem.query.device.type == "cpu":
         sequences(problem)
     if problem.beyond != "error" or problem.bias is None or not problem.query.numel() or not problem.key.numel():
@@ -25,7 +27,7 @@ def check_data(problem: Problem) -> None:
         table.check_reach(problem.bias.shape[-1], problem.bias_origin, *extremes)
 
 
-def _check_fit(problem: Problem) -> None:
+def check_fit(problem: Problem) -> None:
     """Raises for tensors other than the public functions let through: a graph calls the operator with any."""
     check_padded(*problem[:7], enable_gqa=True, num_sequences=problem.num_sequences)
     lengths = problem.query.shape[2], problem.key.shape[2]
@@ -35,6 +37,29 @@ def _check_fit(problem: Problem) -> None:
             f"{problem.max_seqlen_k}, got {lengths[0]} and {lengths[1]}: torch.jit.trace and make_fx make constants of "
             "them; torch.export and torch.compile need not"
         )
+
+
+def check_rows(
+    problem: Problem, dout: Tensor | None, dlse: Tensor | None, out: Tensor, row_max: Tensor, row_sum: Tensor
+) -> None:
+    """Raises unless what `attention_backward` is given for every query fits the problem."""
+    query = problem.query
+    rows, real = query.shape[:3], torch.promote_types(query.dtype, torch.float32)
+    for name, tensor in (("out", out), ("dout", dout)):
+        if tensor is not None:
+            _check_one(name, tensor, (*rows, problem.value.shape[3]), query.dtype, query)
+    for name, tensor in (("row_max", row_max), ("row_sum", row_sum), ("dlse", dlse)):
+        if tensor is not None:
+            _check_one(name, tensor, rows, real, query)
+
+
+def _check_one(name: str, tensor: Tensor, expected: tuple[int, ...], dtype: torch.dtype, query: Tensor) -> None:
+    if tensor.shape != expected:
+        raise ValueError(f"`{name}` must have shape {tuple(expected)}, got shape {shape(tensor)}")
+    if tensor.dtype != dtype:
+        raise TypeError(f"`{name}` must be {dtype} where `query` is {query.dtype}, got {tensor.dtype}")
+    if tensor.device != query.device:
+        raise ValueError(f"`{name}` must be on `query`'s device {query.device}, got {tensor.device}")
 
 
 def sequences(problem: Problem) -> list[tuple[int, int, int, int]]:

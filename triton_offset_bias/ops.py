@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from triton_offset_bias.backends import cpp, reference, triton
-from triton_offset_bias.data_checks import check_data
+from triton_offset_bias.data_checks import check_data, check_fit, check_rows
 from triton_offset_bias.problem import Problem
 
 _FUSED = {"triton": triton, "cpp": cpp}
@@ -44,11 +44,18 @@ def attention(problem: Problem, backend: str) -> tuple[Tensor, Tensor]:
     return out, lse
 
 
-def _forward(*args):
+def _problem(args) -> tuple[Problem, str]:
+    """The problem and its backend, which serves it."""
     *fields, backend = args
     problem = Problem(*fields)
     if reasons := _FUSED[backend].unsupported_reasons(problem):
         raise NotImplementedError(f"backend {backend!r} does not support this call: {'; '.join(reasons)}")
+    return problem, backend
+
+
+def _forward(*args):
+    """Output, log-sum-exp, and the rows' statistics, (B, H, Lq), which `attention_backward` wants to see again."""
+    problem, backend = _problem(args)
     check_data(problem)
     out, lse, row_max, row_sum = outputs = _new_outputs(problem.query, problem.value)
     if out.numel() > 0 and problem.key.shape[2] > 0:
@@ -66,9 +73,24 @@ def _forward_fake(*args):
 
 
 def _backward(dout, dlse, out, row_max, row_sum, needs, *args):
-    *fields, backend = args
-    problem = Problem(*fields)
+    """The gradients that are needed, and empty tensors for the others.
+
+    Tensors may have any strides. `out`, `row_max` and `row_sum`, which `attention` gave, may be of rows that attended
+    to more keys than this call holds: P and delta are the whole rows'. So calls with parts of the keys, each with their
+    `query_start`, mask or positions and with the whole's `dout` and `dlse`, give their dkey and dvalue, and summands of
+    dquery and dbias. Every part must be given the whole's table, unchanged: `row_max` counts from a constant of the
+    table, and means nothing with another. Statistics of parts that were attended to one by one, with one table, may be
+    merged: the maximum of `row_max`, and the sum of row_sum * 2 ** (row_max - maximum). Under dropout there are no
+    parts: which weights are dropped depends on a key's place in the call.
+
+    Source: P and delta as in FlashAttention-2 (Dao 2023, arXiv:2307.08691), algorithm 2.
+    """
+    problem, backend = _problem(args)
+    check_fit(problem)
+    check_rows(problem, dout, dlse, out, row_max, row_sum)
     dout = torch.zeros_like(out) if dout is None else dout
+    dlse = None if dlse is None else dlse.to(row_max.dtype).contiguous()
+    row_max, row_sum = row_max.contiguous(), row_sum.contiguous()
     gradients = [
         _empty_like(x, x.shape[-1]) if need else None
         for x, need in zip((problem.query, problem.key, problem.value), needs[:3], strict=True)

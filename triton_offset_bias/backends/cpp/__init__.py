@@ -92,10 +92,12 @@ def backward(
     dvalue: Tensor | None,
     needs_dbias: bool,
 ) -> Tensor | None:
-    """Writes the gradients that are not None, and returns that of the table if it is needed; see `tob_backward`."""
+    """Writes the gradients that are not None, and returns that of the table if it is needed; see `tob_backward`.
+
+    The rows' statistics and `dlse` are contiguous.
+    """
     call = _Call(problem)
     stats = _ROW_STATS.pack(row_max.data_ptr(), row_sum.data_ptr())
-    dlse = None if dlse is None else dlse.to(row_max.dtype).contiguous()
     dbias = torch.empty_like(call.bias) if needs_dbias and call.bias is not None else None
     status = _engine().tob_backward(
         *(call.problem, call.tensor(out), stats, call.tensor(dout), _address(dlse)),

@@ -39,8 +39,8 @@ class Call:
         mask = problem.key_padding_mask
         optional = (
             self.strip, None if mask is None else mask.contiguous().view(torch.uint8),
-            *(None if x is None else x.contiguous() for x in (problem.query_positions, problem.key_positions)),
-            problem.cu_seqlens_q, problem.cu_seqlens_k, problem.seed,
+            *(None if x is None else x.contiguous() for x in problem[5:9]),  # positions, cu_seqlens
+            problem.seed,
         )  # fmt: skip
         self.inputs = (self.query, key, value, *(or_dummy(x, query) for x in optional))
         self.input_strides = (*self.strides(self.query), *self.strides(key), *self.strides(value))
