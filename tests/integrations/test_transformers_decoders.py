@@ -99,6 +99,21 @@ def test_the_generated_tokens_equal_the_models_own_attention(family, options):
     cases.assert_generates_as_eager(_case(family, "ends"), **options)
 
 
+@pytest.mark.parametrize("family", ["bloom", "falcon"])
+def test_a_static_cache_compiles_as_one_graph_after_padded_prompts(family):
+    """The number of keys is known on the device alone there; padding leaves a hole in one sequence."""
+    case = _case(family, "ends")
+    model = cases.enabled_copy(case.build())
+    inputs = {name: x[:, :9] for name, x in case.inputs().items() if name != "labels"}
+    inputs["attention_mask"][2, 6:] = 0
+    config = transformers.CompileConfig(fullgraph=True)
+    config._compile_all_devices = True  # on CPUs too
+    options = {"max_new_tokens": 5, "do_sample": False}
+    expected = model.generate(**inputs, **options)
+    got = model.generate(**inputs, **options, cache_implementation="static", compile_config=config)
+    assert torch.equal(got, expected)
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 def test_the_tokens_generated_in_bfloat16_are_those_of_exact_attention(family):
     """Where rounding does not decide between two."""

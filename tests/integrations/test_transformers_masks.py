@@ -35,7 +35,7 @@ def test_a_mask_that_is_not_causal_is_as_long_as_the_keys():
     [
         (MASK, MASK.bool()),
         (torch.tensor([[0, 0, 0, 0], [1, 1, 1, 1]]), torch.tensor([[False] * 4, [True] * 4])),
-        (torch.tensor([[1, 0, 0, 1], [0, 1, 0, 1]]), torch.tensor([[0, -1, -1, 1], [-1, 0, -1, 1]])),
+        (torch.tensor([[1, 0, 0, 1], [0, 1, 0, 1]]), torch.tensor([[1, 0, 0, 2], [0, 1, 0, 2]])),
     ],
 )
 def test_attended_keys_are_numbered_where_padding_lies_between_them(mask, expected):

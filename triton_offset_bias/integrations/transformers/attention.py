@@ -42,9 +42,9 @@ class MaskedAttention(ReplacedAttention):
         if padding is not None and is_causal:
             key, value = key[:, :, : padding.shape[1]], value[:, :, : padding.shape[1]]
         if padding is not None and padding.dtype != torch.bool:
-            key_positions, padding = padding, padding >= 0
+            key_positions, padding = padding, padding > 0
             # A padded query has the number of the last attended token before it.
-            query_positions = (padding.cumsum(-1) - 1)[:, -query.shape[2] :]
+            query_positions = padding.cumsum(-1)[:, -query.shape[2] :]
         return self.attention(
             query,
             key,

@@ -70,7 +70,8 @@ def numbered_key_mask(
 
     Returns:
         As `key_mask`; but if some sequence has padding between attended keys, (batch_size, keys) int64: the attended
-        keys' numbers, from 0 on, and -1 for padding.
+        keys' numbers, from 1 on, and 0 for padding. As an `attention_mask` that says the same again: generation with a
+        static cache makes masks ahead of the model, which takes them for padding masks.
 
     Raises:
         NotImplementedError: as `key_mask`.
@@ -85,11 +86,11 @@ def numbered_key_mask(
             f"got shape {tuple(attention_mask.shape)}"
         )
     # The first attended key's number, less the places before it, is what all of a gapless sequence have in common.
-    numbers = mask.cumsum(-1) - 1
-    shifts = numbers - torch.arange(mask.shape[1], device=mask.device)
+    numbers = mask.cumsum(-1)
+    shifts = numbers - 1 - torch.arange(mask.shape[1], device=mask.device)
     has_gaps = (mask & (shifts != -mask.int().argmax(-1, keepdim=True))).any()
     # What is compiled cannot look: numbers are right for every mask.
-    return numbers.where(mask, -1) if torch.compiler.is_compiling() or bool(has_gaps) else mask
+    return numbers * mask if torch.compiler.is_compiling() or bool(has_gaps) else mask
 
 
 def padding_of(mask: Tensor | None, batch_size: int, is_causal: bool) -> Tensor | None:
