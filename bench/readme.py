@@ -43,8 +43,8 @@ SENTENCES = """
   of that of torch's sgemm, {sgemm:.0f} GFLOP/s.
 * Short sequences, B * H = 64, forward + backward, at L=64, 128 and 256: the first of these takes {l64:.2f}, {l128:.2f}
   and {l256:.2f} times longer than ours, the last {plain64:.2f}, {plain128:.2f} and {plain256:.2f}.
-* In bfloat16 at L=512, forward + backward, SDPA without a bias takes {bf16:.2f} times as long, compiled T5-style
-  attention {bf16_compiled:.2f} times.
+* In bfloat16 on the same processor, at L=512, forward + backward, SDPA without a bias takes {bf16:.2f} times as long,
+  compiled T5-style attention {bf16_compiled:.2f} times.
 * A training step at L=4096 takes {memory:.1f} MiB where the leanest SDPA with a bias takes {dense_memory:.0f} MiB.
 * A window of 128 keys on each side makes a training step at L=8192 {window:.1f} times faster.
 * Decoding reads a cache of 32768 keys at {cache:.2f} of the rate of copying memory, bytes read and written; with D=128

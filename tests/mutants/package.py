@@ -139,6 +139,22 @@ PACKAGE = mutants_in("triton_offset_bias", {
          "-key.shape[2] :].flip(-1)",
          "-key.shape[2] :]"),
     ],
+    "integrations/replacement.py": [
+        ("disabled modules attend here", "integrations/test_transformers_wrapped.py", "afterwards and bloom",
+         "(forward if isinstance(self, cls) else own)(self",
+         "forward(self"),
+        ("closures are not looked through", "integrations/test_transformers_wrapped.py", "before and bloom and closure",
+         'setattr, cell, "cell_contents")',
+         "getattr, cell)"),
+        ("nobody watches the calls", "integrations/test_transformers_wrapped.py", "passed_over and bloom",
+         "if self._last_attention is before and",
+         "if False and"),
+    ],
+    "integrations/transformers/masks.py": [
+        ("keys are numbered from 0 on", "integrations/test_transformers_masks.py", "numbered",
+         "return numbers * mask if",
+         "return (numbers - 1) * mask if"),
+    ],
     "integrations/x_transformers.py": [
         ("the table's origin is a column off", "integrations/test_x_transformers.py", "shared",
          "bias_origin=q.shape[2] - 1",
