@@ -146,7 +146,7 @@ PACKAGE = mutants_in("triton_offset_bias", {
         ("closures are not looked through", "integrations/test_transformers_wrapped.py", "before and bloom and closure",
          'setattr, cell, "cell_contents")',
          "getattr, cell)"),
-        ("nobody watches the calls", "integrations/test_transformers_wrapped.py", "passed_over and bloom",
+        ("nobody watches the calls", "integrations/test_transformers_wrapped.py", "passed_over and swinv2",
          "if self._last_attention is before and",
          "if False and"),
     ],
