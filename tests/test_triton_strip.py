@@ -9,7 +9,7 @@ from conftest import AVAILABLE
 from oracle import attended_pairs, pair_offsets
 
 from triton_offset_bias import table
-from triton_offset_bias.checks import check_attention
+from triton_offset_bias.checks.call import checked_attention
 
 strip = pytest.importorskip("triton_offset_bias.backends.triton.strip", reason="Triton is not installed")
 needs_kernels = pytest.mark.skipif(
@@ -50,7 +50,7 @@ def _problem(len_q, len_k, columns, options):
     query_start = options.get("query_start")
     masks = {"key_padding_mask": None, "query_positions": None, "key_positions": None}
     chosen = {**DEFAULTS, **{name: x for name, x in options.items() if name != "query_start"}}
-    return check_attention(q, k, k, bias, enable_gqa=False, query_start=query_start, **masks, options=chosen)
+    return checked_attention(q, k, k, bias, enable_gqa=False, query_start=query_start, **masks, options=chosen)
 
 
 def _biases_in_bits(problem, options):

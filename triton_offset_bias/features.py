@@ -10,7 +10,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from triton_offset_bias.checks import Options, check_attention, check_varlen
+from triton_offset_bias.checks.call import Options, checked_attention, checked_varlen
 from triton_offset_bias.dispatch import BACKENDS
 from triton_offset_bias.problem import Problem
 
@@ -55,7 +55,7 @@ def _padded(
     query, key, value = (torch.zeros(shape, dtype=dtype, device="cpu") for shape in shapes)
     if is_transposed:
         query, key, value = (x.transpose(1, 2).contiguous().transpose(1, 2) for x in (query, key, value))
-    return check_attention(
+    return checked_attention(
         query,
         key,
         value,
@@ -73,7 +73,7 @@ def _packed() -> Problem:
     """A sample of `offset_bias_attention_varlen`, as its checks give it."""
     x, bounds = torch.zeros(LENGTH, 2, 8, device="cpu"), torch.tensor([0, 2, LENGTH], device="cpu")
     table = torch.zeros(2, 2 * LENGTH - 1, device="cpu")
-    return check_varlen(x, x, x, table, bounds, bounds, LENGTH, LENGTH, enable_gqa=False, options=_options())
+    return checked_varlen(x, x, x, table, bounds, bounds, LENGTH, LENGTH, enable_gqa=False, options=_options())
 
 
 def _options(

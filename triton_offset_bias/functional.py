@@ -6,9 +6,9 @@ from torch import Tensor
 from typing_extensions import Unpack  # comes with torch; typing's from Python 3.11 on
 
 from triton_offset_bias import ops
-from triton_offset_bias.checks import check_attention, check_varlen, with_autocast
+from triton_offset_bias.checks.arguments import checked_length
+from triton_offset_bias.checks.call import checked_attention, checked_varlen, with_autocast
 from triton_offset_bias.dispatch import select_backend
-from triton_offset_bias.validators import checked_length
 
 
 # The keywords but `return_lse`, for the overloads alone, which would repeat all of them three times.
@@ -120,7 +120,7 @@ def offset_bias_attention(
         algorithms 1 and 2, for the tiling.
     """
     query, key, value = with_autocast(query, key, value)
-    problem = check_attention(
+    problem = checked_attention(
         query,
         key,
         value,
@@ -214,7 +214,7 @@ def offset_bias_attention_varlen(
     # First: compiled code may break its graph there, and goes on with nothing but the caller's tensors.
     longest_q, longest_k = checked_length("max_seqlen_q", max_seqlen_q), checked_length("max_seqlen_k", max_seqlen_k)
     query, key, value = with_autocast(query, key, value)
-    problem = check_varlen(
+    problem = checked_varlen(
         query,
         key,
         value,

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from triton_offset_bias.backends import cpp, reference, triton
-from triton_offset_bias.data_checks import check_data, check_fit, check_rows
+from triton_offset_bias.checks.data import check_data, check_fit, check_rows
 from triton_offset_bias.problem import Problem
 
 _FUSED = {"triton": triton, "cpp": cpp}

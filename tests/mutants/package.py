@@ -21,12 +21,12 @@ PACKAGE = mutants_in("triton_offset_bias", {
          "grad[..., 1:-1].clone(memory_format=torch.contiguous_format)",
          "grad[..., 1:-1]"),
     ],
-    "data_checks.py": [
+    "checks/data.py": [
         ("a graph may call for other lengths than it was traced for", "test_ops.py", "constants or do_not_fit",
          "if problem.cu_seqlens_q is None and lengths != (problem.max_seqlen_q, problem.max_seqlen_k):",
          "if False:"),
     ],
-    "positions.py": [
+    "backends/cpp/positions.py": [
         ("packed sequences are aligned at their first queries", "test_varlen.py", "cpp and causal",
          "(*rows, rows[3] - rows[2])",
          "(*rows, 0)"),
@@ -45,12 +45,12 @@ PACKAGE = mutants_in("triton_offset_bias", {
          "    def backward(ctx, *_):\n        raise",
          "    def backward(ctx, *_):\n        return [None] * len(ctx.needs_input_grad)\n        raise"),
     ],
-    "checks.py": [
+    "checks/call.py": [
         ("causality is aligned at the first query", "test_attention.py", "fewer and reference",
          "query_start=len_k - len_q if query_start is None",
          "query_start=0 if query_start is None"),
     ],
-    "validators.py": [
+    "checks/arguments.py": [
         ("a longest length in a tensor is not checked", "test_varlen.py", "bad_argument",
          "elif checked_int(name, length) < 0:",
          "elif isinstance(value, int) and checked_int(name, length) < 0:"),

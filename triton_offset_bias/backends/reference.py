@@ -12,7 +12,7 @@ from torch import Tensor
 
 from triton_offset_bias import dropout, table
 from triton_offset_bias.autocast import has_autocast
-from triton_offset_bias.data_checks import check_data, sequences
+from triton_offset_bias.checks.data import check_data, sequences
 from triton_offset_bias.problem import Problem
 
 SERVES = "any device; dense, O(Lq x Lk) memory; float16, bfloat16, float32, float64"

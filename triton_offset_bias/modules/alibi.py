@@ -3,8 +3,8 @@
 import torch
 from torch import Tensor, nn
 
+from triton_offset_bias.checks.arguments import check_flag, checked_count
 from triton_offset_bias.modules.ranges import distance_range
-from triton_offset_bias.validators import check_flag, checked_count
 
 
 def alibi_slopes(num_heads: int, device: torch.device | str | None = None) -> Tensor:

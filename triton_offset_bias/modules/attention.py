@@ -2,9 +2,9 @@
 
 from torch import Tensor, nn
 
+from triton_offset_bias.checks.arguments import check_flag, check_tensor, checked_count, checked_dropout, shape
 from triton_offset_bias.functional import offset_bias_attention
 from triton_offset_bias.modules.offset_bias_2d import OffsetBias2d
-from triton_offset_bias.validators import check_flag, check_tensor, checked_count, checked_dropout, shape
 
 
 class OffsetBiasAttention(nn.Module):

@@ -7,8 +7,8 @@ import torch
 from torch import Tensor, nn
 
 from triton_offset_bias.autocast import has_autocast
+from triton_offset_bias.checks.arguments import check_offset_range, checked_count
 from triton_offset_bias.modules.ranges import distance_range
-from triton_offset_bias.validators import check_offset_range, checked_count
 
 
 class FireBias(nn.Module):

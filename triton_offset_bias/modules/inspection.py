@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from triton_offset_bias import table
-from triton_offset_bias.validators import check_offset_range, checked_count, checked_int
+from triton_offset_bias.checks.arguments import check_offset_range, checked_count, checked_int
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -5,8 +5,8 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
+from triton_offset_bias.checks.arguments import check_tensor, checked_count, shape
 from triton_offset_bias.modules.ranges import distance_range
-from triton_offset_bias.validators import check_tensor, checked_count, shape
 
 KINDS = ("log", "power")
 # The initial values keep this far from the ends of their ranges, where the authors' code clamps them.

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from triton_offset_bias import table
-from triton_offset_bias.validators import check_flag, check_offset_range, checked_count
+from triton_offset_bias.checks.arguments import check_flag, check_offset_range, checked_count
 
 METHODS = ("interpolate", "extend")
 

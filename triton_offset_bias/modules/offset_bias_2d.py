@@ -4,7 +4,7 @@ import torch
 from torch import Tensor, nn
 
 from triton_offset_bias import table
-from triton_offset_bias.validators import checked_count
+from triton_offset_bias.checks.arguments import checked_count
 
 
 class OffsetBias2d(nn.Module):

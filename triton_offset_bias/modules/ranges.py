@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from triton_offset_bias.validators import check_offset_range
+from triton_offset_bias.checks.arguments import check_offset_range
 
 
 def offset_range(min_offset: int, max_offset: int, device: torch.device | str | None) -> Tensor:

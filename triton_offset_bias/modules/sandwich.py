@@ -3,8 +3,8 @@
 import torch
 from torch import Tensor, nn
 
+from triton_offset_bias.checks.arguments import checked_count
 from triton_offset_bias.modules.ranges import offset_range
-from triton_offset_bias.validators import checked_count
 
 
 class SandwichBias(nn.Module):

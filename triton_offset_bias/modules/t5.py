@@ -5,8 +5,8 @@ import math
 import torch
 from torch import Tensor, nn
 
+from triton_offset_bias.checks.arguments import check_flag, checked_count
 from triton_offset_bias.modules.ranges import offset_range
-from triton_offset_bias.validators import check_flag, checked_count
 
 
 def t5_buckets(

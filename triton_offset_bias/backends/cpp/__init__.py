@@ -10,8 +10,8 @@ import struct
 import torch
 from torch import Tensor
 
-from triton_offset_bias import dropout, positions, table
-from triton_offset_bias.backends.cpp import library
+from triton_offset_bias import dropout, table
+from triton_offset_bias.backends.cpp import library, positions
 from triton_offset_bias.backends.cpp.library import BUILD_VARIABLE, BUILDS, FOLDER_VARIABLE
 from triton_offset_bias.backends.limits import exceeded_limits
 from triton_offset_bias.problem import Problem

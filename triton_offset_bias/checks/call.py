@@ -7,15 +7,7 @@ from torch import Tensor
 
 from triton_offset_bias import dropout, table
 from triton_offset_bias.autocast import has_autocast
-from triton_offset_bias.problem import Problem
-from triton_offset_bias.tensor_checks import (
-    check_bias,
-    check_bounds,
-    check_padded,
-    check_sizes,
-    check_tensors,
-)
-from triton_offset_bias.validators import (
+from triton_offset_bias.checks.arguments import (
     check_flag,
     checked_beyond,
     checked_deterministic,
@@ -24,6 +16,14 @@ from triton_offset_bias.validators import (
     checked_scale,
     checked_window,
 )
+from triton_offset_bias.checks.tensors import (
+    check_bias,
+    check_bounds,
+    check_padded,
+    check_sizes,
+    check_tensors,
+)
+from triton_offset_bias.problem import Problem
 
 
 class Options(TypedDict):
@@ -39,7 +39,7 @@ class Options(TypedDict):
     return_lse: bool
 
 
-def check_attention(
+def checked_attention(
     query: Tensor,
     key: Tensor,
     value: Tensor,
@@ -82,7 +82,7 @@ def check_attention(
     return problem
 
 
-def check_varlen(
+def checked_varlen(
     query: Tensor,
     key: Tensor,
     value: Tensor,

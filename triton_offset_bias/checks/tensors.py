@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from triton_offset_bias.validators import check_flag, check_tensor, shape
+from triton_offset_bias.checks.arguments import check_flag, check_tensor, shape
 
 FLOAT_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 INTEGER_DTYPES = (torch.int8, torch.int16, torch.int32, torch.int64, torch.uint8)

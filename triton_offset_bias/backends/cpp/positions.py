@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from triton_offset_bias import table
-from triton_offset_bias.data_checks import sequences
+from triton_offset_bias.checks.data import sequences
 from triton_offset_bias.problem import Problem
 
 LARGEST_SPREAD = 2**29

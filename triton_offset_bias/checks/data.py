@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from triton_offset_bias import table
+from triton_offset_bias.checks.arguments import shape
+from triton_offset_bias.checks.tensors import check_padded
 from triton_offset_bias.problem import Problem
-from triton_offset_bias.tensor_checks import check_padded
-from triton_offset_bias.validators import shape
 
 
 def check_data(problem: Problem) -> None:
