@@ -22,10 +22,11 @@ pytestmark = [
 needs_linux = pytest.mark.skipif(sys.platform != "linux", reason="forks, and reads /proc")
 ROOT = Path(__file__).parents[1]
 CALLS_PER_THREAD = int(os.environ.get("LOAD_CALLS", "1000"))
+TILES = Case("tiles, causal", (40, 50), (8, 24), options={"is_causal": True}, through_lse=True)
 MIXED = [
     Case("one query, one key", (1, 1), (1, 1)),
     Case("a decoding step", (1, 65), (16, 16), heads=(4, 2)),
-    Case("tiles, causal", (40, 50), (8, 24), options={"is_causal": True}, through_lse=True),
+    TILES,
     Case("half precision, holes", (20, 33), dtype=torch.bfloat16, mask="holes"),
     Case("float64, a short table", (13, 30), dtype=torch.float64, columns=5, options={"beyond": "zero"}),
     Case("a window, no table", (70, 70), bias=None, options={"window_size": (9, 3)}),
@@ -188,7 +189,7 @@ for _ in range(2):
 
 def test_errors_leave_no_state_behind():
     """Refused arguments, an operator's error in forward, and one in a hook of backward: the next call is as before."""
-    call = build(MIXED[2])
+    call = build(TILES)
     expected = results_of(call, "cpp")
     before = threading.active_count()
 
