@@ -85,3 +85,96 @@ def test_a_table_of_another_length_is_an_error():
 class _ShortTable(nn.Module):
     def forward(self, min_offset: int, max_offset: int) -> Tensor:
         return torch.zeros(4, max_offset - min_offset)
+
+
+EMBEDDINGS = [{}, {"rotary_pos_emb": True, "rotary_emb_dim": 16}, {"polar_pos_emb": True}]
+every_embedding = pytest.mark.parametrize("embedding", EMBEDDINGS, ids=["none", "rotary", "polar"])
+
+
+def _pair(cls: type, **options: object) -> tuple[nn.Module, nn.Module]:
+    """Layers with x-transformers' own ALiBi, and with this package's."""
+    old, new = (
+        cls(alibi_pos_bias=True, verbose=False, **OPTIONS, **options),
+        cls(attn_flash=True, verbose=False, **OPTIONS, **options),
+    )
+    use_offset_bias(new, ALiBiBias(4))
+    new.load_state_dict(old.state_dict())
+    return old, new
+
+
+@every_embedding
+@pytest.mark.parametrize("cls", [Encoder, Decoder])
+def test_rotary_and_polar_embeddings_and_positions_of_ones_own_go_with_a_table(cls, embedding):
+    """Output and every gradient; x-transformers hands positions to `rel_pos` in all of these but the first."""
+    old, new = _pair(cls, **embedding)
+    x, mask = torch.randn(2, 20, 32), torch.arange(20) < torch.tensor([[20], [13]])
+    rising = torch.arange(20) * 2 + torch.randint(2, (20,))
+    positions = [None, torch.arange(20), rising, rising.int() - 7]
+    if "polar_pos_emb" not in embedding:  # which takes no batch of positions
+        positions += [torch.stack([rising, 3 * torch.arange(20)])]
+    if cls is Encoder:
+        positions += [torch.randint(30, (20,)), torch.full((20,), 5)]
+    for pos in positions:
+        expected, got = (layers(x, mask=mask, pos=pos) for layers in (old, new))
+        torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-5)
+        for layers in (old, new):
+            layers.zero_grad()
+            layers(x, mask=mask, pos=pos).square().mean().backward()
+        wanted = {name: parameter.grad for name, parameter in old.named_parameters()}
+        for name, parameter in new.named_parameters():
+            torch.testing.assert_close(parameter.grad, wanted[name], rtol=1e-3, atol=1e-5)
+
+
+@pytest.mark.parametrize("embedding", EMBEDDINGS[1:], ids=["rotary", "polar"])
+def test_embeddings_are_those_of_x_transformers_with_memories_and_a_cache(embedding):
+    """Memories come before the sequence, and a token at a time is at its place; T5's table is 0 at first."""
+    old, new = (Decoder(attn_flash=True, verbose=False, **OPTIONS, **embedding) for _ in range(2))
+    use_offset_bias(new, T5Bias(4, bidirectional=False))
+    new.load_state_dict(old.state_dict(), strict=False)
+    x = torch.randn(2, 12, 32)
+    if "polar_pos_emb" not in embedding:  # for which x-transformers has no places for memories
+        mems = [torch.randn(2, 5, 32), torch.randn(2, 5, 32)]
+        torch.testing.assert_close(new(x, mems=mems), old(x, mems=mems), rtol=1e-4, atol=1e-5)
+    _, cache = new(x[:, :6], return_hiddens=True)
+    for length in range(7, 13):
+        step, cache = new(x[:, :length], cache=cache, seq_pos_offset=0, return_hiddens=True)
+        torch.testing.assert_close(step[:, -1], old(x)[:, length - 1], rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(new.forward(x), new(x))  # past the hook, it looks at the positions
+
+
+@every_embedding
+@pytest.mark.filterwarnings("ignore:The .grad attribute")  # torch's, where x-transformers turns autocast off
+def test_layers_with_a_table_compile_as_one_graph(embedding):
+    """What carries the table is no tensor."""
+    _, new = _pair(Decoder, **embedding)
+    x = torch.randn(2, 9, 32)
+    torch._dynamo.reset()
+    torch.testing.assert_close(torch.compile(new, fullgraph=True, backend="aot_eager")(x), new(x))
+
+
+def test_positions_that_cannot_be_served_are_an_error():
+    """Not a wrong mask or place."""
+    encoder, decoder = (_pair(cls)[1] for cls in (Encoder, Decoder))
+    x = torch.randn(1, 4, 32)
+    with pytest.raises(ValueError, match="`pos` must rise from token to token in a Decoder"):
+        decoder(x, pos=torch.tensor([0, 1, 1, 2]))
+    with pytest.raises(ValueError, match=r"`pos` must have a position for each of 4 keys, got shape \(3,\)"):
+        encoder(x, pos=torch.arange(3))
+    with pytest.raises(TypeError, match=r"`pos` must hold integers, got torch\.float32"):
+        encoder(x, pos=torch.arange(4.0))
+    with pytest.raises(ValueError, match=r"`pos` must have shape \(L,\) or \(B, L\), got shape \(1, 1, 4\)"):
+        encoder(x, pos=torch.arange(4)[None, None])
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"attn_data_dependent_alibi": True}, "must have no bias that depends on the content"),
+        ({"attn_use_rel_proj_pos_bias": True}, "must have no bias that depends on the content"),
+        ({"attn_max_attend_past": 5}, "must attend to all keys, got max_attend_past=5"),
+    ],
+)
+def test_layers_with_a_bias_or_a_mask_of_their_own_are_refused_by_name(options, message):
+    """Before any call."""
+    with pytest.raises(ValueError, match=message):
+        use_offset_bias(Decoder(attn_flash=True, **OPTIONS, **options), ALiBiBias(4))
