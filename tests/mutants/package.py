@@ -157,7 +157,16 @@ PACKAGE = mutants_in("triton_offset_bias", {
     ],
     "integrations/x_transformers.py": [
         ("the table's origin is a column off", "integrations/test_x_transformers.py", "shared",
-         "bias_origin=q.shape[2] - 1",
-         "bias_origin=q.shape[2]"),
+         "len_k - 1), len_q - 1)",
+         "len_k - 1), len_q)"),
+        ("queries are on the first keys' positions", "integrations/test_x_transformers.py", "cache",
+         "positions[..., -q.shape[2] :]",
+         "positions[..., : q.shape[2]]"),
+        ("a Decoder takes positions in any order", "integrations/test_x_transformers.py", "cannot_be_served",
+         "if self.causal and not bool(",
+         "if False and not bool("),
+        ("what a wrapped forward does is not tried", "integrations/test_x_transformers_wrapped.py", "refused",
+         'return "forward" not in vars(attend)',
+         "return True"),
     ],
 })  # fmt: skip
