@@ -142,6 +142,18 @@ def test_embeddings_are_those_of_x_transformers_with_memories_and_a_cache(embedd
     torch.testing.assert_close(new.forward(x), new(x))  # past the hook, it looks at the positions
 
 
+@pytest.mark.parametrize("embedding", EMBEDDINGS[:2], ids=["none", "rotary"])
+def test_positions_of_ones_own_go_with_a_cache(embedding):
+    """The queries are at the last of them."""
+    _, new = _pair(Decoder, **embedding)
+    x, pos = torch.randn(2, 12, 32), 3 * torch.arange(12)
+    whole = new(x, pos=pos)
+    _, cache = new(x[:, :6], pos=pos[:6], return_hiddens=True)
+    for length in range(7, 13):
+        step, cache = new(x[:, :length], pos=pos[:length], cache=cache, return_hiddens=True)
+        torch.testing.assert_close(step[:, -1], whole[:, length - 1], rtol=1e-4, atol=1e-5)
+
+
 @every_embedding
 @pytest.mark.filterwarnings("ignore:The .grad attribute")  # torch's, where x-transformers turns autocast off
 def test_layers_with_a_table_compile_as_one_graph(embedding):
