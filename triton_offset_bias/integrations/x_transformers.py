@@ -9,8 +9,8 @@ from torch.nn.functional import pad, softmax
 from x_transformers.attend import Attend, Intermediates
 from x_transformers.x_transformers import AlibiPositionalBias, Attention, AttentionLayers
 
+from triton_offset_bias.checks.arguments import INTEGERS, shape
 from triton_offset_bias.functional import offset_bias_attention
-from triton_offset_bias.validators import INTEGERS, shape
 
 ASTRAY = "`Attend` must run through triton_offset_bias, as `use_offset_bias` has set it up, got a `forward` that uses"
 
