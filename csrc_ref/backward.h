@@ -1,6 +1,6 @@
 // The backward pass: for each block of keys, one sweep over the queries with the scores recomputed.
 //
-//   P = exp2(S - row_max) / row_sum    dP = Z * dO V^T    delta = <dO, O> - dlse    dS = P * (dP - delta)
+//   P = exp2(S - row_max) / row_sum    dP = Z * dO V^T    delta = <dO, O>    dS = P * (dP - delta + dlse)
 //   dV = (Z * P)^T dO    dK = scale dS^T Q    dQ = scale dS K    dbias[offset] = sum of dS along the offset's diagonal
 //
 // A task owns its block's dK and dV. dQ and dbias are shared by the tasks of a head: they add to them in the order of
@@ -95,9 +95,9 @@ template <class Real, class Operand> class Backward {
     return round_up(keys, P);
   }
 
-  // Pass 1: queries and dO as factors, row_max, 1 / row_sum and delta. A row that attends to nothing gets P = 0, dO = 0
-  // and delta 0, whatever dO and dlse are there: a loss may well have no finite slope at an output of 0 and lse = -inf.
-  // So do rows past the end.
+  // Pass 1: queries and dO as factors, row_max, 1 / row_sum, delta and dlse. A row that attends to nothing gets P = 0,
+  // dO = 0, delta 0 and dlse 0, whatever dO and dlse are there: a loss may well have no finite slope at an output of 0
+  // and lse = -inf. So do rows past the end.
   void prepare(const Head &head, int first) {
     const tob_sequence &s = p.sequences[head.b];
     if (dbias_sums.needed() && first == 0) dbias_sums.begin_head(head.slot);
@@ -111,14 +111,14 @@ template <class Real, class Operand> class Backward {
     douts.pack(head.slot, g, first, count, rows, Real(1));
     if (dquery.data) std::fill_n(dquery_acc.get() + base * chunks * P, rows * chunks * P, Real(0));
     Real *const deltas = delta.get() + base;
-    dot_rows(o, g, first, count, deltas);
+    dot_rows<Operand>(o, g, first, count, deltas);
     for (int r = 0; r < rows; ++r) {
       const Real sum = r < count ? row_sum[source + r] : Real(0);
       const bool empty = sum == 0;
       max.get()[base + r] = empty ? std::numeric_limits<Real>::infinity() : row_max[source + r];
       inverse_sum.get()[base + r] = empty ? Real(0) : 1 / sum;
       if (empty) deltas[r] = 0;
-      else if (dlse) deltas[r] -= dlse[source + r];
+      if (dlse) row_dlse.get()[base + r] = empty ? Real(0) : dlse[source + r];
       if (empty && r < count) douts.clear(head.slot, first + r);
     }
   }
@@ -217,12 +217,15 @@ template <class Real, class Operand> class Backward {
       }
     }
     const auto kept = [&](int r, int column) { return t.kept.at(query + r, c.first + column); };
-    const auto dscore = [&](auto is_dropped) {
-      dscore_block<decltype(is_dropped)::value, Operand>(douts.left(head.slot, query), douts.panel_stride,
-                                                         t.value_columns, chunks_v, delta.get() + base, probs, dscores,
-                                                         kTileStride, rows, columns, kept_scale, kept);
+    const auto dscore = [&](auto is_dropped, auto has_dlse) {
+      dscore_block<decltype(is_dropped)::value, decltype(has_dlse)::value, Operand>(
+          douts.left(head.slot, query), douts.panel_stride, t.value_columns, chunks_v, delta.get() + base,
+          row_dlse.get() + base, probs, dscores, kTileStride, rows, columns, kept_scale, kept);
     };
-    if (needs_dscores()) p.has_dropout ? dscore(std::true_type()) : dscore(std::false_type());
+    const auto dscore_with = [&](auto is_dropped) {
+      dlse ? dscore(is_dropped, std::true_type()) : dscore(is_dropped, std::false_type());
+    };
+    if (needs_dscores()) p.has_dropout ? dscore_with(std::true_type()) : dscore_with(std::false_type());
     if (p.has_dropout) drop(probs, kTileStride, rows, columns, kept);
   }
 
@@ -300,6 +303,7 @@ template <class Real, class Operand> class Backward {
   const RowFactors<Real, Operand> queries{slots_q, rows_padded, int(p.dim)}, douts{slots_q, rows_padded, int(p.dim_v)};
   const Scratch<Real> dquery_acc{dquery.data ? slots_q * rows_padded * chunks * P : 0};
   const Scratch<Real> max{slots_q * rows_padded}, inverse_sum{slots_q * rows_padded}, delta{slots_q * rows_padded};
+  const Scratch<Real> row_dlse{dlse ? slots_q * rows_padded : 0};
   const DbiasSums<Real> dbias_sums{p, dbias != nullptr, p.num_threads, slots_q};
 };
 

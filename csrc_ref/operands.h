@@ -28,7 +28,7 @@ TOB_INLINE typename Simd<Real>::Vec add_product(typename Simd<Real>::Vec sum, ty
                                                 typename Simd<Real>::Vec b) {
   using Vec = typename Simd<Real>::Vec;
   if constexpr (std::is_same_v<Operand, Real>) {
-    return sum + a * b;
+    return Simd<Real>::multiply_add(a, b, sum);
   } else {
 #if defined(__AVX512BF16__) && TOB_VECTOR_BYTES == 64
     return (Vec)_mm512_dpbf16_ps((__m512)sum, (__m512bh)a, (__m512bh)b);

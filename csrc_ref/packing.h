@@ -93,6 +93,48 @@ template <class Operand, class Real> void pack_right_transposed(const Matrix &m,
   transpose(rows, padded_dim);
 }
 
+// dots[i] = <a[first + i], b[first + i]> for `count` rows of two matrices of one dtype and width, added up along the
+// dims in the order of product_tile: the same numbers give the same sum to the last bit.
+template <class Operand, class Real>
+void dot_rows(const Matrix &a, const Matrix &b, int64_t first, int count, Real *dots) {
+  using S = Simd<Real>;
+  constexpr int W = S::kLanes, kStep = W * kOperandsPerCell<Real, Operand>;  // rows, and dims, at a time
+  const int padded_dim = round_up(a.dim, kStep);
+  const bool in_place = a.dim == padded_dim && a.stride_d == 1 && b.stride_d == 1;
+  const auto dot = [&](const auto *x, const auto *y, int64_t stride_x, int64_t stride_y, int rows, Real *out) {
+    typename S::Vec sum{};
+    for (int d = 0; d < padded_dim; d += kStep) {
+      typename S::Vec left[W], right[W];
+      for (int e = 0; e < W; ++e) {
+        const int64_t row = std::min(e, rows - 1);
+        prefetch(x + row * stride_x + d, kRowsAhead, stride_x);
+        left[e] = load_cells<Operand, Real>(x + row * stride_x + d);
+        right[e] = load_cells<Operand, Real>(y + row * stride_y + d);
+      }
+      S::transpose(left);
+      S::transpose(right);
+      for (int e = 0; e < W; ++e) sum = add_product<Operand, Real>(sum, left[e], right[e]);
+    }
+    Real lanes[W];
+    S::store(lanes, sum);
+    std::copy_n(lanes, rows, out);
+  };
+  for (int i = 0; i < count; i += W) {
+    const int rows = std::min(W, count - i);
+    if (in_place) {
+      visit_stored<Operand>(a, [&](const auto *x) {
+        const auto *y = static_cast<decltype(x)>(b.data) + (first + i) * b.stride_l;
+        dot(x + (first + i) * a.stride_l, y, a.stride_l, b.stride_l, rows, dots + i);
+      });
+    } else {
+      alignas(64) Operand copies[2][W * (kMaxDim + kStep)];
+      read_rows(a, first + i, rows, copies[0], padded_dim);
+      read_rows(b, first + i, rows, copies[1], padded_dim);
+      dot(copies[0], copies[1], padded_dim, padded_dim, rows, dots + i);
+    }
+  }
+}
+
 // The rows of some matrices of one size, as left factors and as right ones; as reals they look the same.
 template <class Real, class Operand> class RowFactors {
   static constexpr int P = kPanel<Real>, kPerCell = kOperandsPerCell<Real, Operand>;

@@ -1,5 +1,5 @@
 // Tiles of scores and of their gradient: S = Q K^T + bias in bits, -inf at every pair that is not attended to, and
-// dS = P * (dO V^T - delta), with its diagonal sums.
+// dS = P * (dO V^T - delta + dlse), with its diagonal sums.
 #pragma once
 
 #include "bias.h"
@@ -100,12 +100,16 @@ TOB_INLINE void score_block(const Real *a, int64_t chunk_stride, const Real *pan
       out[row * stride + column] = -std::numeric_limits<Real>::infinity();
 }
 
-// dS = P * (Z dO V^T - delta) for the same rows and columns; `a` and `panels` hold dO and V as score_block's hold Q and
-// K. Z is kept_scale where kept(row, column) says so, in bytes as KeptWeights gives them; it is 1 without dropout.
-template <bool kDropped, class Operand, class Real, class Kept>
+// dS = P * (Z dO V^T - delta + dlse) for the same rows and columns; `a` and `panels` hold dO and V as score_block's
+// hold Q and K. Z is kept_scale where kept(row, column) says so, in bytes as KeptWeights gives them; it is 1 without
+// dropout.
+//
+// Where a row has one key, out is V and delta is the product to the last bit, so dS is P dlse. Under dropout out is Z
+// V, rounded, and delta near the product: there dS is P dlse wherever P is 1.
+template <bool kDropped, bool kDlse, class Operand, class Real, class Kept>
 void dscore_block(const Real *a, int64_t chunk_stride, const Real *panels, int chunks, const Real *delta,
-                  const Real *probs, Real *dscores, int64_t stride, int rows, Range columns, Real kept_scale,
-                  Kept kept) {
+                  const Real *dlse, const Real *probs, Real *dscores, int64_t stride, int rows, Range columns,
+                  Real kept_scale, Kept kept) {
   using S = Simd<Real>;
   using Vec = typename S::Vec;
   constexpr int P = kPanel<Real>, W = S::kLanes;
@@ -116,13 +120,15 @@ void dscore_block(const Real *a, int64_t chunk_stride, const Real *panels, int c
       for (int r = 0; r < kTileRows; ++r) {
         const int64_t at = (row + r) * stride + column;
         const Vec d = S::broadcast(delta[row + r]);
-        Vec left = tile.left[r], right = tile.right[r];
-        if constexpr (kDropped) {
-          left = where_kept<Real>(kept(row + r, column), kept_scale * left);
-          right = where_kept<Real>(kept(row + r, column + W), kept_scale * right);
+        const Vec prob[2] = {S::load(probs + at), S::load(probs + at + W)};
+        Vec x[2] = {tile.left[r], tile.right[r]};
+        for (int half = 0; half < 2; ++half) {
+          if constexpr (kDropped) x[half] = where_kept<Real>(kept(row + r, column + half * W), kept_scale * x[half]);
+          x[half] -= d;
+          if constexpr (kDropped) x[half] = prob[half] == S::broadcast(1) ? Vec{} : x[half];
+          if constexpr (kDlse) x[half] += S::broadcast(dlse[row + r]);
+          S::store(dscores + at + half * W, prob[half] * x[half]);
         }
-        S::store(dscores + at, S::load(probs + at) * (left - d));
-        S::store(dscores + at + W, S::load(probs + at + W) * (right - d));
       }
     }
 }

@@ -81,6 +81,22 @@ template <class Real> struct Simd {
 #endif
   }
 
+  // a b + c, rounded once where there is an instruction for it. Spelled out on x86, where compilers leave some chains
+  // of sums as two instructions.
+  static TOB_INLINE Vec multiply_add(Vec a, Vec b, Vec c) {
+    constexpr bool is_float = std::is_same_v<Real, float>;
+#if defined(__AVX512F__) && TOB_VECTOR_BYTES == 64
+    if constexpr (is_float) return (Vec)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c);
+    else return (Vec)_mm512_fmadd_pd((__m512d)a, (__m512d)b, (__m512d)c);
+#elif defined(__FMA__) && TOB_VECTOR_BYTES == 32
+    if constexpr (is_float) return (Vec)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)c);
+    else return (Vec)_mm256_fmadd_pd((__m256d)a, (__m256d)b, (__m256d)c);
+#else
+    (void)is_float;
+    return a * b + c;
+#endif
+  }
+
   // 2^x for x <= 1. At or below the smallest exponent exactly 0; NaN, of whatever bits, stays NaN.
   static TOB_INLINE Vec exp2(Vec x) {
     Vec each[] = {x};

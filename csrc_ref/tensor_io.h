@@ -79,32 +79,4 @@ void write_rows(const Matrix &m, int64_t first, int count, Real factor, const Re
   });
 }
 
-// row[d], row[d + 1], ... of a matrix's row as a vector, 0 beyond its end.
-template <class Real, class Stored>
-TOB_INLINE typename Simd<Real>::Vec load_columns(const Matrix &m, const Stored *row, int d) {
-  constexpr int W = Simd<Real>::kLanes;
-  if (m.stride_d == 1 && d + W <= m.dim) return load_stored<Real>(row + d);
-  typename Simd<Real>::Vec values{};
-  for (int lane = 0; lane < std::min(W, m.dim - d); ++lane) values[lane] = Real(row[(d + lane) * m.stride_d]);
-  return values;
-}
-
-// dots[i] = <a[first + i], b[first + i]> for `count` rows of two matrices of one dtype and width. Sums have one order,
-// whatever the strides are.
-template <class Real> void dot_rows(const Matrix &a, const Matrix &b, int64_t first, int count, Real *dots) {
-  using S = Simd<Real>;
-  visit_stored<Real>(a, [&](const auto *x) {
-    const auto *y = static_cast<decltype(x)>(b.data) + first * b.stride_l;
-    x += first * a.stride_l;
-    for (int i = 0; i < count; ++i, x += a.stride_l, y += b.stride_l) {
-      typename S::Vec sums{};
-      for (int d = 0; d < a.dim; d += S::kLanes) {
-        prefetch(x + d, kRowsAhead, a.stride_l);
-        sums += load_columns<Real>(a, x, d) * load_columns<Real>(b, y, d);
-      }
-      dots[i] = S::sum(sums);
-    }
-  });
-}
-
 }  // namespace tob

@@ -193,7 +193,7 @@ def test_every_build_agrees_with_the_oracle_and_reads_no_memory_before_writing_i
     assert state == f"{build} []"
     # Filling what "indices beyond 2**31" reserves would take gigabytes.
     wanted = "cpp and not named and not indices"
-    files = ["attention", "empty_rows", "half_precision", "checks"]
+    files = ["attention", "empty_rows", "half_precision", "checks", "one_key"]
     assert _passed(wanted, files, **POISON, **{cpp.BUILD_VARIABLE: build}) > 90
 
 
@@ -209,7 +209,7 @@ def test_products_of_bfloat16_numbers_are_right_where_no_instruction_multiplies_
     assert "bfloat16 products" in _run(
         "from triton_offset_bias.backends import cpp; print(cpp.build_description())", **environment
     )
-    files = ["attention", "empty_rows", "half_precision", "decode", "dropout", "engine_fuzz"]
+    files = ["attention", "empty_rows", "half_precision", "decode", "dropout", "engine_fuzz", "one_key"]
     assert _passed("cpp or engine_fuzz", files, **environment) > 150
 
 
