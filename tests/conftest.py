@@ -27,7 +27,7 @@ if "PTXEMU" in os.environ:
 
 from bare import REQUIRE_ALL, OptionalModule, has_device, lacking_memory, own_warnings, watched_memory
 
-from triton_offset_bias.dispatch import BACKENDS
+from triton_offset_bias.backends.contract import BACKENDS
 
 DEVICE = os.environ.get("TEST_DEVICE", "cpu")
 IS_ON_CPU = torch.device(DEVICE).type == "cpu"

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from triton_offset_bias import offset_bias_attention
-from triton_offset_bias.dispatch import BACKENDS
+from triton_offset_bias.backends.contract import BACKENDS, TORCH_BACKENDS
 
 POSITIONS = {"query_positions": torch.arange(5), "key_positions": torch.arange(5) ** 2}
 
@@ -20,8 +20,7 @@ def served_by(monkeypatch) -> list[str]:
     """The names of the backends that computed, in order."""
     served = []
     for name, module in BACKENDS.items():
-        function = "attention" if name == "reference" else "forward"
-
+        function = "attention" if name in TORCH_BACKENDS else "forward"
         original = getattr(module, function)
 
         def compute(*args, name=name, original=original):

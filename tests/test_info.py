@@ -7,13 +7,14 @@ from pathlib import Path
 
 import pytest
 
-from triton_offset_bias import dispatch, features, info
+from triton_offset_bias import features, info
+from triton_offset_bias.backends.contract import BACKENDS
 
 
 def test_every_backend_is_listed_with_what_it_serves() -> None:
     """One section a backend, whether it can serve or not."""
     report = info.report()
-    for name, backend in dispatch.BACKENDS.items():
+    for name, backend in BACKENDS.items():
         assert f"\n{name}: {'cannot serve' if backend.unavailable_reasons() else 'ready'}\n" in report
         assert backend.SERVES in report
         for reason in backend.unavailable_reasons():
@@ -38,7 +39,7 @@ def test_the_readmes_table_of_features_is_the_one_that_the_backends_give() -> No
 
 def test_a_feature_that_a_backend_refuses_shows_its_reason(monkeypatch: pytest.MonkeyPatch, capsys) -> None:
     """Backend by backend, for that feature alone."""
-    cpp = dispatch.BACKENDS["cpp"]
+    cpp = BACKENDS["cpp"]
     before = features.feature_table()
     monkeypatch.setattr(cpp, "problem_reasons", lambda problem: ["is out of ink"] if problem.dropout_p else [])
     info.main(["--features"])

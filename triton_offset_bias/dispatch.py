@@ -1,12 +1,7 @@
 """Chooses the backend. A named backend either serves the call or raises with its reasons; it never falls back."""
 
-from types import ModuleType
-
-from triton_offset_bias.backends import cpp, reference, triton
+from triton_offset_bias.backends.contract import BACKENDS
 from triton_offset_bias.problem import Problem
-
-# In the order in which "auto" asks them.
-BACKENDS: dict[str, ModuleType] = {"cpp": cpp, "triton": triton, "reference": reference}
 
 
 def select_backend(problem: Problem, name: str) -> str:

@@ -10,8 +10,8 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from triton_offset_bias.backends.contract import BACKENDS
 from triton_offset_bias.checks.call import Options, checked_attention, checked_varlen
-from triton_offset_bias.dispatch import BACKENDS
 from triton_offset_bias.problem import Problem
 
 LENGTH = 5

@@ -9,7 +9,7 @@ import platform
 import torch
 
 import triton_offset_bias
-from triton_offset_bias.dispatch import BACKENDS
+from triton_offset_bias.backends.contract import BACKENDS
 from triton_offset_bias.features import as_markdown, feature_table
 
 

@@ -3,11 +3,9 @@
 import torch
 from torch import Tensor
 
-from triton_offset_bias.backends import cpp, reference, triton
+from triton_offset_bias.backends.contract import FUSED_BACKENDS, TORCH_BACKENDS
 from triton_offset_bias.checks.data import check_data, check_fit, check_rows
 from triton_offset_bias.problem import Problem
-
-_FUSED = {"triton": triton, "cpp": cpp}
 
 # The fields of `Problem`, then the backend.
 _PROBLEM = (
@@ -33,8 +31,8 @@ def attention(problem: Problem, backend: str) -> tuple[Tensor, Tensor]:
     Raises:
         NotImplementedError: a fused backend under a transform of torch.func, or asked for a forward-mode derivative.
     """
-    if backend == "reference":
-        return reference.attention(problem)
+    if backend in TORCH_BACKENDS:
+        return TORCH_BACKENDS[backend].attention(problem)
     if torch._C._are_functorch_transforms_active():
         raise NotImplementedError(
             f"backend {backend!r} does not support the transforms of torch.func (vmap, grad, jvp, ...): fold what vmap "
@@ -48,7 +46,7 @@ def _problem(args) -> tuple[Problem, str]:
     """The problem and its backend, which serves it."""
     *fields, backend = args
     problem = Problem(*fields)
-    if reasons := _FUSED[backend].unsupported_reasons(problem):
+    if reasons := FUSED_BACKENDS[backend].unsupported_reasons(problem):
         raise NotImplementedError(f"backend {backend!r} does not support this call: {'; '.join(reasons)}")
     return problem, backend
 
@@ -59,7 +57,7 @@ def _forward(*args):
     check_data(problem)
     out, lse, row_max, row_sum = outputs = _new_outputs(problem.query, problem.value)
     if out.numel() > 0 and problem.key.shape[2] > 0:
-        _FUSED[backend].forward(problem, *outputs)
+        FUSED_BACKENDS[backend].forward(problem, *outputs)
     else:  # nothing to attend to
         lse.fill_(float("-inf"))
         for tensor in (out, row_max, row_sum):
@@ -96,7 +94,7 @@ def _backward(dout, dlse, out, row_max, row_sum, needs, *args):
         for x, need in zip((problem.query, problem.key, problem.value), needs[:3], strict=True)
     ]
     if out.numel() > 0 and problem.key.shape[2] > 0:
-        dbias = _FUSED[backend].backward(problem, out, row_max, row_sum, dout, dlse, *gradients, needs[3])
+        dbias = FUSED_BACKENDS[backend].backward(problem, out, row_max, row_sum, dout, dlse, *gradients, needs[3])
     else:
         dbias = problem.bias.new_zeros(problem.bias.shape) if needs[3] and problem.bias is not None else None
         for gradient in gradients:

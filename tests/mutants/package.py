@@ -78,6 +78,9 @@ PACKAGE = mutants_in("triton_offset_bias", {
         ("the gradient of a table goes by another dtype", "test_gradients.py", "cpp",
          "dbias = torch.empty_like(call.bias)",
          "dbias = torch.empty_like(call.bias, dtype=torch.float64)"),
+        ("gradients are asked for in another order than the contract's", "test_contract.py", "cpp",
+         "dkey: Tensor | None,\n    dvalue: Tensor | None,",
+         "dvalue: Tensor | None,\n    dkey: Tensor | None,"),
     ],
     "backends/reference.py": [
         ("a query head reads another key head", "test_attention.py", "grouped and reference",

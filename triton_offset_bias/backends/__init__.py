@@ -1,1 +1,1 @@
-"""The backends: each says what it cannot serve, `unsupported_reasons(problem)`; none imports another."""
+"""The backends. `contract` says what one is and lists them; no backend imports another."""

@@ -12,11 +12,12 @@ from torch import Tensor
 
 from triton_offset_bias import dropout, table
 from triton_offset_bias.backends.cpp import library, positions
-from triton_offset_bias.backends.cpp.library import BUILD_VARIABLE, BUILDS, FOLDER_VARIABLE
+from triton_offset_bias.backends.cpp.library import BUILD_VARIABLE as BUILD_VARIABLE
+from triton_offset_bias.backends.cpp.library import BUILDS as BUILDS
+from triton_offset_bias.backends.cpp.library import FOLDER_VARIABLE as FOLDER_VARIABLE
 from triton_offset_bias.backends.limits import exceeded_limits
 from triton_offset_bias.problem import Problem
 
-__all__ = ["BUILDS", "BUILD_VARIABLE", "FOLDER_VARIABLE"]
 SERVES = "CPU tensors; float16, bfloat16, float32, float64; head dims 1 to 256"
 PROPERTIES = {
     "runs on": "CPUs: AVX2, AVX-512, AVX512_BF16, any other with GCC or Clang",

@@ -6,7 +6,7 @@ from importlib import import_module
 from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel
 
-from triton_offset_bias.dispatch import BACKENDS
+from triton_offset_bias.backends.contract import BACKENDS
 from triton_offset_bias.integrations.replacement import (
     Replacement,
     replace,
