@@ -1,6 +1,10 @@
-"""The README's CPU numbers, from a CSV: ``python -m bench.readme FILE``. A test holds the README to them."""
+"""The numbers of README.md and docs/speed.md, from a CSV: ``python -m bench.readme FILE``.
+
+Tests hold both pages to them.
+"""
 
 import argparse
+from collections.abc import Iterable
 from pathlib import Path
 
 import pandas as pd
@@ -9,7 +13,7 @@ from bench.cases import BACKWARD, BOTH, FORWARD
 from bench.report import median, read_results
 
 PEERS = {
-    "sdpa_index": "SDPA with `bias[:, index]` materialised, and masked",
+    "sdpa_index": "SDPA with the dense bias `bias[:, index]`, as models build it",
     "sdpa_strided": "SDPA with the bias as a strided view of the table, keys reversed",
     "t5_compiled": "compiled T5-style attention",
     "sdpa_no_bias": "SDPA without any bias",
@@ -20,14 +24,14 @@ COLUMNS = {
     "forward + backward": ("h8_l1024", BOTH),
     "forward + backward, causal": ("h8_l1024_causal", BOTH),
 }
+SHORT_PEERS = ("sdpa_index", "sdpa_no_bias")
+SHORT_COLUMNS = {f"L={length}": (f"b8h8_l{length}", BOTH) for length in (64, 128, 256)}
 
 
 # Case, mode, metric, provider of every number in the sentences.
 NUMBERS = {
     "forward_rate": ("h8_l2048", FORWARD, "gemm_fraction", "ours"),
     "backward_rate": ("h8_l2048", BACKWARD, "gemm_fraction", "ours"),
-    **{f"l{length}": (f"b8h8_l{length}", BOTH, "ratio", "sdpa_index") for length in (64, 128, 256)},
-    **{f"plain{length}": (f"b8h8_l{length}", BOTH, "ratio", "sdpa_no_bias") for length in (64, 128, 256)},
     "sgemm": ("h8_l2048", FORWARD, "rate", "sgemm"),
     "bf16": ("h8_l512_bf16", BOTH, "ratio", "sdpa_no_bias"),
     "bf16_compiled": ("h8_l512_bf16", BOTH, "ratio", "t5_compiled"),
@@ -38,45 +42,75 @@ NUMBERS = {
     "cache_d128": ("h8_cache32k_d128", FORWARD, "copy_fraction", "ours"),
     "cache_bf16": ("h8_cache32k_bf16", FORWARD, "copy_fraction", "ours"),
 }
-SENTENCES = """
-* The rate of floating point operations at L=2048 is {forward_rate:.2f} (forward) and {backward_rate:.2f} (backward)
-  of that of torch's sgemm, {sgemm:.0f} GFLOP/s.
-* Short sequences, B * H = 64, forward + backward, at L=64, 128 and 256: the first of these takes {l64:.2f}, {l128:.2f}
-  and {l256:.2f} times longer than ours, the last {plain64:.2f}, {plain128:.2f} and {plain256:.2f}.
-* In bfloat16 on the same processor, at L=512, forward + backward, SDPA without a bias takes {bf16:.2f} times as long,
-  compiled T5-style attention {bf16_compiled:.2f} times.
-* A training step at L=4096 takes {memory:.1f} MiB where the leanest SDPA with a bias takes {dense_memory:.0f} MiB.
-* A window of 128 keys on each side makes a training step at L=8192 {window:.1f} times faster.
-* Decoding reads a cache of 32768 keys at {cache:.2f} of the rate of copying memory, bytes read and written; with D=128
-  at {cache_d128:.2f}, in bfloat16 at {cache_bf16:.2f}.
+WORTH = """\
+How many times longer others take than this package, on one thread of an {processor}, in float32, with batch size 1,
+8 heads, head dim 64 and length 1024:
+
+{table}
+
+A training step at length 4096 takes {memory:.1f} MiB of memory. The leanest SDPA with a bias takes
+{dense_memory:.0f} MiB.
+"""
+SENTENCES = """\
+Short sequences, in float32 with B=8, H=8, D=64, forward + backward:
+
+{short_table}
+
+More figures of one thread of the same processor, in float32 unless said otherwise:
+
+* **Arithmetic.** At L=2048 the package does {forward_rate:.2f} (forward) and {backward_rate:.2f} (backward) times as
+  many floating point operations a second as torch's sgemm, which does {sgemm:.0f} GFLOP/s.
+* **bfloat16.** At L=512, forward + backward, SDPA without a bias takes {bf16:.2f} times as long as the package.
+  Compiled T5-style attention takes {bf16_compiled:.2f} times as long.
+* **Memory.** A training step at L=4096 takes {memory:.1f} MiB. The leanest SDPA with a bias takes
+  {dense_memory:.0f} MiB.
+* **Windows.** A window of 128 keys on each side makes a training step at L=8192 {window:.1f} times faster.
+* **Decoding.** One query reads a cache of 32768 keys at {cache:.2f} of the rate at which the machine copies memory
+  (bytes read and written). With D=128 it is {cache_d128:.2f}, in bfloat16 {cache_bf16:.2f}.
 """
 
 
-def paragraphs(results: pd.DataFrame) -> str:
-    """Markdown, of one thread's medians.
+def worth(results: pd.DataFrame) -> str:
+    """README's part: one table and one sentence, of medians with one thread.
 
     Raises:
         ValueError: the results lack one of the numbers.
     """
+    return WORTH.format(processor=_processor(results), table=_table(results, PEERS, COLUMNS), **_numbers(results))
 
-    def value(case: str, mode: str, metric: str, provider: str) -> float:
-        found = median(results, metric, case, provider, mode)
-        if pd.isna(found):
-            raise ValueError(f"the results lack the {metric} of {provider}, {mode}, {case}")
-        return found
 
-    shape = "float32, B=1, H=8, D=64, L=1024"
-    lines = [
-        f"One thread of an {_processor(results)}, {shape}; how many times longer each takes than ours:",
-        "",
-        f"| | {' | '.join(COLUMNS)} |",
-        f"|{'---|' * (1 + len(COLUMNS))}",
-    ]
-    for peer, label in PEERS.items():
-        ratios = [f"{value(*column, 'ratio', peer):.2f}" for column in COLUMNS.values()]
-        lines.append(f"| {label} | {' | '.join(ratios)} |")
-    numbers = {name: value(*number) for name, number in NUMBERS.items()}
-    return "\n".join(lines) + "\n" + SENTENCES.format(**numbers)
+def paragraphs(results: pd.DataFrame) -> str:
+    """The part of docs/speed.md, of medians with one thread.
+
+    Raises:
+        ValueError: the results lack one of the numbers.
+    """
+    heading = (
+        f"One thread of an {_processor(results)}, float32, B=1, H=8, D=64, L=1024; how many times longer others take:"
+    )
+    short_table = _table(results, SHORT_PEERS, SHORT_COLUMNS)
+    sentences = SENTENCES.format(short_table=short_table, **_numbers(results))
+    return f"{heading}\n\n{_table(results, PEERS, COLUMNS)}\n\n{sentences}"
+
+
+def _table(results: pd.DataFrame, peers: Iterable[str], columns: dict[str, tuple[str, str]]) -> str:
+    """A row for each peer: its time over the package's, in each case and mode."""
+    lines = [f"| | {' | '.join(columns)} |", f"|{'---|' * (1 + len(columns))}"]
+    for peer in peers:
+        ratios = [f"{_value(results, *column, 'ratio', peer):.2f}" for column in columns.values()]
+        lines.append(f"| {PEERS[peer]} | {' | '.join(ratios)} |")
+    return "\n".join(lines)
+
+
+def _numbers(results: pd.DataFrame) -> dict[str, float]:
+    return {name: _value(results, *number) for name, number in NUMBERS.items()}
+
+
+def _value(results: pd.DataFrame, case: str, mode: str, metric: str, provider: str) -> float:
+    found = median(results, metric, case, provider, mode)
+    if pd.isna(found):
+        raise ValueError(f"the results lack the {metric} of {provider}, {mode}, {case}")
+    return found
 
 
 def _processor(results: pd.DataFrame) -> str:
@@ -88,4 +122,5 @@ def _processor(results: pd.DataFrame) -> str:
 if __name__ == "__main__":
     parser = argparse.ArgumentParser("python -m bench.readme", description=__doc__)
     parser.add_argument("csv", type=Path, help="a CSV of `python -m bench`")
-    print(paragraphs(read_results(parser.parse_args().csv)), end="")
+    shown = read_results(parser.parse_args().csv)
+    print(f"README.md:\n\n{worth(shown)}\ndocs/speed.md:\n\n{paragraphs(shown)}", end="")

@@ -57,8 +57,10 @@ def test_every_block_has_a_language_that_is_tested() -> None:
 
 @skip_without("pandas")
 def test_the_numbers_are_those_of_the_results() -> None:
-    """`python -m bench.readme bench/results/cpu.csv` prints what the README has to say."""
-    from bench.readme import paragraphs
+    """`python -m bench.readme bench/results/cpu.csv` prints what README.md and docs/speed.md have to say."""
+    from bench.readme import paragraphs, worth
     from bench.report import read_results
 
-    assert paragraphs(read_results(ROOT / "bench/results/cpu.csv")) in (ROOT / "README.md").read_text()
+    results = read_results(ROOT / "bench/results/cpu.csv")
+    assert worth(results) in (ROOT / "README.md").read_text()
+    assert paragraphs(results) in (ROOT / "docs/speed.md").read_text()
