@@ -53,12 +53,12 @@ lint: $(INSTALLED)  ## ruff, mypy and clang-format
 	$(RUN) -m ruff format --check .
 	$(RUN) -m ruff check .
 	$(RUN) -m mypy
-	$(VENV)/bin/clang-format --dry-run --Werror csrc_ref/* tests/sanitized/*.cpp
+	$(VENV)/bin/clang-format --dry-run --Werror csrc_ref/*.h csrc_ref/*.cpp tests/sanitized/*.cpp
 
 fmt: $(INSTALLED)  ## format the code
 	$(RUN) -m ruff format .
 	$(RUN) -m ruff check --fix .
-	$(VENV)/bin/clang-format -i csrc_ref/* tests/sanitized/*.cpp
+	$(VENV)/bin/clang-format -i csrc_ref/*.h csrc_ref/*.cpp tests/sanitized/*.cpp
 
 bench: $(INSTALLED)  ## measure against other ways to do the same, on this machine
 	$(RUN) -m bench $(OPTIONS)
