@@ -16,16 +16,16 @@ from triton_offset_bias.backends.triton.backward_bias import dbias_kernel
 from triton_offset_bias.backends.triton.backward_keys import dkey_dvalue_kernel
 from triton_offset_bias.backends.triton.decode import decode_kernel
 from triton_offset_bias.backends.triton.forward import forward_kernel
+from triton_offset_bias.backends.triton.target import KIB, Target
 
-TARGETS = {
-    **{f"sm_{arch}": GPUTarget("cuda", arch, 32) for arch in (80, 86, 89, 90, 100, 120)},
-    **{arch: GPUTarget("hip", arch, 64) for arch in ("gfx942", "gfx950")},
+# KiB of shared memory that a program may have: by compute capability, "Technical Specifications per Compute Capability"
+# in NVIDIA's CUDA C++ Programming Guide; by AMD's names, the local data share in the CDNA 3 and 4 ISA reference guides.
+SHARED_KIB: dict[int | str, int] = {
+    **{75: 64, 80: 163, 86: 99, 87: 163, 89: 99, 90: 227, 100: 227, 103: 227, 110: 227, 120: 99, 121: 99},
+    **{"gfx942": 64, "gfx950": 160},
 }
-# Bytes of shared memory that a block may have.
-SHARED_MEMORY = {
-    **{"sm_80": 166912, "sm_86": 101376, "sm_89": 101376, "sm_90": 232448, "sm_100": 232448, "sm_120": 101376},
-    **{"gfx942": 65536, "gfx950": 163840},
-}
+CAPABILITIES = tuple(arch for arch in SHARED_KIB if isinstance(arch, int))
+TARGETS = (*(f"sm_{arch}" for arch in (80, 86, 89, 90, 100, 120)), "gfx942", "gfx950")  # that have a budget
 DTYPES = {torch.float16: "fp16", torch.bfloat16: "bf16", torch.float32: "fp32"}
 KERNELS = {
     "forward": forward_kernel,
@@ -60,13 +60,25 @@ SCHEDULES = {
 }
 
 
+def target_of(name: str) -> Target:
+    """What "sm_90" or "gfx942" is, as documented; a launch asks the driver."""
+    arch = int(name[3:]) if name.startswith("sm_") else name
+    return Target("hip" if arch == name else "cuda", arch, SHARED_KIB[arch] * KIB)
+
+
+def gpu_target(name: str) -> GPUTarget:
+    """The same as Triton's compiler wants it."""
+    target = target_of(name)
+    return GPUTarget(target.backend, target.arch, 32 if target.backend == "cuda" else 64)
+
+
 @dataclass(frozen=True)
 class Variant:
     """One kernel with its constants, for one target.
 
     Attributes:
         kernel: key of `KERNELS`.
-        target: key of `TARGETS`.
+        target: "sm_" and a key of `SHARED_KIB`, or such a key.
         dtype: of the tensors.
         head_dim: of queries, keys and values.
         schedule: key of `SCHEDULES`: which tiles there are, and whether they have a bias.
@@ -88,13 +100,13 @@ class Variant:
         if self.config is not None:
             return self.config
         if self.kernel == "forward":
-            return configs.forward_config(self._target, self.dtype, self.block_d, "HAS_POSITIONS" in self.changes)
-        return CONFIGS[self.kernel](self._target, self.dtype, self.block_d)
+            return configs.forward_config(self.device, self.dtype, self.block_d, "HAS_POSITIONS" in self.changes)
+        return CONFIGS[self.kernel](self.device, self.dtype, self.block_d)
 
     @property
-    def _target(self) -> str:
-        target = TARGETS[self.target]
-        return f"{target.backend}:{target.arch}"
+    def device(self) -> Target:
+        """What decides about the configuration."""
+        return target_of(self.target)
 
     @property
     def form(self) -> str:
@@ -111,7 +123,7 @@ class Variant:
     @property
     def _schedule(self) -> dict[str, bool]:
         chosen = SCHEDULES[self.schedule]
-        if chosen["HAS_BIAS"] and configs.needs_far_loop(self._target) and not self.changes.get("HAS_POSITIONS"):
+        if chosen["HAS_BIAS"] and configs.needs_far_loop(self.device) and not self.changes.get("HAS_POSITIONS"):
             return {**chosen, "FAR_LEFT": True, "FAR_RIGHT": True}
         return chosen
 
@@ -123,9 +135,10 @@ class Variant:
             **{"BLOCK_DV": self.block_d, "EVEN_M": True, "EVEN_N": True, "HAS_MASK": False},
             **{"HAS_DQ": True, "HAS_DK": True, "HAS_DV": True, "PRECISION": "ieee"},
             **{"HAS_POSITIONS": False, "IS_PACKED": False, "DROPOUT_ROUNDS": 0},
-            "BIAS_IN_ACC": configs.is_bias_in_acc(self._target, self.dtype, self.head_dim**-0.5),
+            "BIAS_IN_ACC": configs.is_bias_in_acc(self.device, self.dtype, self.head_dim**-0.5),
             "SPLIT_LSE": self.dtype == torch.float32,
-            "USE_ASM": TARGETS[self.target].backend == "cuda",
+            "USE_ASM": self.device.backend == "cuda",
+            "WAIT": configs.needs_wait(self.device, self.dtype),
             "DBIAS": configs.DBIAS if SCHEDULES[self.schedule]["HAS_BIAS"] else "none",
             **{"BLOCK": config.block_m, "BLOCK_M": config.block_m, "BLOCK_N": config.block_n},
             **self._schedule,
@@ -168,7 +181,7 @@ class Variant:
             if name.endswith("_ptr") or name in even:
                 attributes[(i,)] = [["tt.divisibility", 16]]
         source = ASTSource(kernel, signature, constants, attributes)
-        return triton.compile(source, target=TARGETS[self.target], options=self.launch.options)
+        return triton.compile(source, target=gpu_target(self.target), options=self.launch.options)
 
 
 def shipped_variants(target: str) -> Iterator[Variant]:

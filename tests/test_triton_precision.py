@@ -16,6 +16,7 @@ target = pytest.importorskip(
 )
 HAS_SWITCHES = hasattr(torch.backends.cuda.matmul, "fp32_precision")  # torch 2.9 and later
 EMULATED = "triton_offline" in sys.modules and "triton" in AVAILABLE
+HOPPER = target.Target("cuda", 90, 232448)
 # What a user does, and whether float32 may then be multiplied in TF32.
 OLDER = {
     "nothing": (lambda: None, False),
@@ -49,37 +50,28 @@ def _restored_settings() -> Iterator[None]:
     assert not torch.backends.cuda.matmul.allow_tf32
 
 
-@pytest.fixture
-def _hopper(monkeypatch: pytest.MonkeyPatch) -> None:
-    """As on a device that multiplies in TF32."""
-    monkeypatch.setattr(target, "interprets", lambda: False)
-    monkeypatch.setattr(target, "target", lambda: "cuda:90")
-
-
-@pytest.mark.usefixtures("_hopper")
 @pytest.mark.parametrize(("change", "is_allowed"), SETTINGS.values(), ids=SETTINGS)
 def test_float32_is_multiplied_as_torch_is_told_to(change, is_allowed):
     """By the older switch, the newer one, or its parent; 16-bit numbers have one way."""
     change()
-    assert target.precision(torch.float32) == ("tf32" if is_allowed else "ieee")
-    assert target.precision(torch.bfloat16) == target.precision(torch.float16) == "ieee"
+    assert target.precision(HOPPER, torch.float32) == ("tf32" if is_allowed else "ieee")
+    assert target.precision(HOPPER, torch.bfloat16) == target.precision(HOPPER, torch.float16) == "ieee"
 
 
-@pytest.mark.usefixtures("_hopper")
 @pytest.mark.parametrize("is_allowed", [False, True])
 def test_a_torch_without_the_newer_switch_is_asked_by_the_older(monkeypatch, is_allowed):
     """As torch 2.6 to 2.8 are."""
     monkeypatch.setattr(torch.backends.cuda, "matmul", types.SimpleNamespace(allow_tf32=is_allowed))
-    assert target.precision(torch.float32) == ("tf32" if is_allowed else "ieee")
+    assert target.precision(HOPPER, torch.float32) == ("tf32" if is_allowed else "ieee")
 
 
 @pytest.mark.parametrize(
-    ("name", "expected"),
-    {"cuda:75": False, "cuda:80": True, "cuda:121": True, "hip:gfx942": True, "hip:gfx950": False, "": False}.items(),
+    ("backend", "arch", "expected"),
+    [("cuda", 75, False), ("cuda", 80, True), ("cuda", 121, True), ("hip", "gfx942", True), ("hip", "gfx950", False)],
 )
-def test_tf32_is_asked_for_where_triton_has_it(name, expected):
+def test_tf32_is_asked_for_where_triton_has_it(backend, arch, expected):
     """Elsewhere its compiler would refuse."""
-    assert target.has_tf32(name) == expected
+    assert target.Target(backend, arch, 65536).has_tf32 == expected
 
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # files that the emulator leaves open

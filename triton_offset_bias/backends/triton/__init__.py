@@ -26,7 +26,7 @@ try:
     from triton_offset_bias.backends.triton.decode import combine_kernel, decode_kernel
     from triton_offset_bias.backends.triton.forward import forward_kernel
     from triton_offset_bias.backends.triton.launch import run_kernel
-    from triton_offset_bias.backends.triton.target import device_types, multiprocessors, target
+    from triton_offset_bias.backends.triton.target import device_types, multiprocessors, shared_memory, target
 
     _WHY_NOT = ""
 except ImportError as error:  # there is no Triton for this platform
@@ -73,6 +73,12 @@ def unsupported_reasons(problem: Problem) -> list[str]:
     query = problem.query
     if not reasons and query.device.type not in device_types():
         reasons.append(f"serves {' and '.join(device_types())} tensors here, got {query.device.type}")
+    elif not reasons and query.dtype == torch.float32 and max(query.shape[3], problem.value.shape[3]) > 128:
+        needed, there = configs.least_shared_memory(torch.float32, 256), shared_memory()
+        if needed > there:
+            reasons.append(
+                f"head dims above 128 in float32 need {needed} bytes of shared memory, this device has {there}"
+            )
     return reasons + problem_reasons(problem)
 
 

@@ -24,6 +24,7 @@ from triton_offset_bias.backends.triton.scores import (
     score_tile,
     score_unit,
     shift_in_strip,
+    slope_weights,
     strip_of_head,
 )
 from triton_offset_bias.backends.triton.tiles import (
@@ -33,7 +34,13 @@ from triton_offset_bias.backends.triton.tiles import (
     store_tile,
     sum_diagonals,
     tile_ptrs,
+    waited_for,
 )
+
+# The weights of a row sum to 1 within so much if it has one key: a score times its unit is rounded in one place, and
+# fused with a subtraction in another. The second is for each bit of the row's maximum.
+ONE_KEY = tl.constexpr(2.0**-15)
+ONE_KEY_PER_BIT = tl.constexpr(2.0**-22)
 
 
 @triton.jit
@@ -49,6 +56,8 @@ def prepare_kernel(
 ):  # fmt: skip
     """delta, and the log-sum-exp in bits, +inf for a row that attends to nothing: its P and dS are then 0.
 
+    A row whose weight lies on one key, but for ONE_KEY, has dS = P dlse: its delta is without <dO, O>, and a mark tells
+    the sweeps to leave dP out (`scores.slope_weights`). Keys that are dropped so weigh less than 16-bit numbers round.
     SPLIT_LSE: lse_bits holds the maximum alone, and log_sum the rest, which float32 would lose in adding them.
     CLEAN_DOUT: clean_dout becomes dO with 0 in those rows, where a loss may well have no finite slope.
     """
@@ -68,15 +77,18 @@ def prepare_kernel(
     row_sum = tl.load(row_sum_ptr + row, mask=mask_m, other=0.0)
     is_empty = row_sum == 0.0
     dout = tl.where(is_empty[:, None], 0.0, dout)
-    delta = tl.sum(out * dout, 1)
-    if HAS_DLSE:
-        delta -= tl.load(dlse_ptr + row, mask=mask_m, other=0.0)
     log_sum = tl.math.log2(tl.where(is_empty, 1.0, row_sum))
     lse_bits = tl.load(row_max_ptr + row, mask=mask_m, other=0.0)
     if SPLIT_LSE:
+        has_one_key = log_sum == 0.0
         tl.store(log_sum_ptr + row, log_sum, mask=mask_m)
     else:
-        lse_bits += log_sum
+        has_one_key = tl.abs(row_sum - 1.0) <= ONE_KEY + ONE_KEY_PER_BIT * tl.abs(lse_bits)
+        bits = (lse_bits + log_sum).to(tl.int32, bitcast=True)
+        lse_bits = tl.where(has_one_key, bits & -2, bits | 1).to(tl.float32, bitcast=True)
+    delta = tl.where(has_one_key, 0.0, tl.sum(out * dout, 1))
+    if HAS_DLSE:
+        delta -= tl.load(dlse_ptr + row, mask=mask_m, other=0.0)
     tl.store(lse_bits_ptr + row, tl.where(is_empty, float("inf"), lse_bits), mask=mask_m)
     tl.store(delta_ptr + row, tl.where(is_empty, 0.0, delta), mask=mask_m)
     if CLEAN_DOUT:
@@ -87,13 +99,14 @@ def prepare_kernel(
 
 @triton.jit
 def _sweep_keys(
-    dq, far_sum, q, dout, rows, lse, log_sum, delta, k_ptrs, v_ptrs, stride_kn, stride_vn, key_mask_ptr,
-    key_positions_ptr, strip_ptr, dstrip_ptr, begin, end, start_m, len_k, scale_log2,
+    dq, far_sum, q, dout, rows, lse, log_sum, weights, delta, k_ptrs, v_ptrs, stride_kn, stride_vn, key_mask_ptr,
+    key_positions_ptr, strip_ptr, dstrip_ptr, begin, end, start_m, len_k, bias, scale_log2,
     band_lo, band_hi, near_lo, near_hi, seed, head, largest_dropped, kept_scale, fixed_unit,
     HEAD_DIM: tl.constexpr, HEAD_DIM_V: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
     BLOCK: tl.constexpr, EVEN_N: tl.constexpr, HAS_BIAS: tl.constexpr, DBIAS: tl.constexpr,
     BIAS_IN_ACC: tl.constexpr, HAS_MASK: tl.constexpr, HAS_POSITIONS: tl.constexpr, DROPOUT_ROUNDS: tl.constexpr,
-    IS_NEAR: tl.constexpr, USE_ASM: tl.constexpr, PRECISION: tl.constexpr, SPLIT_LSE: tl.constexpr,
+    IS_NEAR: tl.constexpr, USE_ASM: tl.constexpr, PRECISION: tl.constexpr, WAIT: tl.constexpr,
+    SPLIT_LSE: tl.constexpr,
 ):  # fmt: skip
     """dQ of a block of queries from the keys [begin, end); near, their diagonals go to dstrip, else into far_sum."""
     columns = -tl.arange(0, BLOCK).to(tl.int64)
@@ -113,14 +126,14 @@ def _sweep_keys(
             columns = -position_rows(key_positions_ptr, 0, 0, offs_n, len_k, HAS_POSITIONS)
         s = score_tile(
             q, k.T, strip_ptr, shift, rows, columns, keep, scale_log2, band_lo, band_hi, near_lo, near_hi,
-            HAS_BIAS, BIAS_IN_ACC, IS_NEAR, HAS_MASK or not EVEN_N, HAS_POSITIONS, USE_ASM, PRECISION,
+            HAS_BIAS, BIAS_IN_ACC, IS_NEAR, HAS_MASK or not EVEN_N, HAS_POSITIONS, USE_ASM, PRECISION, WAIT,
         )  # (BLOCK, BLOCK)  # fmt: skip
-        p = probabilities(s * unit, -lse[:, None], log_sum[:, None], SPLIT_LSE)
+        p = probabilities(s, unit, bias, lse[:, None], log_sum[:, None], IS_NEAR, HAS_BIAS, SPLIT_LSE)
         dp = product(dout, v.T, None, PRECISION)
         if DROPOUT_ROUNDS > 0:
             m, n = tl.arange(0, BLOCK)[:, None], tl.arange(0, BLOCK)[None, :]
             dp *= dropout_factors(seed, head, start_m, start_n, m, n, largest_dropped, kept_scale, DROPOUT_ROUNDS)
-        ds = p * (dp - delta[:, None])
+        ds = p * (dp * weights[:, None] - delta[:, None])
         if DBIAS != "none" and not IS_NEAR:
             far_sum += ds
         elif DBIAS == "diagonals":
@@ -134,7 +147,7 @@ def _sweep_keys(
             else:
                 offset += shift
             add_elements(dstrip_ptr + offset, ds, fixed_unit, DBIAS)
-        dq = product(ds.to(k.dtype), k, dq, PRECISION)
+        dq = waited_for(product(ds.to(k.dtype), k, dq, PRECISION), WAIT)
     if DBIAS == "diagonals" and IS_NEAR:
         diagonals = sum_diagonals(previous, tl.zeros([BLOCK, BLOCK], tl.float32), BLOCK)
         shift = shift_in_strip(start_m - end + BLOCK, near_lo, near_hi) - BLOCK
@@ -159,7 +172,7 @@ def dquery_kernel(
     EVEN_N: tl.constexpr, HAS_BIAS: tl.constexpr, BIAS_IN_ACC: tl.constexpr, HAS_DQ: tl.constexpr,
     DBIAS: tl.constexpr, HAS_MASK: tl.constexpr, HAS_POSITIONS: tl.constexpr, IS_PACKED: tl.constexpr,
     DROPOUT_ROUNDS: tl.constexpr, FAR_LEFT: tl.constexpr, NEAR: tl.constexpr, FAR_RIGHT: tl.constexpr,
-    USE_ASM: tl.constexpr, PRECISION: tl.constexpr, SPLIT_LSE: tl.constexpr,
+    USE_ASM: tl.constexpr, PRECISION: tl.constexpr, WAIT: tl.constexpr, SPLIT_LSE: tl.constexpr,
     BLOCK: tl.constexpr,
 ):  # fmt: skip
     """A block of queries of one head: dQ, and its part of dbias. Tensors as in forward_kernel, dout and dq as q.
@@ -201,6 +214,7 @@ def dquery_kernel(
     lse, log_sum, delta = load_rows(
         lse_bits_ptr + row, log_sum_ptr + row, delta_ptr + row, offs_m, len_q, False, SPLIT_LSE
     )
+    weights = slope_weights(lse, log_sum, SPLIT_LSE)
     dq = tl.zeros([BLOCK, BLOCK_D], tl.float32)
     seed = tl.load(seed_ptr) if DROPOUT_ROUNDS > 0 else 0
     fixed_unit = tl.load(fixed_unit_ptr) if DBIAS == "fixed" else 0.0
@@ -213,15 +227,16 @@ def dquery_kernel(
         if (FAR_LEFT, NEAR, FAR_RIGHT, not EVEN_N)[part]:
             far_end = (near_hi, 0, near_lo, 0)[part]
             far_sum = tl.zeros([BLOCK, BLOCK], tl.float32)  # a sum for every element: no exchange between threads
-            shifted = lse
+            bias = 0.0
             if part % 2 == 0:
-                shifted = lse - far_bias(strip_ptr + far_end, scale_log2, HAS_BIAS, BIAS_IN_ACC)
+                bias = far_bias(strip_ptr + far_end, scale_log2, HAS_BIAS, BIAS_IN_ACC)
             dq, far_sum = _sweep_keys(
-                dq, far_sum, q, dout, rows, shifted, log_sum, delta, k_ptrs, v_ptrs, stride_kn, stride_vn,
+                dq, far_sum, q, dout, rows, lse, log_sum, weights, delta, k_ptrs, v_ptrs, stride_kn, stride_vn,
                 key_mask_ptr, key_positions_ptr, strip_ptr, dstrip_ptr, edges[part], edges[part + 1], start_m, len_k,
-                scale_log2, band_lo, band_hi, near_lo, near_hi, seed, head, largest_dropped, kept_scale, fixed_unit,
+                bias, scale_log2, band_lo, band_hi, near_lo, near_hi, seed, head, largest_dropped, kept_scale,
+                fixed_unit,
                 HEAD_DIM, HEAD_DIM_V, BLOCK_D, BLOCK_DV, BLOCK, part < 3, HAS_BIAS, DBIAS, BIAS_IN_ACC,
-                HAS_MASK, HAS_POSITIONS, DROPOUT_ROUNDS, part % 2 == 1, USE_ASM, PRECISION, SPLIT_LSE,
+                HAS_MASK, HAS_POSITIONS, DROPOUT_ROUNDS, part % 2 == 1, USE_ASM, PRECISION, WAIT, SPLIT_LSE,
             )  # fmt: skip
             if DBIAS != "none" and part % 2 == 0:
                 tl.atomic_add(dstrip_ptr + far_end, tl.sum(tl.sum(far_sum, 1), 0), sem="relaxed")

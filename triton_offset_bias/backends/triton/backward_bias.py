@@ -15,6 +15,7 @@ from triton_offset_bias.backends.triton.scores import (
     score_tile,
     score_unit,
     shift_in_strip,
+    slope_weights,
     strip_of_head,
 )
 from triton_offset_bias.backends.triton.tiles import load_tile, product, sum_diagonals, tile_ptrs
@@ -36,7 +37,7 @@ def dbias_kernel(
     HEAD_DIM: tl.constexpr, HEAD_DIM_V: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
     HAS_BIAS: tl.constexpr, BIAS_IN_ACC: tl.constexpr, HAS_MASK: tl.constexpr, HAS_POSITIONS: tl.constexpr,
     IS_PACKED: tl.constexpr, DROPOUT_ROUNDS: tl.constexpr, USE_ASM: tl.constexpr, PRECISION: tl.constexpr,
-    SPLIT_LSE: tl.constexpr,
+    WAIT: tl.constexpr, SPLIT_LSE: tl.constexpr,
     BLOCK: tl.constexpr,
 ):  # fmt: skip
     """One diagonal of tiles of one row of the table: the sums along its diagonals, in a fixed order.
@@ -100,15 +101,15 @@ def dbias_kernel(
             s = score_tile(
                 q, k.T, strip_ptr, strip_shift, rows.to(tl.int64), -rows.to(tl.int64), keep, scale_log2,
                 band_lo, band_hi, near_lo, near_hi,
-                HAS_BIAS, BIAS_IN_ACC, True, True, False, USE_ASM, PRECISION,
+                HAS_BIAS, BIAS_IN_ACC, True, True, False, USE_ASM, PRECISION, WAIT,
             )  # (BLOCK, BLOCK)  # fmt: skip
-            p = probabilities(s * unit, -lse[:, None], log_sum[:, None], SPLIT_LSE)
+            p = probabilities(s, unit, 0.0, lse[:, None], log_sum[:, None], True, HAS_BIAS, SPLIT_LSE)
             dp = product(dout, v.T, None, PRECISION)
             if DROPOUT_ROUNDS > 0:
                 head = (b * num_heads + h).to(tl.int32)
                 m, n = offs_m[:, None], offs_n[None, :]
                 dp *= dropout_factors(seed, head, 0, 0, m, n, largest_dropped, kept_scale, DROPOUT_ROUNDS)
-            total += p * (dp - delta[:, None])
+            total += p * (dp * slope_weights(lse, log_sum, SPLIT_LSE)[:, None] - delta[:, None])
     none = tl.zeros([BLOCK, BLOCK], tl.float32)
     parts_ptr += tl.program_id(0).to(tl.int64) * (2 * BLOCK)
     tl.store(parts_ptr + rows, sum_diagonals(total, none, BLOCK))

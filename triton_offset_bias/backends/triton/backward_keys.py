@@ -17,9 +17,10 @@ from triton_offset_bias.backends.triton.scores import (
     score_tile,
     score_unit,
     shift_in_strip,
+    slope_weights,
     strip_of_head,
 )
-from triton_offset_bias.backends.triton.tiles import load_tile, product, store_tile, tile_ptrs
+from triton_offset_bias.backends.triton.tiles import load_tile, product, store_tile, tile_ptrs, waited_for
 
 
 @triton.jit
@@ -30,7 +31,8 @@ def _sweep_queries(
     HEAD_DIM: tl.constexpr, HEAD_DIM_V: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, EVEN_M: tl.constexpr, HAS_BIAS: tl.constexpr,
     BIAS_IN_ACC: tl.constexpr, HAS_MASK: tl.constexpr, HAS_POSITIONS: tl.constexpr, DROPOUT_ROUNDS: tl.constexpr,
-    IS_NEAR: tl.constexpr, USE_ASM: tl.constexpr, PRECISION: tl.constexpr, SPLIT_LSE: tl.constexpr,
+    IS_NEAR: tl.constexpr, USE_ASM: tl.constexpr, PRECISION: tl.constexpr, WAIT: tl.constexpr,
+    SPLIT_LSE: tl.constexpr,
 ):  # fmt: skip
     """dK and dV of a block of keys from the queries [begin, end); scores are transposed, (keys, queries)."""
     columns = tl.arange(0, BLOCK_M).to(tl.int64)
@@ -50,17 +52,17 @@ def _sweep_queries(
         s = score_tile(
             k, q.T, strip_ptr, shift, rows, columns, keep[:, None], scale_log2,
             band_lo, band_hi, near_lo, near_hi,
-            HAS_BIAS, BIAS_IN_ACC, IS_NEAR, HAS_MASK, HAS_POSITIONS, USE_ASM, PRECISION,
+            HAS_BIAS, BIAS_IN_ACC, IS_NEAR, HAS_MASK, HAS_POSITIONS, USE_ASM, PRECISION, WAIT,
         )  # (BLOCK_N, BLOCK_M)  # fmt: skip
-        p = probabilities(s * unit, (-lse if IS_NEAR else bias - lse)[None, :], log_sum[None, :], SPLIT_LSE)
+        p = probabilities(s, unit, bias, lse[None, :], log_sum[None, :], IS_NEAR, HAS_BIAS, SPLIT_LSE)
         z = 1.0
         if DROPOUT_ROUNDS > 0:
             m, n = tl.arange(0, BLOCK_M)[None, :], tl.arange(0, BLOCK_N)[:, None]
             z = dropout_factors(seed, head, start_m, start_n, m, n, largest_dropped, kept_scale, DROPOUT_ROUNDS)
         dv = product((p * z).to(dout.dtype), dout, dv, PRECISION)
         dp = product(v, dout.T, None, PRECISION) * z
-        ds = p * (dp - delta[None, :])
-        dk = product(ds.to(q.dtype), q, dk, PRECISION)
+        ds = p * (dp * slope_weights(lse, log_sum, SPLIT_LSE)[None, :] - delta[None, :])
+        dk = waited_for(product(ds.to(q.dtype), q, dk, PRECISION), WAIT)
     return dk, dv
 
 
@@ -82,7 +84,7 @@ def dkey_dvalue_kernel(
     EVEN_M: tl.constexpr, HAS_BIAS: tl.constexpr, BIAS_IN_ACC: tl.constexpr, HAS_DK: tl.constexpr,
     HAS_DV: tl.constexpr, HAS_MASK: tl.constexpr, HAS_POSITIONS: tl.constexpr, IS_PACKED: tl.constexpr,
     DROPOUT_ROUNDS: tl.constexpr, FAR_LEFT: tl.constexpr, NEAR: tl.constexpr, FAR_RIGHT: tl.constexpr,
-    USE_ASM: tl.constexpr, PRECISION: tl.constexpr, SPLIT_LSE: tl.constexpr,
+    USE_ASM: tl.constexpr, PRECISION: tl.constexpr, WAIT: tl.constexpr, SPLIT_LSE: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """A block of keys of one key head, against every query head that shares it: dK and dV."""
@@ -142,7 +144,7 @@ def dkey_dvalue_kernel(
                     edges[part], edges[part + 1], start_n, len_q, bias, scale_log2,
                     band_lo, band_hi, near_lo, near_hi, seed, head, largest_dropped, kept_scale,
                     HEAD_DIM, HEAD_DIM_V, BLOCK_D, BLOCK_DV, BLOCK_M, BLOCK_N, part < 3, HAS_BIAS, BIAS_IN_ACC,
-                    HAS_MASK, HAS_POSITIONS, DROPOUT_ROUNDS, part % 2 == 1, USE_ASM, PRECISION, SPLIT_LSE,
+                    HAS_MASK, HAS_POSITIONS, DROPOUT_ROUNDS, part % 2 == 1, USE_ASM, PRECISION, WAIT, SPLIT_LSE,
                 )  # fmt: skip
 
     if HAS_DK:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from triton_offset_bias import dropout
 from triton_offset_bias.backends.triton import configs, strip
-from triton_offset_bias.backends.triton.target import precision, target
+from triton_offset_bias.backends.triton.target import current_target, precision
 from triton_offset_bias.problem import Problem
 
 
@@ -25,7 +25,7 @@ class Call:
         self.scale = abs(problem.scale) or 1.0
         self.scale_log2 = self.scale * math.log2(math.e)
         self.problem = problem
-        self.target = target()
+        self.target = current_target()
         self.is_packed = problem.cu_seqlens_q is not None
         self.batch, self.num_heads = problem.num_sequences, query.shape[1]
         self.len_q, self.len_k = problem.max_seqlen_q, problem.max_seqlen_k
@@ -62,8 +62,9 @@ class Call:
             "HAS_POSITIONS": problem.query_positions is not None,
             "IS_PACKED": self.is_packed,
             "DROPOUT_ROUNDS": 0 if problem.seed is None else dropout.ROUNDS,
-            "USE_ASM": self.target.startswith("cuda"),
-            "PRECISION": precision(query.dtype),
+            "USE_ASM": self.target.backend == "cuda",
+            "PRECISION": precision(self.target, query.dtype),
+            "WAIT": configs.needs_wait(self.target, query.dtype),
         }
 
     def strides(self, x: Tensor) -> tuple[Any, ...]:

@@ -1,4 +1,4 @@
-"""How kernels are launched, by target ("cuda:90", "hip:gfx942", "interpreter"), dtype and head dim.
+"""How kernels are launched, by target, dtype and head dim.
 
 `block_d` is the head dim padded to a power of two. Chosen by modelled cycles of the compiled code, see docs/gpu.md.
 """
@@ -7,15 +7,14 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import triton
+
+from triton_offset_bias.backends.triton.target import KIB, Target
+
+_TRITON = tuple(map(int, triton.__version__.split(".")[:2]))
 
 # How dbias is gathered: one atomic add for each diagonal of a tile ("diagonals"), or for each score ("elements").
 DBIAS = "diagonals"
-
-# Their matrix products are asynchronous. With fewer stages or wider tiles, ptxas serialises those of Hopper (C7511,
-# C7515); those of Blackwell live in a memory of their own, which registers reach by copies.
-_HOPPER, _BLACKWELL = "cuda:90", "cuda:100"
-_ASYNCHRONOUS = (_HOPPER, _BLACKWELL)
-_LITTLE_SHARED_MEMORY = ("cuda:86", "cuda:89", "cuda:120")  # 99 KiB a block
 
 
 @dataclass(frozen=True)
@@ -51,54 +50,73 @@ CANDIDATES = {
 }
 
 
-def is_bias_in_acc(target: str, dtype: torch.dtype, scale_log2: float) -> bool:
+def is_bias_in_acc(target: Target, dtype: torch.dtype, scale_log2: float) -> bool:
     """Whether the matrix product starts from the bias, instead of the bias being added to it.
 
-    It saves an addition a score. But float32 is summed more exactly from 0, a tiny scale would overflow the strip, and
-    without inline assembly the bias would be loaded in another layout.
+    It saves an addition a score. But float32 is summed more exactly from 0, a tiny scale would overflow the strip,
+    products in Blackwell's tensor memory are started by copies, and without inline assembly the bias would be loaded in
+    another layout.
     """
-    return target.startswith("cuda") and target != _BLACKWELL and dtype != torch.float32 and scale_log2 > 1e-6
+    return target.backend == "cuda" and not target.is_blackwell and dtype != torch.float32 and scale_log2 > 1e-6
 
 
-def needs_far_loop(target: str) -> bool:
+def needs_far_loop(target: Target) -> bool:
     """Whether kernels with a bias need a loop over far tiles, even over none, before the one over near tiles.
 
     In a kernel's first loop ptxas makes asynchronous products wait for the bias (C7515, C7517).
     """
-    return target == _HOPPER
+    return target.is_hopper
 
 
-def forward_config(target: str, dtype: torch.dtype, block_d: int, has_positions: bool = False) -> Config:
+def needs_wait(target: Target, dtype: torch.dtype) -> bool:
+    """Whether asynchronous products must be made to start and end in their iteration; from Triton 3.8 on they do."""
+    return target.is_hopper and dtype != torch.float32 and _TRITON < (3, 8)
+
+
+def forward_config(target: Target, dtype: torch.dtype, block_d: int, has_positions: bool = False) -> Config:
     """The forward kernel's; position tensors take registers, so that with them its tiles are smaller."""
-    if target == "interpreter":
+    if target.backend == "interpreter":
         return Config(64, 32, 4, 1)
-    if dtype == torch.float32:
-        return Config(64, 32, 4, 2) if block_d <= 64 else Config(32, 32, 4, 1)
-    if target.startswith("hip"):
+    if dtype == torch.float32 or not target.takes_large_tiles:
+        return Config(64, 32, 4, 2) if block_d <= 64 else Config(32, _rows(target, dtype, block_d), 4, 1)
+    if target.backend == "hip":
         return Config(128, 64, 4, 1) if block_d <= 128 else Config(64, 32, 4, 1)
-    if has_positions and (block_d <= 128 or target not in _ASYNCHRONOUS):
+    if has_positions and (block_d <= 128 or not target.is_asynchronous):
         return Config(128, 64, 8, 2) if block_d <= 128 else Config(64, 32, 4, 2)
     if block_d > 128:
-        return Config(64, 32, 4, 2) if target in _LITTLE_SHARED_MEMORY else Config(128, 32, 8, 3)
+        return Config(128, 32, 8, 3) if target.shared_memory >= 162 * KIB else Config(64, 32, 4, 2)
     if block_d > 64:
-        return Config(128, 64, 8, 3) if target in _ASYNCHRONOUS else Config(128, 128, 8, 2)
+        return Config(128, 64, 8, 3) if target.is_asynchronous else Config(128, 128, 8, 2)
     return Config(128, 64, 4, 3)
 
 
-def dquery_config(target: str, dtype: torch.dtype, block_d: int) -> Config:
-    """That of the kernels that sum along diagonals, of dQ and of the deterministic dbias: tiles are square."""
-    if target == "interpreter":
+def dquery_config(target: Target, dtype: torch.dtype, block_d: int) -> Config:
+    """The configuration of kernels that sum along diagonals, of dQ and of the deterministic dbias: tiles are square."""
+    if target.backend == "interpreter":
         return Config(64, 64, 4, 1)
-    if dtype == torch.float32 or block_d > 128:
-        return Config(32, 32, 4, 1)
-    return Config(64, 64, 4, 3 if target in _ASYNCHRONOUS else 1 if target.startswith("hip") else 2)
+    if dtype == torch.float32 or block_d > 128 or not target.takes_large_tiles:
+        rows = _rows(target, dtype, block_d)
+        return Config(rows, rows, 4, 1)
+    return Config(64, 64, 4, 3 if target.is_asynchronous else 1 if target.backend == "hip" else 2)
 
 
-def dkey_dvalue_config(target: str, dtype: torch.dtype, block_d: int) -> Config:
-    """That of dK and dV."""
-    if target in _ASYNCHRONOUS and dtype != torch.float32 and 64 < block_d <= 128:
+def dkey_dvalue_config(target: Target, dtype: torch.dtype, block_d: int) -> Config:
+    """The configuration of the kernel of dK and dV."""
+    if target.is_asynchronous and dtype != torch.float32 and 64 < block_d <= 128:
         return Config(32, 64, 4, 3)  # 64 queries would spill
     return dquery_config(target, dtype, block_d)
+
+
+def least_shared_memory(dtype: torch.dtype, block_d: int) -> int:
+    """Bytes that the smallest tiles of the backward pass take in all: four of rows, and the scores."""
+    return 16 * (4 * block_d * dtype.itemsize + 16 * 4)
+
+
+def _rows(target: Target, dtype: torch.dtype, block_d: int) -> int:
+    """Rows of a small tile: as many as leave room for five tiles of queries, keys, values and gradients."""
+    if target.backend == "hip":  # holds them in registers
+        return 32
+    return 32 if 5 * 32 * block_d * dtype.itemsize <= target.shared_memory else 16
 
 
 def is_decode(rows: int, keys: int) -> bool:
@@ -106,15 +124,15 @@ def is_decode(rows: int, keys: int) -> bool:
     return rows <= MAX_DECODE_ROWS and keys >= _MIN_DECODE_KEYS
 
 
-def decode_config(target: str, dtype: torch.dtype, block_d: int, rows: int) -> Config:
-    """That of the kernel that takes a split of the keys."""
-    fewest = 64 if target.startswith("hip") else 16  # Triton 3.6.0 does not compile fewer for AMD
+def decode_config(target: Target, dtype: torch.dtype, block_d: int, rows: int) -> Config:
+    """The configuration of the kernel that takes a split of the keys."""
+    fewest = 64 if target.backend == "hip" else 16  # Triton 3.6.0 does not compile fewer for AMD
     block_m = max(fewest, 1 << (rows - 1).bit_length())
     return Config(block_m, 64 if block_d <= 128 and dtype != torch.float32 else 32, 4, 2)
 
 
 def combine_warps(block_s: int, block_d: int) -> int:
-    """Those of the kernel that combines splits: no more than there are numbers for."""
+    """Warps of the kernel that combines splits: no more than there are numbers for."""
     return max(1, min(block_s * block_d // 1024, 4))
 
 

@@ -30,7 +30,7 @@ def decode_kernel(
     EVEN_N: tl.constexpr, HAS_BIAS: tl.constexpr, BIAS_IN_ACC: tl.constexpr, HAS_MASK: tl.constexpr,
     HAS_POSITIONS: tl.constexpr, IS_PACKED: tl.constexpr,
     FAR_LEFT: tl.constexpr, NEAR: tl.constexpr, FAR_RIGHT: tl.constexpr,
-    USE_ASM: tl.constexpr, PRECISION: tl.constexpr,
+    USE_ASM: tl.constexpr, PRECISION: tl.constexpr, WAIT: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """All queries of one key head against one split of its keys. Tensors as in forward_kernel.
@@ -86,7 +86,7 @@ def decode_kernel(
                 acc, l_i, m_i, q, rows, k_ptrs, v_ptrs, stride_kn, stride_vn, key_mask_ptr, key_positions_ptr,
                 strip_ptrs, begin, end, 0, seq_k, bias, scale_log2, band_lo, band_hi, near_lo, near_hi, 0, 0, 0,
                 HEAD_DIM, HEAD_DIM_V, BLOCK_D, BLOCK_DV, BLOCK_M, BLOCK_N, part < 3, HAS_BIAS, BIAS_IN_ACC,
-                HAS_MASK, HAS_POSITIONS, 0, part % 2 == 1, USE_ASM, PRECISION,
+                HAS_MASK, HAS_POSITIONS, 0, part % 2 == 1, USE_ASM, PRECISION, WAIT,
             )  # fmt: skip
 
     exists = g < group

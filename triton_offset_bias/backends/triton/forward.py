@@ -17,12 +17,13 @@ from triton_offset_bias.backends.triton.scores import (
     far_bias,
     kept_keys,
     position_rows,
+    rounded_scores,
     score_tile,
     score_unit,
     shift_in_strip,
     strip_of_head,
 )
-from triton_offset_bias.backends.triton.tiles import load_tile, product, store_tile, tile_ptrs
+from triton_offset_bias.backends.triton.tiles import load_tile, product, store_tile, tile_ptrs, waited_for
 
 
 @triton.jit
@@ -33,7 +34,7 @@ def attend(
     HEAD_DIM: tl.constexpr, HEAD_DIM_V: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, EVEN_N: tl.constexpr, HAS_BIAS: tl.constexpr,
     BIAS_IN_ACC: tl.constexpr, HAS_MASK: tl.constexpr, HAS_POSITIONS: tl.constexpr, DROPOUT_ROUNDS: tl.constexpr,
-    IS_NEAR: tl.constexpr, USE_ASM: tl.constexpr, PRECISION: tl.constexpr,
+    IS_NEAR: tl.constexpr, USE_ASM: tl.constexpr, PRECISION: tl.constexpr, WAIT: tl.constexpr,
 ):  # fmt: skip
     """Adds the keys [begin, end) to the running softmax; all of them near, or all far with one bias, in bits.
 
@@ -55,11 +56,16 @@ def attend(
             shift = shift_in_strip(shift, near_lo, near_hi)
         s = score_tile(
             q, k.T, strip_ptr, shift, rows, columns, keep, scale_log2, band_lo, band_hi, near_lo, near_hi,
-            HAS_BIAS, BIAS_IN_ACC, IS_NEAR, HAS_MASK or not EVEN_N, HAS_POSITIONS, USE_ASM, PRECISION,
+            HAS_BIAS, BIAS_IN_ACC, IS_NEAR, HAS_MASK or not EVEN_N, HAS_POSITIONS, USE_ASM, PRECISION, WAIT,
         )  # (BLOCK_M, BLOCK_N)  # fmt: skip
-        row_max = tl.max(s, 1) * unit
-        m_new = tl.maximum(m_i, row_max if IS_NEAR else row_max + bias)
-        p = tl.math.exp2(s * unit - (m_new if IS_NEAR else m_new - bias)[:, None])
+        if q.dtype == tl.float32:
+            s = rounded_scores(s, unit, (tl.zeros_like(m_i) + bias)[:, None], IS_NEAR, HAS_BIAS)
+            m_new = tl.maximum(m_i, tl.max(s, 1))
+            p = tl.math.exp2(s - m_new[:, None])
+        else:
+            row_max = tl.max(s, 1) * unit
+            m_new = tl.maximum(m_i, row_max if IS_NEAR else row_max + bias)
+            p = tl.math.exp2(s * unit - (m_new if IS_NEAR else m_new - bias)[:, None])
         alpha = tl.math.exp2(m_i - m_new)
         l_i = l_i * alpha + tl.sum(p, 1)
         acc = acc * alpha[:, None]
@@ -67,7 +73,7 @@ def attend(
             m, n = tl.arange(0, BLOCK_M)[:, None], tl.arange(0, BLOCK_N)[None, :]
             p *= dropout_factors(seed, head, start_m, start_n, m, n, largest_dropped, 1.0, DROPOUT_ROUNDS)
         v = load_tile(v_ptrs + step * stride_vn, offs_n, len_k, EVEN_N, HEAD_DIM_V, BLOCK_DV)  # (BLOCK_N, BLOCK_DV)
-        acc = product(p.to(v.dtype), v, acc, PRECISION)
+        acc = waited_for(product(p.to(v.dtype), v, acc, PRECISION), WAIT)
         m_i = m_new
     return acc, l_i, m_i
 
@@ -88,7 +94,7 @@ def forward_kernel(
     EVEN_N: tl.constexpr, HAS_BIAS: tl.constexpr, BIAS_IN_ACC: tl.constexpr, HAS_MASK: tl.constexpr,
     HAS_POSITIONS: tl.constexpr, IS_PACKED: tl.constexpr, DROPOUT_ROUNDS: tl.constexpr,
     FAR_LEFT: tl.constexpr, NEAR: tl.constexpr, FAR_RIGHT: tl.constexpr,
-    USE_ASM: tl.constexpr, PRECISION: tl.constexpr,
+    USE_ASM: tl.constexpr, PRECISION: tl.constexpr, WAIT: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """A block of queries of one head. q (B, H, M, D), k and v (B, H // group, N, D or DV), out as q; row_* (B, H, M).
@@ -143,7 +149,7 @@ def forward_kernel(
                 strip_ptr, edges[part], edges[part + 1], start_m, len_k, bias, scale_log2, band_lo, band_hi,
                 near_lo, near_hi, seed, head, largest_dropped,
                 HEAD_DIM, HEAD_DIM_V, BLOCK_D, BLOCK_DV, BLOCK_M, BLOCK_N, part < 3, HAS_BIAS, BIAS_IN_ACC,
-                HAS_MASK, HAS_POSITIONS, DROPOUT_ROUNDS, part % 2 == 1, USE_ASM, PRECISION,
+                HAS_MASK, HAS_POSITIONS, DROPOUT_ROUNDS, part % 2 == 1, USE_ASM, PRECISION, WAIT,
             )  # fmt: skip
 
     is_empty = l_i == 0.0

@@ -15,7 +15,7 @@ product starts from, which costs nothing more. Else the strip is in bits (bias t
 import triton
 import triton.language as tl
 
-from triton_offset_bias.backends.triton.tiles import product
+from triton_offset_bias.backends.triton.tiles import product, started_from
 
 LN_2 = tl.constexpr(0.6931471805599453)
 LARGEST_BLOCK = tl.constexpr(128)
@@ -66,7 +66,7 @@ def bias_tile(ptrs, USE_ASM: tl.constexpr):
 def score_tile(
     a, b, strip_ptr, shift, rows, columns, keep, scale_log2, band_lo, band_hi, near_lo, near_hi,
     HAS_BIAS: tl.constexpr, BIAS_IN_ACC: tl.constexpr, IS_NEAR: tl.constexpr, HAS_KEEP: tl.constexpr,
-    HAS_POSITIONS: tl.constexpr, USE_ASM: tl.constexpr, PRECISION: tl.constexpr,
+    HAS_POSITIONS: tl.constexpr, USE_ASM: tl.constexpr, PRECISION: tl.constexpr, WAIT: tl.constexpr,
 ):  # fmt: skip
     """Scores, (R, C), to be multiplied by score_unit, and with the bias if near and there is one.
 
@@ -81,7 +81,7 @@ def score_tile(
         else:
             ptrs = (strip_ptr + shift + rows)[:, None] + columns[None, :]
         if BIAS_IN_ACC:
-            acc = bias_tile(ptrs, USE_ASM)
+            acc = started_from(bias_tile(ptrs, USE_ASM), WAIT)
     s = product(a, b, acc, PRECISION)
     if IS_NEAR and HAS_BIAS and not BIAS_IN_ACC:
         s = s * scale_log2 + bias_tile(ptrs, USE_ASM)
@@ -137,12 +137,36 @@ def load_rows(
 
 
 @triton.jit
-def probabilities(s, shift, log_sum, SPLIT_LSE: tl.constexpr):
-    """P from scores in bits; `shift` is minus the log-sum-exp, all of it or without the log of the sum."""
+def probabilities(s, unit, bias, lse, log_sum, IS_NEAR: tl.constexpr, HAS_BIAS: tl.constexpr, SPLIT_LSE: tl.constexpr):
+    """P from score_tile's scores, which far tiles' bias is missing in; SPLIT_LSE: `lse` lacks the log of the sum."""
     if SPLIT_LSE:
-        return tl.math.exp2((s + shift) - log_sum)
+        return tl.math.exp2((rounded_scores(s, unit, bias, IS_NEAR, HAS_BIAS) - lse) - log_sum)
+    elif IS_NEAR:
+        return tl.math.exp2(s * unit - lse)
     else:
-        return tl.math.exp2(s + shift)
+        return tl.math.exp2(s * unit + (bias - lse))
+
+
+@triton.jit
+def rounded_scores(s, unit, bias, IS_NEAR: tl.constexpr, HAS_BIAS: tl.constexpr):
+    """Float32's scores in bits, whose maximum less itself is exactly 0: a multiplication by the unit would be fused."""
+    if IS_NEAR and HAS_BIAS:
+        return s
+    else:
+        return s * unit + bias
+
+
+@triton.jit
+def slope_weights(lse, log_sum, SPLIT_LSE: tl.constexpr):
+    """What a query's dP is multiplied with: 1, or 0 where one key has all the weight, as `prepare_kernel` marked it.
+
+    There dP and <dO, O> are one sum in two orders, and their difference is exactly 0. Of 16-bit inputs the mark is the
+    last bit of the log-sum-exp; of others, the log of the sum is 0.
+    """
+    if SPLIT_LSE:
+        return tl.where(log_sum == 0.0, 0.0, 1.0)
+    else:
+        return tl.where((lse.to(tl.int32, bitcast=True) & 1) == 0, 0.0, 1.0)
 
 
 @triton.jit

@@ -1,9 +1,69 @@
 """What Triton compiles for here, and how to tell."""
 
+import functools
+from dataclasses import dataclass
+
 import torch
 import triton
 
 from triton_offset_bias.backends.triton.forward import forward_kernel
+
+KIB = 1024
+
+
+@dataclass(frozen=True)
+class Target:
+    """What kernels are compiled for.
+
+    Attributes:
+        backend: "cuda" | "hip" | "interpreter".
+        arch: ten times the compute capability, or AMD's name; 0 in the interpreter.
+        shared_memory: bytes that a program may have.
+    """
+
+    backend: str
+    arch: int | str
+    shared_memory: int
+
+    @property
+    def is_hopper(self) -> bool:
+        """Whether Triton takes Hopper's asynchronous products of tiles in shared memory, and has room for them."""
+        return self._capability // 10 == 9 and self._has_much_memory
+
+    @property
+    def is_blackwell(self) -> bool:
+        """Whether products are asynchronous and live in a memory of their own, which registers reach by copies.
+
+        They do on data centres' and Jetson's Blackwell, not on GeForce's; of later devices this is a guess, and what
+        follows from it runs everywhere.
+        """
+        return (self._capability // 10 in (10, 11) or self._capability >= 130) and self._has_much_memory
+
+    @property
+    def is_asynchronous(self) -> bool:
+        """Whether products are asynchronous.
+
+        With fewer stages or wider tiles, ptxas serialises those of Hopper (C7511, C7515).
+        """
+        return self.is_hopper or self.is_blackwell
+
+    @property
+    def takes_large_tiles(self) -> bool:
+        """Whether 16-bit tiles of 64 rows or more are multiplied by units of their own, and have room."""
+        return self.backend == "hip" or (self._capability >= 80 and self.shared_memory >= 96 * KIB)
+
+    @property
+    def has_tf32(self) -> bool:
+        """Whether Triton multiplies in TF32 there; elsewhere it refuses to."""
+        return self._capability >= 80 or self.arch == "gfx942"
+
+    @property
+    def _capability(self) -> int:
+        return self.arch if isinstance(self.arch, int) else 0
+
+    @property
+    def _has_much_memory(self) -> bool:
+        return self.shared_memory >= 200 * KIB
 
 
 def interprets() -> bool:
@@ -23,6 +83,27 @@ def target() -> str:
     return f"{found.backend}:{found.arch}"
 
 
+def current_target() -> Target:
+    """The same, with what decides about configurations; only where there is something to compile for."""
+    if interprets():
+        return Target("interpreter", 0, 2**30)
+    driver = triton.runtime.driver.active
+    found = driver.get_current_target()
+    return _with_memory(found.backend, found.arch, driver.get_current_device())
+
+
+@torch.compiler.assume_constant_result
+def shared_memory() -> int:
+    """Bytes of shared memory that a program may have here; only where there is something to compile for."""
+    return current_target().shared_memory
+
+
+@functools.cache
+def _with_memory(backend: str, arch: int | str, device: int) -> Target:
+    """A device's target; its driver knows how much shared memory a program may have."""
+    return Target(backend, arch, triton.runtime.driver.active.utils.get_device_properties(device)["max_shared_mem"])
+
+
 @torch.compiler.assume_constant_result
 def device_types() -> tuple[str, ...]:
     """The types of the devices whose tensors Triton can work on here."""
@@ -39,17 +120,11 @@ def multiprocessors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count
 
 
-def precision(dtype: torch.dtype) -> str:
+def precision(target: Target, dtype: torch.dtype) -> str:
     """How tiles of `dtype` are multiplied: "upcast" | "tf32" | "ieee", which is the one way of 16-bit numbers."""
-    if interprets():
+    if target.backend == "interpreter":
         return "upcast"
-    return "tf32" if dtype == torch.float32 and has_tf32(target()) and allows_tf32() else "ieee"
-
-
-def has_tf32(name: str) -> bool:
-    """Whether Triton multiplies in TF32 on that target: NVIDIA's since Ampere, and one of AMD's."""
-    backend, _, arch = name.partition(":")
-    return int(arch) >= 80 if backend == "cuda" else arch == "gfx942"
+    return "tf32" if dtype == torch.float32 and target.has_tf32 and allows_tf32() else "ieee"
 
 
 def allows_tf32() -> bool:
