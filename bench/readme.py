@@ -15,7 +15,7 @@ from bench.report import median, read_results
 PEERS = {
     "sdpa_index": "SDPA with the dense bias `bias[:, index]`, as models build it",
     "sdpa_strided": "SDPA with the bias as a strided view of the table, keys reversed",
-    "t5_compiled": "compiled T5-style attention",
+    "t5_compiled": "T5-style attention, compiled by `torch.compile`",
     "sdpa_no_bias": "SDPA without any bias",
 }
 COLUMNS = {
@@ -48,8 +48,8 @@ How many times longer others take than this package, on one thread of an {proces
 
 {table}
 
-A training step at length 4096 takes {memory:.1f} MiB of memory. The leanest SDPA with a bias takes
-{dense_memory:.0f} MiB.
+A training step at length 4096 takes {memory:.1f} MiB beside its inputs.
+The leanest SDPA with a bias takes {dense_memory:.0f} MiB.
 """
 SENTENCES = """\
 Short sequences, in float32 with B=8, H=8, D=64, forward + backward:
@@ -61,10 +61,11 @@ More figures of one thread of the same processor, in float32 unless said otherwi
 * **Arithmetic.** At L=2048 the package does {forward_rate:.2f} (forward) and {backward_rate:.2f} (backward) times as
   many floating point operations a second as torch's sgemm, which does {sgemm:.0f} GFLOP/s.
 * **bfloat16.** At L=512, forward + backward, SDPA without a bias takes {bf16:.2f} times as long as the package.
-  Compiled T5-style attention takes {bf16_compiled:.2f} times as long.
-* **Memory.** A training step at L=4096 takes {memory:.1f} MiB. The leanest SDPA with a bias takes
+  T5-style attention, compiled, takes {bf16_compiled:.2f} times as long.
+* **Memory.** A training step at L=4096 takes {memory:.1f} MiB beside its inputs. The leanest SDPA with a bias takes
   {dense_memory:.0f} MiB.
-* **Windows.** A window of 128 keys on each side makes a training step at L=8192 {window:.1f} times faster.
+* **Windows.** With a window of 128 keys on each side, a training step at L=8192 is {window:.1f} times faster than
+  without a window.
 * **Decoding.** One query reads a cache of 32768 keys at {cache:.2f} of the rate at which the machine copies memory
   (bytes read and written). With D=128 it is {cache_d128:.2f}, in bfloat16 {cache_bf16:.2f}.
 """
