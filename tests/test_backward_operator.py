@@ -69,8 +69,12 @@ CALLS = {
 
 def _odd_view(x: Tensor, draw: random.Random) -> Tensor:
     """Equal to `x`, in memory with its axes in another order and other numbers between its own."""
+    last = x.dim() - 1
     order = draw.sample(range(x.dim()), x.dim())
     steps = {axis: draw.randint(1, 3) for axis in order}
+    if draw.random() < 0.5:  # rows stay whole
+        order = [*(axis for axis in order if axis != last), last]
+        steps[last] = 1
     memory = torch.full([x.shape[axis] * steps[axis] + draw.randint(0, 2) for axis in order], 97).to(x.dtype)
     spread = memory[tuple(slice(0, x.shape[axis] * steps[axis], steps[axis]) for axis in order)]
     view = spread.permute([order.index(axis) for axis in range(x.dim())])

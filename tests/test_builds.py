@@ -35,13 +35,13 @@ def test_the_engine_knows_whose_processor_it_runs_on_and_info_says_what_was_chos
     """As the kernel tells; the choice of a build hangs on it."""
     is_intel = "GenuineIntel" in Path("/proc/cpuinfo").read_text()
     assert library.load().library.tob_is_intel() == is_intel
+    fastest = library.fastest_builds(cpp.RUNNABLE, is_intel)
+    chosen = next(build for build in fastest if library.path_of(build))
     report = _report(**{cpp.BUILD_VARIABLE: ""})
-    assert f"built for  {library.fastest_builds(cpp.RUNNABLE, is_intel)[0]} (" in report
-    assert "the fastest on this processor" in report
-    assert ("multiplies bfloat16 numbers slowly" in report) == (is_intel and cpp.RUNNABLE[0] == "avx512_bf16")
+    assert f"built for  {chosen} (" in report
+    assert ("the fastest on this processor" if chosen == fastest[0] else f"{fastest[0]} would be faster") in report
 
 
-@pytest.mark.needs_engine
 def test_info_says_that_a_build_was_asked_for():
     """By the name of the variable; the slower builds can be asked for everywhere."""
     report = _report(**{cpp.BUILD_VARIABLE: "portable"})
