@@ -13,6 +13,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils.checkpoint import checkpoint
 
 from triton_offset_bias import offset_bias_attention, table
+from triton_offset_bias.problem import DIFFERENTIABLE, Problem
 
 PADDED = Case(
     "grouped heads, causal, padding",
@@ -180,6 +181,18 @@ def _operator_arguments(requires_grad: bool) -> dict:
 def _matching(operator, arguments: dict) -> tuple:
     """The arguments in the order of the operator's schema."""
     return tuple(arguments[argument.name] for argument in operator._schema.arguments)
+
+
+def test_the_operators_arguments_are_the_fields_of_a_problem_in_the_order_that_autograd_splits():
+    """What has a gradient comes first, then the other tensors, whatever is added to the list."""
+    forward, backward = (getattr(torch.ops.triton_offset_bias, name) for name in ("attention", "attention_backward"))
+    arguments = [(x.name, str(x.type)) for x in forward.default._schema.arguments]
+    assert [name for name, _ in arguments] == [*Problem._fields, "backend"]
+    are_tensors = ["Tensor" in kind for _, kind in arguments]
+    assert are_tensors == sorted(are_tensors, reverse=True)
+    assert Problem._fields[: len(DIFFERENTIABLE)] == DIFFERENTIABLE
+    assert [(x.name, str(x.type)) for x in backward.default._schema.arguments][-len(arguments) :] == arguments
+    assert [x.name for x in backward.default._schema.returns] == [f"d{name}" for name in DIFFERENTIABLE]
 
 
 @pytest.mark.needs_engine

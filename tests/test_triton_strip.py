@@ -18,7 +18,7 @@ needs_kernels = pytest.mark.skipif(
 
 DEFAULTS = {
     **{"dropout_p": 0.0, "is_causal": False, "scale": None, "bias_origin": None, "beyond": "clamp"},
-    **{"window_size": (-1, -1), "deterministic": None, "return_lse": False},
+    **{"window_size": (-1, -1), "deterministic": None, "enable_gqa": False},
 }
 PROBLEMS = {
     "a table that covers all": (20, 24, 47, {}),
@@ -50,7 +50,7 @@ def _problem(len_q, len_k, columns, options):
     query_start = options.get("query_start")
     masks = {"key_padding_mask": None, "query_positions": None, "key_positions": None}
     chosen = {**DEFAULTS, **{name: x for name, x in options.items() if name != "query_start"}}
-    return checked_attention(q, k, k, bias, enable_gqa=False, query_start=query_start, **masks, options=chosen)
+    return checked_attention(q, k, k, bias, query_start=query_start, **masks, options=chosen)
 
 
 def _biases_in_bits(problem, options):

@@ -60,7 +60,6 @@ def _padded(
         key,
         value,
         None if bias is None else torch.zeros(bias, device="cpu"),
-        enable_gqa=True,
         query_start=start,
         key_padding_mask=mask,
         query_positions=positions,
@@ -73,7 +72,7 @@ def _packed() -> Problem:
     """A sample of `offset_bias_attention_varlen`, as its checks give it."""
     x, bounds = torch.zeros(LENGTH, 2, 8, device="cpu"), torch.tensor([0, 2, LENGTH], device="cpu")
     table = torch.zeros(2, 2 * LENGTH - 1, device="cpu")
-    return checked_varlen(x, x, x, table, bounds, bounds, LENGTH, LENGTH, enable_gqa=False, options=_options())
+    return checked_varlen(x, x, x, table, bounds, bounds, LENGTH, LENGTH, options=_options())
 
 
 def _options(
@@ -85,17 +84,16 @@ def _options(
     beyond: str = "clamp",
     window_size: tuple[int, int] = (-1, -1),
     deterministic: bool = False,
-    return_lse: bool = False,
 ) -> Options:
     return Options(
         dropout_p=dropout_p,
         is_causal=is_causal,
         scale=scale,
+        enable_gqa=True,
         bias_origin=bias_origin,
         beyond=beyond,
         window_size=window_size,
         deterministic=deterministic,
-        return_lse=return_lse,
     )
 
 
@@ -128,6 +126,6 @@ SAMPLES: dict[str, tuple[Callable[[], Problem], ...]] = {
     "`query_positions`, `key_positions`": (lambda: _padded(positions=torch.tensor([4, 0, 9, 2, 2], device="cpu")),),
     "`dropout_p`": (partial(_padded, options={"dropout_p": 0.1}),),
     "packed sequences": (_packed,),
-    "`return_lse`, differentiable": (partial(_padded, options={"return_lse": True}),),
+    "`return_lse`, differentiable": (_padded,),
     "`deterministic`": (partial(_padded, options={"deterministic": True}),),
 }

@@ -1,30 +1,22 @@
 """The two public functions."""
 
-from typing import Literal, TypedDict, overload
+from typing import Literal, overload
 
 from torch import Tensor
 from typing_extensions import Unpack  # comes with torch; typing's from Python 3.11 on
 
 from triton_offset_bias import ops
-from triton_offset_bias.checks.arguments import checked_length
-from triton_offset_bias.checks.call import checked_attention, checked_varlen, with_autocast
+from triton_offset_bias.checks.arguments import check_flag, checked_length
+from triton_offset_bias.checks.call import Options, checked_attention, checked_varlen, with_autocast
 from triton_offset_bias.dispatch import select_backend
 
 
 # The keywords but `return_lse`, for the overloads alone, which would repeat all of them three times.
-class _SharedOptions(TypedDict, total=False):
-    dropout_p: float
-    is_causal: bool
-    scale: float | None
-    enable_gqa: bool
-    bias_origin: int | None
-    beyond: str
-    window_size: tuple[int, int]
-    deterministic: bool | None
+class _SharedOptions(Options, total=False):
     backend: str
 
 
-class _Options(_SharedOptions, total=False):
+class _PaddedOptions(_SharedOptions, total=False):
     query_start: int | None
     key_padding_mask: Tensor | None
     query_positions: Tensor | None
@@ -34,17 +26,17 @@ class _Options(_SharedOptions, total=False):
 @overload
 def offset_bias_attention(
     query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None,
-    *, return_lse: Literal[False] = ..., **options: Unpack[_Options],
+    *, return_lse: Literal[False] = ..., **options: Unpack[_PaddedOptions],
 ) -> Tensor: ...  # fmt: skip
 @overload
 def offset_bias_attention(
     query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None,
-    *, return_lse: Literal[True], **options: Unpack[_Options],
+    *, return_lse: Literal[True], **options: Unpack[_PaddedOptions],
 ) -> tuple[Tensor, Tensor]: ...  # fmt: skip
 @overload
 def offset_bias_attention(
     query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None,
-    *, return_lse: bool, **options: Unpack[_Options],
+    *, return_lse: bool, **options: Unpack[_PaddedOptions],
 ) -> Tensor | tuple[Tensor, Tensor]: ...  # fmt: skip
 def offset_bias_attention(
     query: Tensor,
@@ -125,7 +117,6 @@ def offset_bias_attention(
         key,
         value,
         bias,
-        enable_gqa=enable_gqa,
         query_start=query_start,
         key_padding_mask=key_padding_mask,
         query_positions=query_positions,
@@ -134,13 +125,14 @@ def offset_bias_attention(
             "dropout_p": dropout_p,
             "is_causal": is_causal,
             "scale": scale,
+            "enable_gqa": enable_gqa,
             "bias_origin": bias_origin,
             "beyond": beyond,
             "window_size": window_size,
             "deterministic": deterministic,
-            "return_lse": return_lse,
         },
     )
+    check_flag("return_lse", return_lse)
     out, lse = ops.attention(problem, select_backend(problem, backend))
     return (out, lse) if return_lse else out
 
@@ -201,9 +193,9 @@ def offset_bias_attention_varlen(
             The call reads a tensor's number: on a GPU it waits for the device, and under `torch.compile` the graph
             breaks there, but with ``fullgraph=True`` or ``torch._dynamo.config.capture_scalar_outputs``.
         max_seqlen_k: the longest key length, or more, likewise.
-        dropout_p, is_causal, scale, enable_gqa, bias_origin, beyond, window_size, deterministic, backend: as in
-            `offset_bias_attention`.
         return_lse: also return the log-sum-exp, (Hq, total_q).
+
+    The other keywords are those of `offset_bias_attention`.
 
     Returns:
         The output, (total_q, Hq, Dv); with `return_lse` a pair, see `offset_bias_attention`.
@@ -223,18 +215,18 @@ def offset_bias_attention_varlen(
         cu_seqlens_k,
         longest_q,
         longest_k,
-        enable_gqa=enable_gqa,
         options={
             "dropout_p": dropout_p,
             "is_causal": is_causal,
             "scale": scale,
+            "enable_gqa": enable_gqa,
             "bias_origin": bias_origin,
             "beyond": beyond,
             "window_size": window_size,
             "deterministic": deterministic,
-            "return_lse": return_lse,
         },
     )
+    check_flag("return_lse", return_lse)
     out, lse = ops.attention(problem, select_backend(problem, backend))
     out, lse = out.squeeze(0).transpose(0, 1), lse.squeeze(0)
     return (out, lse) if return_lse else out

@@ -1,25 +1,25 @@
 """The operators: schemas, shape functions, and the autograd rule. The one module that knows `torch.library`."""
 
+from typing import get_type_hints
+
 import torch
 from torch import Tensor
 
-from triton_offset_bias.backends.contract import FUSED_BACKENDS, TORCH_BACKENDS
+from triton_offset_bias.backends.contract import FUSED_BACKENDS, TORCH_BACKENDS, FusedBackend
 from triton_offset_bias.checks.data import check_data, check_fit, check_rows
-from triton_offset_bias.problem import Problem
+from triton_offset_bias.problem import DIFFERENTIABLE, Problem
 
-# The fields of `Problem`, then the backend.
-_PROBLEM = (
-    "Tensor query, Tensor key, Tensor value, Tensor? bias, Tensor? key_padding_mask, Tensor? query_positions, "
-    "Tensor? key_positions, Tensor? cu_seqlens_q, Tensor? cu_seqlens_k, Tensor? seed, float scale, float dropout_p, "
-    "SymInt query_start, SymInt min_offset, SymInt max_offset, SymInt bias_origin, str beyond, bool deterministic, "
-    "SymInt max_seqlen_q, SymInt max_seqlen_k, str backend"
-)
-_NUM_TENSORS = 10
+_SCHEMA_TYPES = {Tensor: "Tensor", Tensor | None: "Tensor?", float: "float", int: "SymInt", bool: "bool", str: "str"}
+_FIELDS = {name: _SCHEMA_TYPES[annotation] for name, annotation in get_type_hints(Problem).items()}
+_ARGUMENTS = ", ".join(f"{kind} {name}" for name, kind in (*_FIELDS.items(), ("backend", "str")))
+_GRADIENTS = ", ".join(f"Tensor d{name}" for name in DIFFERENTIABLE)
+_NUM_DIFFERENTIABLE = len(DIFFERENTIABLE)
+_NUM_TENSORS = sum(kind.startswith("Tensor") for kind in _FIELDS.values())
 _library = torch.library.Library("triton_offset_bias", "DEF")
-_library.define(f"attention({_PROBLEM}) -> (Tensor out, Tensor lse, Tensor row_max, Tensor row_sum)")
+_library.define(f"attention({_ARGUMENTS}) -> (Tensor out, Tensor lse, Tensor row_max, Tensor row_sum)")
 _library.define(
-    "attention_backward(Tensor? dout, Tensor? dlse, Tensor out, Tensor row_max, Tensor row_sum, bool[4] needs, "
-    f"{_PROBLEM}) -> (Tensor dquery, Tensor dkey, Tensor dvalue, Tensor dbias)"
+    "attention_backward(Tensor? dout, Tensor? dlse, Tensor out, Tensor row_max, Tensor row_sum, "
+    f"bool[{_NUM_DIFFERENTIABLE}] needs, {_ARGUMENTS}) -> ({_GRADIENTS})"
 )
 _attention_op = torch.ops.triton_offset_bias.attention.default
 _attention_backward_op = torch.ops.triton_offset_bias.attention_backward.default
@@ -43,21 +43,27 @@ def attention(problem: Problem, backend: str) -> tuple[Tensor, Tensor]:
 
 
 def _problem(args) -> tuple[Problem, str]:
-    """The problem and its backend, which serves it."""
+    """The problem and the name of its backend, from an operator's last arguments."""
     *fields, backend = args
-    problem = Problem(*fields)
-    if reasons := FUSED_BACKENDS[backend].unsupported_reasons(problem):
-        raise NotImplementedError(f"backend {backend!r} does not support this call: {'; '.join(reasons)}")
+    return Problem(*fields), backend
+
+
+def _served_problem(args) -> tuple[Problem, FusedBackend]:
+    """The problem and its backend, which serves it."""
+    problem, name = _problem(args)
+    backend = FUSED_BACKENDS[name]
+    if reasons := backend.unsupported_reasons(problem):
+        raise NotImplementedError(f"backend {name!r} does not support this call: {'; '.join(reasons)}")
     return problem, backend
 
 
 def _forward(*args):
     """Output, log-sum-exp, and the rows' statistics, (B, H, Lq), which `attention_backward` wants to see again."""
-    problem, backend = _problem(args)
+    problem, backend = _served_problem(args)
     check_data(problem)
     out, lse, row_max, row_sum = outputs = _new_outputs(problem.query, problem.value)
     if out.numel() > 0 and problem.key.shape[2] > 0:
-        FUSED_BACKENDS[backend].forward(problem, *outputs)
+        backend.forward(problem, *outputs)
     else:  # nothing to attend to
         lse.fill_(float("-inf"))
         for tensor in (out, row_max, row_sum):
@@ -66,8 +72,8 @@ def _forward(*args):
 
 
 def _forward_fake(*args):
-    query, _, value = args[:3]
-    return _new_outputs(query, value)
+    problem, _ = _problem(args)
+    return _new_outputs(problem.query, problem.value)
 
 
 def _backward(dout, dlse, out, row_max, row_sum, needs, *args):
@@ -83,33 +89,36 @@ def _backward(dout, dlse, out, row_max, row_sum, needs, *args):
 
     Source: P and delta as in FlashAttention-2 (Dao 2023, arXiv:2307.08691), algorithm 2.
     """
-    problem, backend = _problem(args)
+    problem, backend = _served_problem(args)
     check_fit(problem)
     check_rows(problem, dout, dlse, out, row_max, row_sum)
     dout = torch.zeros_like(out) if dout is None else dout
     dlse = None if dlse is None else dlse.to(row_max.dtype).contiguous()
     row_max, row_sum = row_max.contiguous(), row_sum.contiguous()
-    gradients = [
-        _empty_like(x, x.shape[-1]) if need else None
-        for x, need in zip((problem.query, problem.key, problem.value), needs[:3], strict=True)
-    ]
+    gradients, needs_dbias = _new_gradients(problem, needs)
     if out.numel() > 0 and problem.key.shape[2] > 0:
-        dbias = FUSED_BACKENDS[backend].backward(problem, out, row_max, row_sum, dout, dlse, *gradients, needs[3])
+        dbias = backend.backward(problem, out, row_max, row_sum, dout, dlse, *gradients, needs_dbias)
     else:
-        dbias = problem.bias.new_zeros(problem.bias.shape) if needs[3] and problem.bias is not None else None
+        dbias = problem.bias.new_zeros(problem.bias.shape) if needs_dbias else None
         for gradient in gradients:
             if gradient is not None:
                 gradient.zero_()
     return tuple(out.new_empty(0) if gradient is None else gradient for gradient in (*gradients, dbias))
 
 
-def _backward_fake(dout, dlse, out, row_max, row_sum, needs, query, key, value, bias, *_):
-    gradients = [
-        _empty_like(x, x.shape[-1]) if need else out.new_empty(0)
-        for x, need in zip((query, key, value), needs[:3], strict=True)
-    ]
-    dbias = bias.new_empty(bias.shape) if bias is not None and needs[3] else out.new_empty(0)
-    return (*gradients, dbias)
+def _backward_fake(dout, dlse, out, row_max, row_sum, needs, *args):
+    problem, _ = _problem(args)
+    gradients, needs_dbias = _new_gradients(problem, needs)
+    dbias = problem.bias.new_empty(problem.bias.shape) if needs_dbias else None
+    return tuple(out.new_empty(0) if gradient is None else gradient for gradient in (*gradients, dbias))
+
+
+def _new_gradients(problem: Problem, needs) -> tuple[list[Tensor | None], bool]:
+    """Uninitialised dquery, dkey and dvalue, None where they are not needed, and whether the table's is needed."""
+    *needed, needs_dbias = needs
+    inputs = problem.query, problem.key, problem.value
+    gradients = [_empty_like(x, x.shape[-1]) if need else None for x, need in zip(inputs, needed, strict=True)]
+    return gradients, needs_dbias and problem.bias is not None
 
 
 def _new_outputs(query: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -128,14 +137,16 @@ def _empty_like(x: Tensor, dim: int) -> Tensor:
 
 
 class _Attention(torch.autograd.Function):
-    """Of query, key, value, bias and, as one, the arguments that have no gradient: each costs time of its own."""
+    """Takes the differentiable inputs and, as one, all other arguments: each argument costs time of its own."""
 
     @staticmethod
-    def forward(ctx, query, key, value, bias, others):
-        outputs = _below_autograd(_attention_op, (query, key, value, bias, *others))
+    def forward(ctx, *args):
+        *inputs, others = args
+        arguments = (*inputs, *others)
+        outputs = _below_autograd(_attention_op, arguments)
         out, _, row_max, row_sum = outputs
-        masks, ctx.options = others[: _NUM_TENSORS - 4], others[_NUM_TENSORS - 4 :]
-        ctx.save_for_backward(query, key, value, bias, *masks, out, row_max, row_sum)
+        ctx.save_for_backward(*arguments[:_NUM_TENSORS], out, row_max, row_sum)
+        ctx.options = arguments[_NUM_TENSORS:]
         ctx.mark_non_differentiable(row_max, row_sum)
         ctx.set_materialize_grads(False)
         return outputs
@@ -143,7 +154,7 @@ class _Attention(torch.autograd.Function):
     @staticmethod
     def backward(ctx, dout, dlse, *_):
         *tensors, out, row_max, row_sum = ctx.saved_tensors
-        needs = ctx.needs_input_grad[:4]
+        *needs, _ = ctx.needs_input_grad
         gradients = _backward_rule(dout, dlse, out, row_max, row_sum, needs, *tensors, *ctx.options)
         return *(gradient if need else None for gradient, need in zip(gradients, needs, strict=True)), None
 
@@ -189,7 +200,9 @@ def _autograd_rule(op, record):
     return rule
 
 
-_attention_rule = _autograd_rule(_attention_op, lambda *args: _Attention.apply(*args[:4], args[4:]))
+_attention_rule = _autograd_rule(
+    _attention_op, lambda *args: _Attention.apply(*args[:_NUM_DIFFERENTIABLE], args[_NUM_DIFFERENTIABLE:])
+)
 _backward_rule = _autograd_rule(_attention_backward_op, _AttentionBackward.apply)
 for _name, _implementation, _fake, _rule in (
     ("attention", _forward, _forward_fake, _attention_rule),

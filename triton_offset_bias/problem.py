@@ -1,4 +1,4 @@
-"""A checked attention call, as it travels from the public function to a backend."""
+"""A checked attention call, as it travels from the public function to a backend: the one list of options."""
 
 from typing import NamedTuple
 
@@ -11,8 +11,10 @@ class Problem(NamedTuple):
     """One attention call with every argument checked and every default filled in.
 
     Shapes as in `offset_bias_attention`. A key is attended to when `min_offset <= offset <= max_offset` and the padding
-    mask allows it. `bias_origin` and `beyond` are meaningless when `bias` is None. The fields, in this order, are the
-    arguments of the operators.
+    mask allows it. `bias_origin` and `beyond` are meaningless when `bias` is None.
+
+    `ops` makes the operators' schema from the fields: their names, order and types are the operators' arguments. The
+    tensors of `DIFFERENTIABLE` come first, then the other tensors, then what is no tensor.
 
     With `cu_seqlens_q` and `cu_seqlens_k` the sequences are packed along the length, and the tensors' batch size is 1;
     the last query of each lies on its last key, whatever `query_start` says. Only a `bias` may have a batch axis then.
@@ -50,3 +52,7 @@ class Problem(NamedTuple):
         if self.cu_seqlens_q is None:
             return table.reachable_offsets(self.max_seqlen_q, self.max_seqlen_k, self.query_start)
         return 1 - self.max_seqlen_q, self.max_seqlen_k - 1
+
+
+# The tensors that have gradients, in the order in which the operators give them.
+DIFFERENTIABLE = ("query", "key", "value", "bias")

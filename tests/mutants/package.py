@@ -34,10 +34,15 @@ PACKAGE = mutants_in("triton_offset_bias", {
          "queries[..., 0] - keys[..., 0]",
          "keys[..., 0] - queries[..., 0]"),
     ],
+    "problem.py": [
+        ("gradients in another order than their tensors", "test_ops.py", "fields_of_a_problem",
+         '"query", "key", "value", "bias"',
+         '"query", "value", "key", "bias"'),
+    ],
     "ops.py": [
         ("tracing takes the output's head dim from the query", "test_ops.py", "own_checks",
-         "query, _, value = args[:3]",
-         "query, _, value = args[0], args[1], args[0]"),
+         "return _new_outputs(problem.query, problem.value)",
+         "return _new_outputs(problem.query, problem.query)"),
         ("the rows' statistics are read flat", "test_backward_operator.py", "cpp and strides",
          "row_max, row_sum = row_max.contiguous(), row_sum.contiguous()",
          "pass"),

@@ -26,17 +26,20 @@ from triton_offset_bias.checks.tensors import (
 from triton_offset_bias.problem import Problem
 
 
-class Options(TypedDict):
-    """The keywords that both public functions take and pass on to be checked here."""
+class Options(TypedDict, total=False):
+    """The keywords that both public functions take and have checked here. `functional` declares its own from them.
+
+    Only its callers may leave some out: what is checked has all of them.
+    """
 
     dropout_p: float
     is_causal: bool
     scale: float | None
+    enable_gqa: bool
     bias_origin: int | None
     beyond: str
     window_size: tuple[int, int]
     deterministic: bool | None
-    return_lse: bool
 
 
 def checked_attention(
@@ -45,7 +48,6 @@ def checked_attention(
     value: Tensor,
     bias: Tensor | None,
     *,
-    enable_gqa: bool,
     query_start: int | None,
     key_padding_mask: Tensor | None,
     query_positions: Tensor | None,
@@ -58,7 +60,8 @@ def checked_attention(
         TypeError: an argument has the wrong type or dtype.
         ValueError: an argument has the wrong shape, device or value.
     """
-    check_padded(query, key, value, bias, key_padding_mask, query_positions, key_positions, enable_gqa=enable_gqa)
+    masks = (key_padding_mask, query_positions, key_positions)
+    check_padded(query, key, value, bias, *masks, enable_gqa=options["enable_gqa"])
     len_q, len_k = query.shape[2], key.shape[2]
     if query_positions is not None and query_start is not None:
         raise ValueError(
@@ -92,7 +95,6 @@ def checked_varlen(
     max_seqlen_q: int,
     max_seqlen_k: int,
     *,
-    enable_gqa: bool,
     options: Options,
 ) -> Problem:
     """Checks every argument of `offset_bias_attention_varlen` but the longest lengths and the values of the bounds.
@@ -102,7 +104,7 @@ def checked_varlen(
         ValueError: an argument has the wrong shape, device or value.
     """
     check_tensors(query, key, value, "(total, heads, head_dim)", 3)
-    check_sizes(query, key, value, enable_gqa, heads=1, length=0)
+    check_sizes(query, key, value, options["enable_gqa"], heads=1, length=0)
     for name, bounds in (("cu_seqlens_q", cu_seqlens_q), ("cu_seqlens_k", cu_seqlens_k)):
         check_bounds(name, bounds, query)
     if cu_seqlens_k.shape != cu_seqlens_q.shape:
@@ -143,7 +145,6 @@ def _checked_problem(
     options: Options,
 ) -> Problem:
     check_flag("is_causal", options["is_causal"])
-    check_flag("return_lse", options["return_lse"])
     min_offset, max_offset = table.attended_interval(options["is_causal"], checked_window(options["window_size"]))
     bias_origin = options["bias_origin"]
     default_origin = table.default_origin(1 if bias is None else bias.shape[-1])

@@ -29,7 +29,17 @@ def check_data(problem: Problem) -> None:
 
 def check_fit(problem: Problem) -> None:
     """Raises for tensors other than the public functions let through: a graph calls the operator with any."""
-    check_padded(*problem[:7], enable_gqa=True, num_sequences=problem.num_sequences)
+    check_padded(
+        problem.query,
+        problem.key,
+        problem.value,
+        problem.bias,
+        problem.key_padding_mask,
+        problem.query_positions,
+        problem.key_positions,
+        enable_gqa=True,
+        num_sequences=problem.num_sequences,
+    )
     lengths = problem.query.shape[2], problem.key.shape[2]
     if problem.cu_seqlens_q is None and lengths != (problem.max_seqlen_q, problem.max_seqlen_k):
         raise ValueError(
