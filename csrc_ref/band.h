@@ -20,7 +20,7 @@ struct Range {
 // The pairs with min_offset <= query_start + i - j <= max_offset form a diagonal band; rows and columns cut it in
 // ranges.
 struct Band {
-  static constexpr int64_t kUnlimited = int64_t(1) << 61;
+  static constexpr int64_t kUnlimited = TOB_UNLIMITED;
   int64_t query_start, min_offset, max_offset;
   int len_q, len_k;
 

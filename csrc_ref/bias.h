@@ -209,7 +209,7 @@ template <class Real> class Gathered {
   }
 
  private:
-  static constexpr int64_t kPad = 256, kFar = (int64_t(1) << 30) - 1;  // positions lie within 2^29 of each other
+  static constexpr int64_t kPad = 256, kFar = 2 * TOB_MAX_SPREAD - 1;
   static Int saturated(int64_t x) { return Int(std::clamp(x, -kFar, kFar)); }
 
   std::unique_ptr<Scratch<Int>> copies(const int32_t *positions, int64_t stride, int64_t count, int64_t length) const {

@@ -4,14 +4,14 @@
 #include "backward.h"
 #include "decode.h"
 #include "forward.h"
+#include "layout.h"
 
 namespace {
 
 bool is_valid(const tob_problem &p) {
   const bool sizes = p.batch >= 0 && p.heads_q >= 0 && p.heads_kv >= 0 && p.len_q >= 0 && p.len_k >= 0 && p.dim >= 1 &&
                      p.dim <= tob::kMaxDim && p.dim_v >= 1 && p.dim_v <= tob::kMaxDim && p.num_threads >= 1;
-  const int64_t longest = int64_t(1) << 30;
-  bool lengths = p.len_q < longest && p.len_k < longest;
+  bool lengths = p.len_q < TOB_MAX_LENGTH && p.len_k < TOB_MAX_LENGTH;
   for (int64_t b = 0; b < p.batch; ++b) {
     const tob_sequence &s = p.sequences[b];
     lengths = lengths && s.len_q >= 0 && s.len_q <= p.len_q && s.len_k >= 0 && s.len_k <= p.len_k;
@@ -93,5 +93,7 @@ const char *tob_build_description(void) {
   return "128-bit vectors, baseline instructions, 6 x 8 float tiles" TOB_PRODUCTS;
 #endif
 }
+
+const tob_layout_entry *tob_layout(void) { return tob::kLayout; }
 
 }  // extern "C"

@@ -27,6 +27,11 @@ extern "C" {
 enum { TOB_FLOAT32 = 0, TOB_FLOAT64 = 1, TOB_BFLOAT16 = 2, TOB_FLOAT16 = 3 };
 enum { TOB_ERROR_MEMORY = 1, TOB_ERROR_ARGUMENT = 2 };
 
+#define TOB_MAX_DIM 256                   /* of query, key and value */
+#define TOB_MAX_LENGTH ((int64_t)1 << 30) /* lengths are below it */
+#define TOB_MAX_SPREAD ((int64_t)1 << 29) /* given positions of a sequence differ by less */
+#define TOB_UNLIMITED ((int64_t)1 << 61)  /* as max_offset, and negated as min_offset: every offset is allowed */
+
 /* A (batch, heads, length, dim) tensor of the problem's dtype. */
 typedef struct {
   void *data;
@@ -43,8 +48,8 @@ typedef struct {
   int64_t num_threads; /* >= 1 */
   int64_t batch, heads_q, heads_kv;
   int64_t len_q, len_k; /* of the longest sequence */
-  int64_t dim;          /* of query and key, 1..256 */
-  int64_t dim_v;        /* of value and out, 1..256 */
+  int64_t dim;          /* of query and key, 1..TOB_MAX_DIM */
+  int64_t dim_v;        /* of value and out, 1..TOB_MAX_DIM */
   int64_t min_offset, max_offset;
   double scale;
   tob_tensor query, key, value;
@@ -57,7 +62,7 @@ typedef struct {
   /* NULL, or (batch, len_k) contiguous bytes: 0 = do not attend. */
   const uint8_t *key_mask;
   /* NULL, or (len_q) and (len_k) positions for each sequence, position_stride_* apart: offset is then their difference,
-     of magnitude below 2^29, and query_start is not looked at. */
+     of magnitude below TOB_MAX_SPREAD, and query_start is not looked at. */
   const int32_t *query_positions, *key_positions;
   int64_t position_stride_q, position_stride_k;
   /* Dropout, if has_dropout: which weights by dropout.h. */
@@ -94,6 +99,17 @@ TOB_API int tob_is_intel(void);
 
 /* What this build computes with, for people. */
 TOB_API const char *tob_build_description(void);
+
+/* One fact about this header as the build was compiled with it: the size of a struct, of type "bytes"; the offset in
+   bytes of a struct's field, whose type is a letter of Python's `struct` module or the name of a struct; the number of
+   arguments of a function, of type "pointers"; or a constant, of type "number". */
+typedef struct {
+  const char *name, *type;
+  int64_t value;
+} tob_layout_entry;
+
+/* All of them, up to one without a name. A caller that was written for other ones must not call the engine. */
+TOB_API const tob_layout_entry *tob_layout(void);
 
 #ifdef __cplusplus
 }

@@ -7,7 +7,7 @@
 
 namespace tob {
 
-inline constexpr int kMaxDim = 256;
+inline constexpr int kMaxDim = TOB_MAX_DIM;
 
 // Cells of a panel's width of operands.
 template <class Real, class Operand> inline constexpr int kChunkCells = kPanel<Real> / kOperandsPerCell<Real, Operand>;

@@ -1,5 +1,6 @@
 """Which build of the CPU engine is loaded, and what the user is told of it."""
 
+import ctypes
 import os
 import subprocess
 import sys
@@ -8,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from triton_offset_bias.backends import cpp
-from triton_offset_bias.backends.cpp import library
+from triton_offset_bias.backends.cpp import library, structs
 
 pytestmark = pytest.mark.cpu_only
 ROOT = Path(__file__).parents[1]
@@ -74,6 +75,7 @@ def test_a_processor_gets_its_build(monkeypatch, is_intel, compiled, build, reas
 
     monkeypatch.delenv(cpp.BUILD_VARIABLE, raising=False)
     monkeypatch.setattr(library.ctypes, "CDLL", Library)
+    monkeypatch.setattr(structs, "difference", lambda engine: None)
     monkeypatch.setattr(library, "path_of", lambda name: Path(name) if name in compiled else None)
     engine = library.load()
     assert engine.build == build
@@ -93,3 +95,64 @@ def test_an_engine_of_other_sources_is_not_called(monkeypatch):
     monkeypatch.setattr(library.ctypes, "CDLL", Library)
     assert library.load().library is None
     assert "compiled from other sources" in library.load().reason
+
+
+def test_every_build_has_the_structs_and_numbers_that_the_package_has():
+    """Byte by byte: the portable build where there is one, and those that the processor runs."""
+    paths = {build: library.path_of(build) for build in {"portable", *cpp.RUNNABLE}}
+    for build, path in paths.items():
+        if path is not None:
+            assert structs.layout_of(ctypes.CDLL(str(path))) == structs.layout(), build
+
+
+def test_the_layout_that_is_compared_is_the_one_that_is_packed():
+    """The last field ends where the struct does, and the first fields lie where `struct` puts their bytes."""
+    lines = structs.layout()
+    assert f"tob_problem: bytes {structs.PROBLEM.size}" in lines
+    assert f"tob_problem.kept_scale: d {structs.PROBLEM.size - 8}" in lines
+    packed = structs.TENSOR.pack(1, 2, 3, 4, 5)
+    assert "tob_tensor.stride_h: q 16" in lines
+    assert int.from_bytes(packed[16:24], sys.byteorder) == 3
+
+
+@pytest.mark.needs_engine
+@pytest.mark.parametrize(
+    ("old", "new", "reason"),
+    [
+        ("key_mask query_positions", "query_positions key_mask", "expected"),
+        ("d scale", "d scale softcap", "it has 'tob_problem: bytes "),
+        ("I largest_dropped", "Q largest_dropped", "'tob_problem.largest_dropped: I "),
+    ],
+)
+def test_an_engine_beside_a_package_with_other_structs_is_not_called(monkeypatch, old, new, reason):
+    """Two fields that change places, a new field, and a wider one, whose room was padding: each gives a reason."""
+    fields = structs.STRUCTS["tob_problem"]
+    monkeypatch.setitem(structs.STRUCTS, "tob_problem", fields.replace(old, new))
+    assert structs.STRUCTS["tob_problem"] != fields
+    engine = library.load()
+    assert engine.library is None
+    assert "compiled from other sources" in engine.reason
+    assert reason in engine.reason
+
+
+@pytest.mark.needs_engine
+@pytest.mark.parametrize(
+    ("names", "name", "difference"),
+    [
+        (
+            structs.NUMBERS,
+            "TOB_MAX_DIM",
+            "it has 'TOB_MAX_DIM: number 256' where 'TOB_MAX_DIM: number 257' was expected",
+        ),
+        (structs.NUMBERS, "TOB_MAX_LENGTH", f"'TOB_MAX_LENGTH: number {2**30}' where"),
+        (structs.NUMBERS, "TOB_MAX_SPREAD", f"'TOB_MAX_SPREAD: number {2**29}' where"),
+        (structs.NUMBERS, "TOB_UNLIMITED", f"'TOB_UNLIMITED: number {2**61}' where"),
+        (structs.FUNCTIONS, "tob_backward", "'tob_backward: pointers 9' where 'tob_backward: pointers 10'"),
+    ],
+)
+def test_an_engine_beside_a_package_with_other_numbers_is_not_called(monkeypatch, names, name, difference):
+    """Limits that both languages have, and a function's number of arguments."""
+    monkeypatch.setitem(names, name, names[name] + 1)
+    engine = library.load()
+    assert engine.library is None
+    assert difference in engine.reason

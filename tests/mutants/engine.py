@@ -4,6 +4,14 @@ from mutants.mutant import mutants_in
 
 # File: what is wrong; the tests that see it, by file and by pytest's -k; the text that is there once, and the mistake.
 ENGINE = mutants_in("csrc_ref", {
+    "engine.h": [
+        ("two fields change places in C alone", "test_builds.py", "structs_and_numbers",
+         "int64_t bias_batch, bias_heads, bias_columns",
+         "int64_t bias_heads, bias_batch, bias_columns"),
+        ("a field fills what was padding", "test_builds.py", "structs_and_numbers",
+         "uint32_t largest_dropped;",
+         "uint32_t unknown, largest_dropped;"),
+    ],
     "forward.h": [
         ("the older sum of weights is not rescaled", "test_attention.py", "cpp and long",
          "S::broadcast(t.rescale[r]) * S::load(sum)",

@@ -68,7 +68,15 @@ PACKAGE = mutants_in("triton_offset_bias", {
          'list(BACKENDS) if name == "auto" else [name]',
          'list(BACKENDS) if name == "auto" else [name, "reference"]'),
     ],
+    "backends/cpp/structs.py": [
+        ("two fields change places in Python alone", "test_builds.py", "structs_and_numbers",
+         "row_stride_b row_stride_h,",
+         "row_stride_h row_stride_b,"),
+    ],
     "backends/cpp/library.py": [
+        ("an engine with other structs is called", "test_builds.py", "not_called",
+         "if difference := structs.difference(library):",
+         "if difference := None:"),
         ("Intel's processors get the build that is slow there", "test_builds.py", "fast or processor",
          'not (is_intel and build == "avx512_bf16")',
          "True"),

@@ -5,13 +5,12 @@ Which build of it is called, `library` decides. A process that was forked after 
 
 import ctypes
 import os
-import struct
 
 import torch
 from torch import Tensor
 
 from triton_offset_bias import dropout, table
-from triton_offset_bias.backends.cpp import library, positions
+from triton_offset_bias.backends.cpp import library, positions, structs
 from triton_offset_bias.backends.cpp.library import BUILD_VARIABLE as BUILD_VARIABLE
 from triton_offset_bias.backends.cpp.library import BUILDS as BUILDS
 from triton_offset_bias.backends.cpp.library import FOLDER_VARIABLE as FOLDER_VARIABLE
@@ -27,22 +26,6 @@ PROPERTIES = {
     "`torch.compile(fullgraph=True)`, `torch.export`, autocast, checkpointing": "yes",
     "second derivatives, forward mode, `torch.func`": "no (a clear error)",
 }
-_DTYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
-_ERROR_MEMORY = 1
-
-
-# The structs of engine.h, in the order of their fields.
-_TENSOR = struct.Struct("P4q")
-_ROW_STATS = struct.Struct("2P")
-_PROBLEM = struct.Struct(
-    "11qd"  # dtype to max_offset, scale
-    "P4qP4qP4q"  # query, key, value
-    "P2q"  # sequences, row_stride_b, row_stride_h
-    "P4q"  # bias to bias_first
-    "3P2q"  # key_mask, query_positions, key_positions, position_stride_q, position_stride_k
-    "qQId"  # has_dropout, seed, largest_dropped, kept_scale
-)
-
 
 _ENGINE, _REASON, BUILD, RUNNABLE = library.load()
 _PROCESS = os.getpid()
@@ -77,7 +60,7 @@ def unsupported_reasons(problem: Problem) -> list[str]:
 def forward(problem: Problem, out: Tensor, lse: Tensor, row_max: Tensor, row_sum: Tensor) -> None:
     """Writes the output and the rows' statistics; see `tob_forward`."""
     call = _Call(problem)
-    stats = _ROW_STATS.pack(row_max.data_ptr(), row_sum.data_ptr())
+    stats = structs.ROW_STATS.pack(row_max.data_ptr(), row_sum.data_ptr())
     _check_status(_engine().tob_forward(call.problem, call.tensor(out), lse.data_ptr(), stats))
 
 
@@ -98,7 +81,7 @@ def backward(
     The rows' statistics and `dlse` are contiguous.
     """
     call = _Call(problem)
-    stats = _ROW_STATS.pack(row_max.data_ptr(), row_sum.data_ptr())
+    stats = structs.ROW_STATS.pack(row_max.data_ptr(), row_sum.data_ptr())
     dbias = torch.empty_like(call.bias) if needs_dbias and call.bias is not None else None
     status = _engine().tob_backward(
         *(call.problem, call.tensor(out), stats, call.tensor(dout), _address(dlse)),
@@ -121,8 +104,8 @@ class _Call:
         mask = None if mask is None else mask.contiguous()
         self._alive = placed, mask
         is_dropping = problem.seed is not None
-        self.problem = _PROBLEM.pack(
-            *(_DTYPES[query.dtype], _num_threads(), problem.num_sequences, heads_q, key.shape[1]),
+        self.problem = structs.PROBLEM.pack(
+            *(structs.DTYPES[query.dtype], _num_threads(), problem.num_sequences, heads_q, key.shape[1]),
             *(problem.max_seqlen_q, problem.max_seqlen_k, query.shape[3], value.shape[3]),
             *(problem.min_offset, problem.max_offset, problem.scale),
             *(*self._tensor(query), *self._tensor(key), *self._tensor(value)),
@@ -150,7 +133,7 @@ class _Call:
 
     def tensor(self, tensor: Tensor | None) -> bytes:
         """The C struct of a tensor with the rows of this call."""
-        return _TENSOR.pack(*self._tensor(tensor))
+        return structs.TENSOR.pack(*self._tensor(tensor))
 
     def _tensor(self, tensor: Tensor | None) -> tuple[int, ...]:
         """Address and strides. Packed sequences lie in one batch element."""
@@ -186,7 +169,7 @@ def _stride_between(positions: Tensor | None) -> int:
 
 
 def _check_status(status: int) -> None:
-    if status == _ERROR_MEMORY:
+    if status == structs.ERROR_MEMORY:
         raise MemoryError("the CPU engine could not allocate its scratch memory")
     if status:
         raise RuntimeError(f"the CPU engine refused the call (status {status})")

@@ -12,6 +12,8 @@ from typing import NamedTuple
 
 import torch  # noqa: F401  it brings the OpenMP runtime that the engine calls
 
+from triton_offset_bias.backends.cpp import structs
+
 BUILDS = ("avx512_bf16", "avx512", "avx2", "portable")  # each runs where those before it do
 BUILD_VARIABLE = "TRITON_OFFSET_BIAS_BUILD"
 FOLDER_VARIABLE = "TRITON_OFFSET_BIAS_FOLDER"
@@ -67,7 +69,7 @@ def load() -> Engine:
         _declare(library)
     except OSError as error:
         return Engine(None, f"the engine could not be loaded: {error}")
-    except AttributeError as error:  # it lacks a function
+    except (AttributeError, ImportError) as error:  # it lacks a function, or has other structs
         return Engine(None, f"the engine was compiled from other sources ({error}): install the package again")
     return Engine(
         library, f"asked for by {BUILD_VARIABLE}" if wanted else _why(build, runnable, fastest), build, runnable
@@ -75,10 +77,17 @@ def load() -> Engine:
 
 
 def _declare(library: ctypes.CDLL) -> None:
-    """The types of its functions. Every argument is a pointer: an address, or the bytes of a struct."""
+    """Declares its functions.
+
+    Raises:
+        AttributeError: it lacks one.
+        ImportError: it reads other structs than this package writes.
+    """
     library.tob_build_description.restype = ctypes.c_char_p
-    library.tob_forward.argtypes = [ctypes.c_void_p] * 4
-    library.tob_backward.argtypes = [ctypes.c_void_p] * 9
+    if difference := structs.difference(library):
+        raise ImportError(difference)
+    for name, count in structs.FUNCTIONS.items():
+        getattr(library, name).argtypes = [ctypes.c_void_p] * count
 
 
 def _why(build: str, runnable: tuple[str, ...], fastest: tuple[str, ...]) -> str:
