@@ -1,14 +1,17 @@
 """`python -m triton_offset_bias.info` tells what serves here, and why something does not."""
 
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import torch
 
-from triton_offset_bias import features, info
+from triton_offset_bias import info, offset_bias_attention
 from triton_offset_bias.backends.contract import BACKENDS
+from triton_offset_bias.checks.tensors import FLOAT_DTYPES
 
 
 def test_every_backend_is_listed_with_what_it_serves() -> None:
@@ -16,7 +19,7 @@ def test_every_backend_is_listed_with_what_it_serves() -> None:
     report = info.report()
     for name, backend in BACKENDS.items():
         assert f"\n{name}: {'cannot serve' if backend.unavailable_reasons() else 'ready'}\n" in report
-        assert backend.SERVES in report
+        assert backend.PROPERTIES["serves"] in report
         for reason in backend.unavailable_reasons():
             assert reason in report
 
@@ -31,19 +34,28 @@ def test_the_command_says_why_a_build_that_was_asked_for_cannot_serve() -> None:
     assert "reference: ready" in printed
 
 
-def test_the_documented_table_of_features_is_the_one_that_the_backends_give() -> None:
+def test_the_documented_table_of_features_is_the_one_that_the_command_prints(capsys) -> None:
     """Line by line, docs/backends.md has what `--features` prints."""
-    page = (Path(__file__).parents[1] / "docs" / "backends.md").read_text()
-    assert features.as_markdown(features.feature_table()) in page
-
-
-def test_a_feature_that_a_backend_refuses_shows_its_reason(monkeypatch: pytest.MonkeyPatch, capsys) -> None:
-    """Backend by backend, for that feature alone."""
-    cpp = BACKENDS["cpp"]
-    before = features.feature_table()
-    monkeypatch.setattr(cpp, "problem_reasons", lambda problem: ["is out of ink"] if problem.dropout_p else [])
     info.main(["--features"])
-    printed = capsys.readouterr().out
-    (line,) = [line for line in printed.splitlines() if line.startswith("| `dropout_p`")]
-    assert line == "| `dropout_p` | no: is out of ink | yes | yes |"
-    assert len(printed.splitlines()) == len(before) + 1
+    assert capsys.readouterr().out in (Path(__file__).parents[1] / "docs" / "backends.md").read_text()
+
+
+def _reasons(backend: str, dtype: torch.dtype = torch.float16, head_dim: int = 8) -> set[str]:
+    x = torch.zeros(1, 1, 2, head_dim, dtype=dtype)
+    try:
+        offset_bias_attention(x, x, x, None, backend=backend)
+    except NotImplementedError as error:
+        return set(str(error).split("; "))
+    return set()
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_backend_serves_the_dtypes_and_head_dims_that_it_names_and_no_others(backend: str) -> None:
+    """Reasons that it has against a small call in float16 do not count: the backend may not be available here."""
+    serves = BACKENDS[backend].PROPERTIES["serves"]
+    usual = _reasons(backend)
+    for dtype in FLOAT_DTYPES:
+        is_named = str(dtype).removeprefix("torch.") in re.findall(r"\w+", serves)
+        assert is_named == (_reasons(backend, dtype=dtype) <= usual), dtype
+    assert _reasons(backend, head_dim=256) <= usual
+    assert ("head dims 1 to 256" in serves) == (not _reasons(backend, head_dim=257) <= usual)

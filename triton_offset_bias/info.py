@@ -10,7 +10,6 @@ import torch
 
 import triton_offset_bias
 from triton_offset_bias.backends.contract import BACKENDS
-from triton_offset_bias.features import as_markdown, feature_table
 
 
 def report() -> str:
@@ -23,17 +22,25 @@ def report() -> str:
     for name, backend in BACKENDS.items():
         reasons = backend.unavailable_reasons()
         lines.append(f"{name}: {'cannot serve' if reasons else 'ready'}")
-        lines.append(f"  serves     {backend.SERVES}")
+        lines.append(f"  serves     {backend.PROPERTIES['serves']}")
         lines.append(f"  built for  {backend.build_description()}")
         lines.extend(f"  because    {reason}" for reason in reasons)
     return "\n".join(lines)
+
+
+def features() -> str:
+    """What every backend serves, as a table of Markdown with a column for each backend."""
+    columns = {name: backend.PROPERTIES for name, backend in BACKENDS.items()}
+    rows = [[key, *(column[key] for column in columns.values())] for key in next(iter(columns.values()))]
+    header, *body = (f"| {' | '.join(row)} |" for row in (["", *(f"`{name}`" for name in columns)], *rows))
+    return "\n".join([header, "|---" * (1 + len(columns)) + "|", *body])
 
 
 def main(arguments: list[str] | None = None) -> None:
     """Prints what `arguments`, or the command line, ask for."""
     parser = argparse.ArgumentParser("python -m triton_offset_bias.info", description="What is ready on this machine.")
     parser.add_argument("--features", action="store_true", help="print what every backend serves, as a Markdown table")
-    print(as_markdown(feature_table()) if parser.parse_args(arguments).features else report())
+    print(features() if parser.parse_args(arguments).features else report())
 
 
 if __name__ == "__main__":

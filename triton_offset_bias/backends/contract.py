@@ -17,11 +17,10 @@ class Backend(Protocol):
     """The names that every backend has.
 
     Attributes:
-        SERVES: the tensors that it takes, for people.
-        PROPERTIES: what no call can show, such as memory: the same keys for every backend, Markdown.
+        PROPERTIES: what the backend serves, and how, for people: Markdown under the same keys for every backend.
+            "serves" names kinds of tensors, every dtype and the head dims.
     """
 
-    SERVES: str
     PROPERTIES: dict[str, str]
 
     def build_description(self) -> str:
@@ -30,11 +29,8 @@ class Backend(Protocol):
     def unavailable_reasons(self) -> list[str]:
         """Why the backend cannot serve any call on this machine."""
 
-    def problem_reasons(self, problem: Problem) -> list[str]:
-        """Why the backend cannot serve `problem` on any machine."""
-
     def unsupported_reasons(self, problem: Problem) -> list[str]:
-        """Why the backend cannot serve `problem` on this machine: all reasons, those above among them."""
+        """Why the backend cannot serve `problem` on this machine; `unavailable_reasons` are among the reasons."""
 
 
 class FusedBackend(Backend, Protocol):

@@ -15,8 +15,9 @@ from triton_offset_bias.autocast import has_autocast
 from triton_offset_bias.checks.data import check_data, sequences
 from triton_offset_bias.problem import Problem
 
-SERVES = "any device; dense, O(Lq x Lk) memory; float16, bfloat16, float32, float64"
 PROPERTIES = {
+    "serves": "tensors on any device; float16, bfloat16, float32, float64; any head dim",
+    "options and packed sequences": "all",
     "runs on": "anything torch runs on",
     "memory": "O(Lq Lk)",
     "few queries against a long key cache": "as any other",
@@ -33,11 +34,6 @@ def build_description() -> str:
 
 def unavailable_reasons() -> list[str]:
     """Why this backend cannot serve any call here: it always can."""
-    return []
-
-
-def problem_reasons(problem: Problem) -> list[str]:
-    """Why this backend cannot serve `problem` on any machine: it serves everything."""
     return []
 
 

@@ -17,8 +17,9 @@ from triton_offset_bias.backends.cpp.library import FOLDER_VARIABLE as FOLDER_VA
 from triton_offset_bias.backends.limits import exceeded_limits
 from triton_offset_bias.problem import Problem
 
-SERVES = "CPU tensors; float16, bfloat16, float32, float64; head dims 1 to 256"
 PROPERTIES = {
+    "serves": "CPU tensors; float16, bfloat16, float32, float64; head dims 1 to 256",
+    "options and packed sequences": "all",
     "runs on": "CPUs: AVX2, AVX-512, AVX512_BF16, any other with GCC or Clang",
     "memory": "O(Lq + Lk)",
     "few queries against a long key cache": "keys split among threads, read where they lie",
@@ -44,17 +45,12 @@ def unavailable_reasons() -> list[str]:
     return [_REASON] if _ENGINE is None else []
 
 
-def problem_reasons(problem: Problem) -> list[str]:
-    """Why this backend cannot serve `problem` on any machine."""
-    return exceeded_limits(problem)
-
-
 def unsupported_reasons(problem: Problem) -> list[str]:
     """Why this backend cannot serve `problem` here."""
     reasons = unavailable_reasons()
     if problem.query.device.type != "cpu":
         reasons.append(f"serves CPU tensors, got {problem.query.device.type}")
-    return reasons + problem_reasons(problem)
+    return reasons + exceeded_limits(problem)
 
 
 def forward(problem: Problem, out: Tensor, lse: Tensor, row_max: Tensor, row_sum: Tensor) -> None:

@@ -32,8 +32,9 @@ try:
 except ImportError as error:  # there is no Triton for this platform
     _WHY_NOT = f"Triton could not be imported: {error}"
 
-SERVES = "CUDA and ROCm tensors; float16, bfloat16, float32; head dims 1 to 256"
 PROPERTIES = {
+    "serves": "CUDA and ROCm tensors; float16, bfloat16, float32; head dims 1 to 256",
+    "options and packed sequences": "all",
     "runs on": "NVIDIA and AMD GPUs (compiled for both; no device has run it yet, see Limits)",
     "memory": "O(Lq + Lk)",
     "few queries against a long key cache": "keys split among programs",
@@ -60,7 +61,7 @@ def unavailable_reasons() -> list[str]:
     return [] if target() else ["Triton finds no GPU and its interpreter is off (TRITON_INTERPRET=1 turns it on)"]
 
 
-def problem_reasons(problem: Problem) -> list[str]:
+def _problem_reasons(problem: Problem) -> list[str]:
     """Why this backend cannot serve `problem` on any machine."""
     dtype = problem.query.dtype
     wrong = [] if dtype in _DTYPES else [f"serves float16, bfloat16 and float32, got {dtype}"]
@@ -79,7 +80,7 @@ def unsupported_reasons(problem: Problem) -> list[str]:
             reasons.append(
                 f"head dims above 128 in float32 need {needed} bytes of shared memory, this device has {there}"
             )
-    return reasons + problem_reasons(problem)
+    return reasons + _problem_reasons(problem)
 
 
 def forward(problem: Problem, out: Tensor, lse: Tensor, row_max: Tensor, row_sum: Tensor) -> None:
