@@ -28,7 +28,7 @@ from pathlib import Path
 import setuptools  # noqa: F401  # isort: skip
 from distutils.core import run_setup
 
-from mutants import ENGINE, KERNELS, PACKAGE, ROOT, Mutant, misplaced
+from mutants import ENGINE, KERNELS, PACKAGE, ROOT, Mutant, misplaced, planted
 from tqdm import tqdm
 
 LEFT_OUT = shutil.ignore_patterns(".*", "build", "dist", "out", "images", "*.egg-info", "__pycache__", "*.so")
@@ -76,7 +76,7 @@ class Copy:
         """The mistake is in this copy, compiled, while the context lasts."""
         path, library = self.folder / mutant.file, self.folder / LIBRARY
         source, engine = path.read_text(), library.read_bytes()
-        path.write_text(source.replace(mutant.old, mutant.new))
+        path.write_text(planted(mutant, source))
         try:
             if mutant in ENGINE:
                 self.compile_engine()

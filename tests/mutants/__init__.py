@@ -2,7 +2,7 @@
 
 from mutants.engine import ENGINE
 from mutants.kernels import KERNELS
-from mutants.mutant import ROOT, Mutant, misplaced
+from mutants.mutant import ROOT, Mutant, misplaced, places, planted
 from mutants.package import PACKAGE
 
-__all__ = ["ENGINE", "KERNELS", "PACKAGE", "ROOT", "Mutant", "misplaced"]
+__all__ = ["ENGINE", "KERNELS", "PACKAGE", "ROOT", "Mutant", "misplaced", "places", "planted"]

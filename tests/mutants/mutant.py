@@ -1,16 +1,19 @@
-"""What a mistake is."""
+"""What a mistake is, and where it goes: its place is still found when names or line breaks have changed."""
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
 Row = tuple[str, str, str, str, str]
+_TOKEN = re.compile(r"\w+|[^\w\s]")
+_NAME = re.compile(r"\b[A-Za-z_]\w*")
 
 
 @dataclass(frozen=True)
 class Mutant:
-    """A mistake: `new` in the place of `old`, which its file holds once.
+    """A mistake: `new` in the place of `old`, which its file holds once, or else under other names (see `places`).
 
     Attributes:
         file: from the repository's root on.
@@ -34,10 +37,58 @@ def mutants_in(folder: str, rows: dict[str, list[Row]]) -> list[Mutant]:
 
 
 def misplaced(mutants: Sequence[Mutant]) -> list[str]:
-    """What is wrong with those whose code has moved: `old` must be in the file once, and not be `new`."""
+    """What is wrong with those whose code has changed: they must have one place in their file, and change it."""
     wrong = []
     for mutant in mutants:
-        count = (ROOT / mutant.file).read_text().count(mutant.old)
-        if count != 1 or mutant.old == mutant.new:
-            wrong.append(f"{mutant.name!r}: must be in {mutant.file} once and change it, is there {count} times")
+        found = places(mutant, (ROOT / mutant.file).read_text())
+        if len(found) != 1 or mutant.old == mutant.new:
+            count = len(found)
+            wrong.append(
+                f"{mutant.name!r}: must have one place in {mutant.file} and change it, has {count}: {mutant.old}"
+            )
     return wrong
+
+
+def planted(mutant: Mutant, source: str) -> str:
+    """The source with the mistake in its one place."""
+    ((start, end, new),) = places(mutant, source)
+    return source[:start] + new + source[end:]
+
+
+def places(mutant: Mutant, source: str) -> list[tuple[int, int, str]]:
+    """Where `old` is in the source, and what goes there: start, end, text.
+
+    If the very text is nowhere, line breaks and spaces do not count, and one name or up to half of them may be others,
+    the same one wherever a name stands; `new` then has the others too. The places with the fewest other names are taken.
+    """
+    begin, end = (r"\b" if re.match(r"\w", edge) else "" for edge in (mutant.old[0], mutant.old[-1]))
+    if exact := [(*match.span(), mutant.new) for match in re.finditer(begin + re.escape(mutant.old) + end, source)]:
+        return exact
+    wanted, tokens = _TOKEN.findall(mutant.old), list(_TOKEN.finditer(source))
+    texts = [token[0] for token in tokens]
+    found = []
+    for first in range(len(texts) - len(wanted) + 1):
+        names = _renaming(wanted, texts[first : first + len(wanted)])
+        if names is not None:
+            new = _NAME.sub(lambda match, names=names: names.get(match[0], match[0]), mutant.new.strip())
+            place = tokens[first].start(), tokens[first + len(wanted) - 1].end(), new
+            found.append((_num_changed(names), place))
+    fewest = min((count for count, _ in found), default=0)
+    return [place for count, place in found if count == fewest]
+
+
+def _renaming(wanted: list[str], texts: list[str]) -> dict[str, str] | None:
+    """What each name of `wanted` is called in `texts`; None if more than names differ, or too many names."""
+    names: dict[str, str] = {}
+    for old, other in zip(wanted, texts, strict=True):
+        if _NAME.match(old) and _NAME.match(other):
+            if names.setdefault(old, other) != other:
+                return None
+        elif old != other:
+            return None
+    is_one_to_one = len(set(names.values())) == len(names)
+    return names if is_one_to_one and _num_changed(names) <= max(1, len(names) // 2) else None
+
+
+def _num_changed(names: dict[str, str]) -> int:
+    return sum(old != other for old, other in names.items())
