@@ -40,12 +40,11 @@ def misplaced(mutants: Sequence[Mutant]) -> list[str]:
     """What is wrong with those whose code has changed: they must have one place in their file, and change it."""
     wrong = []
     for mutant in mutants:
-        found = places(mutant, (ROOT / mutant.file).read_text())
+        source = (ROOT / mutant.file).read_text()
+        found = places(mutant, source)
         if len(found) != 1 or mutant.old == mutant.new:
-            count = len(found)
-            wrong.append(
-                f"{mutant.name!r}: must have one place in {mutant.file} and change it, has {count}: {mutant.old}"
-            )
+            where = ", ".join(f"in line {1 + source[:start].count(chr(10))}" for start, _, _ in found) or "nowhere"
+            wrong.append(f"{mutant.name!r}: must be in {mutant.file} once and change it, is {where}: {mutant.old}")
     return wrong
 
 
@@ -59,7 +58,7 @@ def places(mutant: Mutant, source: str) -> list[tuple[int, int, str]]:
     """Where `old` is in the source, and what goes there: start, end, text.
 
     If the very text is nowhere, line breaks and spaces do not count, and one name or up to half of them may be others,
-    the same one wherever a name stands; `new` then has the others too. The places with the fewest other names are taken.
+    the same one wherever a name stands. `new` has the others too. The places with the fewest other names are taken.
     """
     begin, end = (r"\b" if re.match(r"\w", edge) else "" for edge in (mutant.old[0], mutant.old[-1]))
     if exact := [(*match.span(), mutant.new) for match in re.finditer(begin + re.escape(mutant.old) + end, source)]:
