@@ -49,11 +49,12 @@ compile-kernels: $(INSTALLED) $(OLDEST_TRITON)  ## compile the GPU kernels for e
 gpu-static: $(INSTALLED)  ## model the GPU kernels' cycles from their compiled code (needs sassmeter, see --help)
 	$(RUN) -m bench.gpu_static $(OPTIONS)
 
-lint: $(INSTALLED)  ## ruff, mypy and clang-format
+lint: $(INSTALLED)  ## ruff, mypy, clang-format, and the compiler's warnings about the engine
 	$(RUN) -m ruff format --check .
 	$(RUN) -m ruff check .
 	$(RUN) -m mypy
 	$(VENV)/bin/clang-format --dry-run --Werror csrc_ref/*.h csrc_ref/*.cpp tests/sanitized/*.cpp
+	$(RUN) tests/lint_engine.py
 
 fmt: $(INSTALLED)  ## format the code
 	$(RUN) -m ruff format .

@@ -8,14 +8,15 @@
 #pragma once
 
 #include "dbias.h"
+#include "dscores.h"
 #include "tiles.h"
 
 namespace tob {
 
 template <class Real, class Operand> class Backward {
-  using S = Simd<Real>;
-  using Vec = typename S::Vec;
-  static constexpr int P = kPanel<Real>, W = S::kLanes, kPerCell = kOperandsPerCell<Real, Operand>,
+  using Lanes = Simd<Real>;
+  using Vec = typename Lanes::Vec;
+  static constexpr int kPanelWidth = kPanel<Real>, W = Lanes::kLanes, kPerCell = kOperandsPerCell<Real, Operand>,
                        kChunk = kChunkCells<Real, Operand>;
   static constexpr int kQueries = 96, kMaxKeys = 96;  // a tile
   static constexpr int kRows = 12;                    // rows a step
@@ -23,33 +24,34 @@ template <class Real, class Operand> class Backward {
   static constexpr int64_t kTileStride = TilePair::kStride;
 
  public:
-  Backward(const tob_problem &problem, const tob_tensor &out, const tob_row_stats &stats, const tob_tensor &dout,
-           const void *dlse, const tob_tensor &dquery, const tob_tensor &dkey, const tob_tensor &dvalue, void *dbias)
+  Backward(const tob_problem &problem, const tob_tensor &output, const tob_row_stats &stats,
+           const tob_tensor &output_gradient, const void *lse_gradient, const tob_tensor &query_gradient,
+           const tob_tensor &key_gradient, const tob_tensor &value_gradient, void *bias_gradient)
       : p(problem),
-        out(out),
-        dout(dout),
-        dquery(dquery),
-        dkey(dkey),
-        dvalue(dvalue),
+        out(output),
+        dout(output_gradient),
+        dquery(query_gradient),
+        dkey(key_gradient),
+        dvalue(value_gradient),
         row_max(static_cast<const Real *>(stats.row_max)),
         row_sum(static_cast<const Real *>(stats.row_sum)),
-        dlse(static_cast<const Real *>(dlse)),
-        dbias(static_cast<Real *>(dbias)) {}
+        dlse(static_cast<const Real *>(lse_gradient)),
+        dbias(static_cast<Real *>(bias_gradient)) {}
 
   void run() {
     const Scratch<Block> blocks(p.num_threads);
     const int64_t row_blocks = group * query_tiles;
-    OrderedSteps column_order(heads * columns), head_order(heads);
+    OrderedSteps block_order(heads * key_blocks), head_order(heads);
     run_stages(
         heads, schedule, p.num_threads,
         {{row_blocks,
           [&](int64_t head, int64_t task, int) { prepare(head_of(head, task % group), int(task / group) * kQueries); }},
-         {columns,
+         {key_blocks,
           [&](int64_t head, int64_t task, int thread) {
-            const int first = int(task) * keys;
-            const int count = std::min(keys, int(p.sequences[head / p.heads_kv].len_k) - first);
+            const int first = int(task) * task_keys;
+            const int count = std::min(task_keys, int(p.sequences[head / p.heads_kv].len_k) - first);
             if (count > 0)
-              differentiate({blocks.get()[thread], thread, column_order, head * columns + task, head, first, count});
+              differentiate({blocks.get()[thread], thread, block_order, head * key_blocks + task, head, first, count});
           }},
          {row_blocks + 1, [&](int64_t head, int64_t task, int) {
             if (task == 0) sum_dbias(head, head_order);
@@ -61,9 +63,11 @@ template <class Real, class Operand> class Backward {
  private:
   // A task's working set.
   struct Block {
-    Real key_columns[kMaxKeys * (kMaxDim + P)], value_columns[kMaxKeys * (kMaxDim + P)];  // right factors, transposed
-    Real key_rows[kMaxKeys * (kMaxDim + P)];                                              // a right factor
-    Real dkey[kMaxKeys * (kMaxDim + P)], dvalue[kMaxKeys * (kMaxDim + P)];                // row-major, to be scaled
+    Real key_columns[kMaxKeys * (kMaxDim + kPanelWidth)],
+        value_columns[kMaxKeys * (kMaxDim + kPanelWidth)];  // right factors, transposed
+    Real key_factor[kMaxKeys * (kMaxDim + kPanelWidth)];    // a right factor
+    Real dkey[kMaxKeys * (kMaxDim + kPanelWidth)],
+        dvalue[kMaxKeys * (kMaxDim + kPanelWidth)];  // row-major, to be scaled
     TilePair tiles;
     KeptWeights<kQueries, kMaxKeys> kept;
   };
@@ -90,9 +94,9 @@ template <class Real, class Operand> class Backward {
   // Small problems get small tasks, so that every core has work. Not a matter of the thread count: results are the
   // same.
   int keys_per_task() const {
-    int keys = kMaxKeys;
-    while (keys > 24 && p.batch * p.heads_kv * ((p.len_k + keys - 1) / keys) < 24) keys /= 2;
-    return round_up(keys, P);
+    int count = kMaxKeys;
+    while (count > 24 && p.batch * p.heads_kv * ((p.len_k + count - 1) / count) < 24) count /= 2;
+    return round_up(count, kPanelWidth);
   }
 
   // Pass 1: queries and dO as factors, row_max, 1 / row_sum, delta and dlse. A row that attends to nothing gets P = 0,
@@ -107,9 +111,9 @@ template <class Real, class Operand> class Backward {
     const Matrix q = matrix_of(p.query, p.dtype, int(p.dim), head.b, head.h, s.first_query);
     const Matrix o = matrix_of(out, p.dtype, int(p.dim_v), head.b, head.h, s.first_query);
     const Matrix g = matrix_of(dout, p.dtype, int(p.dim_v), head.b, head.h, s.first_query);
-    queries.pack(head.slot, q, first, count, rows, scale.queries);
-    douts.pack(head.slot, g, first, count, rows, Real(1));
-    if (dquery.data) std::fill_n(dquery_acc.get() + base * chunks * P, rows * chunks * P, Real(0));
+    query_factors.pack(head.slot, q, first, count, rows, scale.query);
+    dout_factors.pack(head.slot, g, first, count, rows, Real(1));
+    if (dquery.data) std::fill_n(dquery_acc.get() + base * chunks * kPanelWidth, rows * chunks * kPanelWidth, Real(0));
     Real *const deltas = delta.get() + base;
     dot_rows<Operand>(o, g, first, count, deltas);
     for (int r = 0; r < rows; ++r) {
@@ -119,7 +123,7 @@ template <class Real, class Operand> class Backward {
       inverse_sum.get()[base + r] = empty ? Real(0) : 1 / sum;
       if (empty) deltas[r] = 0;
       if (dlse) row_dlse.get()[base + r] = empty ? Real(0) : dlse[source + r];
-      if (empty && r < count) douts.clear(head.slot, first + r);
+      if (empty && r < count) dout_factors.clear(head.slot, first + r);
     }
   }
 
@@ -131,40 +135,42 @@ template <class Real, class Operand> class Backward {
                  v = matrix_of(p.value, p.dtype, int(p.dim_v), b, h, first_key);
     const Band &band = bands[size_t(b)];
     Block &t = c.block;
-    for (int j = 0; j < c.count; j += P) {
-      pack_right_transposed<Operand>(k, c.first + j, std::min(P, c.count - j), t.key_columns + j * chunks * kChunk);
-      pack_right_transposed<Operand>(v, c.first + j, std::min(P, c.count - j), t.value_columns + j * chunks_v * kChunk);
+    for (int j = 0; j < c.count; j += kPanelWidth) {
+      pack_right_transposed<Operand>(k, c.first + j, std::min(kPanelWidth, c.count - j),
+                                     t.key_columns + j * chunks * kChunk);
+      pack_right_transposed<Operand>(v, c.first + j, std::min(kPanelWidth, c.count - j),
+                                     t.value_columns + j * chunks_v * kChunk);
     }
-    pack_right<Operand>(k, c.first, c.count, keys, t.key_rows, int64_t(keys) / kPerCell * P);
-    t.tiles.clear_margins(round_up(c.count, P));
-    const int key_rows = round_up(c.count, kTileRows);
-    std::fill_n(t.dkey, key_rows * chunks * P, Real(0));
-    std::fill_n(t.dvalue, key_rows * chunks_v * P, Real(0));
+    pack_right<Operand>(k, c.first, c.count, task_keys, t.key_factor, int64_t(task_keys) / kPerCell * kPanelWidth);
+    t.tiles.clear_margins(round_up(c.count, kPanelWidth));
+    const int padded_keys = round_up(c.count, kTileRows);
+    std::fill_n(t.dkey, padded_keys * chunks * kPanelWidth, Real(0));
+    std::fill_n(t.dvalue, padded_keys * chunks_v * kPanelWidth, Real(0));
 
     const Range used = mask.used(b).clip(c.first, c.first + c.count);
-    const Range queries = used.empty() ? Range{0, 0} : band.queries_of(used.begin, used.end);
-    for (int64_t g = 0; g < group; ++g) sweep(c, head_of(c.head, g), g, used, queries);
+    const Range attending = used.empty() ? Range{0, 0} : band.queries_of(used.begin, used.end);
+    for (int64_t g = 0; g < group; ++g) sweep(c, head_of(c.head, g), g, used, attending);
 
     if (dkey.data)
       write_rows(matrix_of(dkey, p.dtype, int(p.dim), b, h, first_key), c.first, c.count, scale.dkey, t.dkey,
-                 chunks * P);
+                 chunks * kPanelWidth);
     if (dvalue.data)
       write_rows(matrix_of(dvalue, p.dtype, int(p.dim_v), b, h, first_key), c.first, c.count, kept_scale, t.dvalue,
-                 chunks_v * P);
+                 chunks_v * kPanelWidth);
   }
 
   // The queries of one head. In OrderedSteps every tile is a step, and adding up dbias one more.
-  void sweep(Column &c, const Head &head, int64_t g, Range used, Range queries) {
+  void sweep(Column &c, const Head &head, int64_t g, Range used, Range attending) {
     const bool is_first = c.first == 0;
     const int64_t len_q = p.sequences[head.b].len_q;
     if (dbias) dbias_sums.begin_task(c.thread);
-    for (int first = round_down(queries.begin, kQueries); first < queries.end; first += kQueries) {
+    for (int first = round_down(attending.begin, kQueries); first < attending.end; first += kQueries) {
       const int rows = round_up(std::min(kQueries, int(len_q) - first), kTileRows);
       const int64_t step = g * (query_tiles + 1) + first / kQueries;
       fill_tiles(c, head, first, rows, used);
       if (dbias)
-        dbias_sums.add_tile(c.thread, c.block.tiles.dscores(0), kTileStride, first, c.first, rows, round_up(c.count, P),
-                            gathered.from(head.b, head.h, first, c.first));
+        dbias_sums.add_tile(c.thread, c.block.tiles.dscores(0), kTileStride, first, c.first, rows,
+                            round_up(c.count, kPanelWidth), gathered.from(head.b, head.h, first, c.first));
       if (!is_first) c.order.wait(c.task - 1, step);
       accumulate(c, head, first, rows);
       c.order.finish(c.task, step);
@@ -183,7 +189,8 @@ template <class Real, class Operand> class Backward {
     if (p.has_dropout) t.kept.fill(p, head.b, head.h, first, c.first, rows, c.count);
     for (int row = 0; row < rows; row += kRows) {
       fill_rows(c, head, first, row, std::min(kRows, rows - row), used);
-      t.tiles.pack(row, std::min(kRows, rows - row), round_up(c.count, P), dvalue.data, dkey.data, dquery.data);
+      t.tiles.pack(row, std::min(kRows, rows - row), round_up(c.count, kPanelWidth), dvalue.data, dkey.data,
+                   dquery.data);
     }
   }
 
@@ -191,35 +198,35 @@ template <class Real, class Operand> class Backward {
   void fill_rows(Column &c, const Head &head, int first, int row, int rows, Range used) {
     Block &t = c.block;
     const Band &band = bands[size_t(head.b)];
-    const int query = first + row, width = round_up(c.count, P);
+    const int query = first + row, width = round_up(c.count, kPanelWidth);
     const Range attended = band.keys_of(query, query + rows).clip(used.begin, used.end);
-    const Range columns = attended.empty()
-                              ? Range{0, 0}
-                              : Range{round_down(attended.begin - c.first, P), round_up(attended.end - c.first, P)};
+    const Range columns = attended.empty() ? Range{0, 0}
+                                           : Range{round_down(attended.begin - c.first, kPanelWidth),
+                                                   round_up(attended.end - c.first, kPanelWidth)};
     Real *probs = t.tiles.probs(row), *dscores = t.tiles.dscores(row);
     clear_outside(probs, kTileStride, rows, columns, width);
     clear_outside(dscores, kTileStride, rows, columns, width);
     if (columns.empty()) return;
     const int64_t base = head.slot * rows_padded + query;
     const bool inside = band.covers(query, query + rows, c.first + columns.begin, c.first + columns.end);
-    const Positions<Real> positions = gathered.from(head.b, head.h, query, c.first);
+    const GatheredTile<Real> gathered_tile = gathered.from(head.b, head.h, query, c.first);
     const ScoreTerms<Real> terms{
         Real(p.scale * kLog2E), p.bias || !inside ? strips.at(head.b, head.h, c.first - query) : nullptr,
-        gathered.present() ? &positions : nullptr, mask.present() ? mask.at(head.b) + c.first : nullptr};
-    score_block<Operand>(queries.left(head.slot, query), queries.panel_stride, t.key_columns, chunks, probs,
+        gathered.present() ? &gathered_tile : nullptr, mask.present() ? mask.at(head.b) + c.first : nullptr};
+    score_block<Operand>(query_factors.left(head.slot, query), query_factors.panel_stride, t.key_columns, chunks, probs,
                          kTileStride, terms, rows, columns, c.count);
     for (int r = 0; r < rows; ++r) {
-      const Vec row_max = S::broadcast(max.get()[base + r]), factor = S::broadcast(inverse_sum.get()[base + r]);
-      for (int j = columns.begin; j < columns.end; j += P) {
+      const Vec maximum = Lanes::broadcast(max.get()[base + r]), factor = Lanes::broadcast(inverse_sum.get()[base + r]);
+      for (int j = columns.begin; j < columns.end; j += kPanelWidth) {
         Real *x = probs + r * kTileStride + j;
-        S::store(x, factor * S::exp2(S::load(x) - row_max));
-        S::store(x + W, factor * S::exp2(S::load(x + W) - row_max));
+        Lanes::store(x, factor * Lanes::exp2(Lanes::load(x) - maximum));
+        Lanes::store(x + W, factor * Lanes::exp2(Lanes::load(x + W) - maximum));
       }
     }
     const auto kept = [&](int r, int column) { return t.kept.at(query + r, c.first + column); };
     const auto dscore = [&](auto is_dropped, auto has_dlse) {
       dscore_block<decltype(is_dropped)::value, decltype(has_dlse)::value, Operand>(
-          douts.left(head.slot, query), douts.panel_stride, t.value_columns, chunks_v, delta.get() + base,
+          dout_factors.left(head.slot, query), dout_factors.panel_stride, t.value_columns, chunks_v, delta.get() + base,
           row_dlse.get() + base, probs, dscores, kTileStride, rows, columns, kept_scale, kept);
     };
     const auto dscore_with = [&](auto is_dropped) {
@@ -233,7 +240,7 @@ template <class Real, class Operand> class Backward {
   void accumulate(Column &c, const Head &head, int first, int rows) {
     Block &t = c.block;
     const Band &band = bands[size_t(head.b)];
-    const int key_rows = round_up(c.count, kTileRows);
+    const int padded_keys = round_up(c.count, kTileRows);
     const auto query_range = [&](int j) {
       return band.queries_of(c.first + j, c.first + j + kTileRows).clip(first, first + rows).shift(-first);
     };
@@ -242,16 +249,18 @@ template <class Real, class Operand> class Backward {
     };
     const Real *none = nullptr;
     if (dvalue.data)
-      accumulate_product<false, Operand>(t.tiles.transposed_probs(), 1, kTileStride, douts.right(head.slot, first),
-                                         douts.panel_stride, t.dvalue, chunks_v * P, key_rows, chunks_v, none,
-                                         query_range);
+      accumulate_product<false, Operand>(t.tiles.transposed_probs(), 1, kTileStride,
+                                         dout_factors.right(head.slot, first), dout_factors.panel_stride, t.dvalue,
+                                         chunks_v * kPanelWidth, padded_keys, chunks_v, none, query_range);
     if (dkey.data)
-      accumulate_product<false, Operand>(t.tiles.transposed_dscores(), 1, kTileStride, queries.right(head.slot, first),
-                                         queries.panel_stride, t.dkey, chunks * P, key_rows, chunks, none, query_range);
+      accumulate_product<false, Operand>(t.tiles.transposed_dscores(), 1, kTileStride,
+                                         query_factors.right(head.slot, first), query_factors.panel_stride, t.dkey,
+                                         chunks * kPanelWidth, padded_keys, chunks, none, query_range);
     if (dquery.data)
-      accumulate_product<false, Operand>(
-          t.tiles.dscores_factor(), kTileStride, 1, t.key_rows, int64_t(keys) / kPerCell * P,
-          dquery_acc.get() + (head.slot * rows_padded + first) * chunks * P, chunks * P, rows, chunks, none, key_range);
+      accumulate_product<false, Operand>(t.tiles.dscores_factor(), kTileStride, 1, t.key_factor,
+                                         int64_t(task_keys) / kPerCell * kPanelWidth,
+                                         dquery_acc.get() + (head.slot * rows_padded + first) * chunks * kPanelWidth,
+                                         chunks * kPanelWidth, rows, chunks, none, key_range);
   }
 
   // Pass 3: dQ, and the head's diagonals into the rows of dbias that it shares, one head after another.
@@ -261,7 +270,7 @@ template <class Real, class Operand> class Backward {
     if (first >= s.len_q) return;
     write_rows(matrix_of(dquery, p.dtype, int(p.dim), head.b, head.h, s.first_query), first,
                std::min(kQueries, int(s.len_q) - first), Real(p.scale),
-               dquery_acc.get() + (head.slot * rows_padded + first) * chunks * P, chunks * P);
+               dquery_acc.get() + (head.slot * rows_padded + first) * chunks * kPanelWidth, chunks * kPanelWidth);
   }
 
   void sum_dbias(int64_t head, OrderedSteps &order) {
@@ -287,21 +296,23 @@ template <class Real, class Operand> class Backward {
   const std::vector<Band> bands = bands_of(p);
   const BiasTable<Real> table{p};
   const BiasStrips<Real> strips{p, table};
-  const Gathered<Real> gathered{p, table};
+  const GatheredBias<Real> gathered{p, table};
   const KeyMask<Real> mask{p};
   const Scale<Real, Operand> scale{p.scale};
   const Real kept_scale = p.has_dropout ? Real(p.kept_scale) : Real(1);
-  const int chunks = round_up(int(p.dim), P) / P, chunks_v = round_up(int(p.dim_v), P) / P;  // dims in panels
-  const int keys = keys_per_task();                                                          // keys a task
-  const int64_t columns = (p.len_k + keys - 1) / keys;                                       // tasks a key head
+  const int chunks = round_up(int(p.dim), kPanelWidth) / kPanelWidth,
+            chunks_v = round_up(int(p.dim_v), kPanelWidth) / kPanelWidth;  // dims in panels
+  const int task_keys = keys_per_task();                                   // keys a task
+  const int64_t key_blocks = (p.len_k + task_keys - 1) / task_keys;        // tasks a key head
   const int64_t query_tiles = (p.len_q + kQueries - 1) / kQueries;
   const int rows_padded = round_up(int(p.len_q), kRows);
   const int64_t group = p.heads_kv ? p.heads_q / p.heads_kv : 1;  // query heads a key head
   const int64_t heads = p.batch * p.heads_kv;                     // key heads
-  const Schedule schedule{heads, 3, columns, p.num_threads};
+  const Schedule schedule{heads, 3, key_blocks, p.num_threads};
   const int64_t slots = schedule.slots, slots_q = slots * group;  // heads at work
-  const RowFactors<Real, Operand> queries{slots_q, rows_padded, int(p.dim)}, douts{slots_q, rows_padded, int(p.dim_v)};
-  const Scratch<Real> dquery_acc{dquery.data ? slots_q * rows_padded * chunks * P : 0};
+  const RowFactors<Real, Operand> query_factors{slots_q, rows_padded, int(p.dim)},
+      dout_factors{slots_q, rows_padded, int(p.dim_v)};
+  const Scratch<Real> dquery_acc{dquery.data ? slots_q * rows_padded * chunks * kPanelWidth : 0};
   const Scratch<Real> max{slots_q * rows_padded}, inverse_sum{slots_q * rows_padded}, delta{slots_q * rows_padded};
   const Scratch<Real> row_dlse{dlse ? slots_q * rows_padded : 0};
   const DbiasSums<Real> dbias_sums{p, dbias != nullptr, p.num_threads, slots_q};

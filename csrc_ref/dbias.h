@@ -1,9 +1,41 @@
 // The gradient of the bias table: tiles of dS -> a task's share -> a head's -> the table's, each in a fixed order.
 #pragma once
 
-#include "scores.h"
+#include "bias_gathered.h"
+#include "bias_strips.h"
 
 namespace tob {
+
+// strip[column - row] += dS, a vector of neighbouring diagonals at a time: the next row's start one column further
+// right.
+template <class Real> void add_diagonals(const Real *dscores, int64_t stride, int rows, int width, Real *strip) {
+  using Lanes = Simd<Real>;
+  constexpr int W = Lanes::kLanes;
+  const int64_t next = stride + 1;
+  for (int x = -round_up(rows, W); x < width; x += W) {
+    const int begin = std::max(0, -(W - 1) - x), end = std::min(rows, width - x);
+    if (begin >= end) continue;
+    typename Lanes::Vec sums[4] = {};
+    const Real *at = dscores + begin * next + x;
+    int r = begin;
+    for (; r + 4 <= end; r += 4, at += 4 * next)
+      for (int i = 0; i < 4; ++i) sums[i] += Lanes::load(at + i * next);
+    for (; r < end; ++r, at += next) sums[0] += Lanes::load(at);
+    Lanes::store(strip + x, Lanes::load(strip + x) + ((sums[0] + sums[1]) + (sums[2] + sums[3])));
+  }
+}
+
+// table[column] += dS, one after the other.
+template <class Real>
+void add_elements(const Real *dscores, int64_t stride, int rows, int width, const GatheredTile<Real> &gathered,
+                  double *table) {
+  constexpr int W = Simd<Real>::kLanes;
+  for (int r = 0; r < rows; ++r)
+    for (int column = 0; column < width; column += W) {
+      const auto columns = gathered.columns_of(gathered.offsets_of(r, column));
+      for (int lane = 0; lane < W; ++lane) table[columns[lane]] += double(dscores[r * stride + column + lane]);
+    }
+}
 
 // With contiguous positions a share is a strip over x = j - i; where tensors give them it is a row of the table.
 template <class Real> class DbiasSums {
@@ -16,7 +48,7 @@ template <class Real> class DbiasSums {
                                : p.len_q + p.len_k + 2 * kPad),
         columns_(is_needed ? p.bias_batch * p.bias_heads * p.bias_columns : 0),
         strips_(is_gathered_ ? 0 : threads * length_),
-        rows_(is_gathered_ ? threads * length_ : 0),
+        table_rows_(is_gathered_ ? threads * length_ : 0),
         heads_(slots * length_),
         table_(columns_) {
     std::fill_n(table_.get(), columns_, 0.0);
@@ -25,14 +57,14 @@ template <class Real> class DbiasSums {
   bool needed() const { return length_ > 0; }
 
   void begin_task(int thread) const {
-    if (is_gathered_) std::fill_n(rows_.get() + thread * length_, length_, 0.0);
+    if (is_gathered_) std::fill_n(table_rows_.get() + thread * length_, length_, 0.0);
     else std::fill_n(strips_.get() + thread * length_, length_, Real(0));
   }
 
   // Adds the tile of dS whose corner is (row, column), with a vector of zeros before and after each of its rows.
   void add_tile(int thread, const Real *dscores, int64_t stride, int row, int column, int rows, int width,
-                const Positions<Real> &positions) const {
-    if (is_gathered_) add_elements(dscores, stride, rows, width, positions, rows_.get() + thread * length_);
+                const GatheredTile<Real> &gathered) const {
+    if (is_gathered_) add_elements(dscores, stride, rows, width, gathered, table_rows_.get() + thread * length_);
     else add_diagonals(dscores, stride, rows, width, strips_.get() + thread * length_ + kPad + p_.len_q + column - row);
   }
 
@@ -41,7 +73,7 @@ template <class Real> class DbiasSums {
   void add_task(int thread, int64_t slot) const {
     double *sum = heads_.get() + slot * length_;
     const Real *strip = strips_.get() + thread * length_;
-    const double *row = rows_.get() + thread * length_;
+    const double *row = table_rows_.get() + thread * length_;
     for (int64_t x = 0; x < length_; ++x) sum[x] += is_gathered_ ? row[x] : double(strip[x]);
   }
 
@@ -65,7 +97,7 @@ template <class Real> class DbiasSums {
   const bool is_gathered_;
   const int64_t length_, columns_;
   const Scratch<Real> strips_;
-  const Scratch<double> rows_, heads_, table_;
+  const Scratch<double> table_rows_, heads_, table_;
 };
 
 }  // namespace tob

@@ -3,19 +3,20 @@
 // adds up what they found, in the order of the keys.
 #pragma once
 
+#include "bias_strips.h"
 #include "outputs.h"
 
 namespace tob {
 
 template <class Real, class Operand> class Decode {
-  using S = Simd<Real>;
-  using Vec = typename S::Vec;
-  static constexpr int W = S::kLanes, P = kPanel<Real>, kPerCell = kOperandsPerCell<Real, Operand>;
-  static constexpr int kMaxRows = 16;             // queries that share a key head: with more, packing pays
-  static constexpr int kSharing = W < 4 ? W : 4;  // of them, those that share what is in registers
-  static constexpr int kKeys = 512;               // a task's
-  static constexpr int kCopied = 64;              // keys at a time, of those that have to be copied
-  static constexpr int kScores = kKeys + P;       // a row's
+  using Lanes = Simd<Real>;
+  using Vec = typename Lanes::Vec;
+  static constexpr int W = Lanes::kLanes, kPanelWidth = kPanel<Real>, kPerCell = kOperandsPerCell<Real, Operand>;
+  static constexpr int kMaxRows = 16;                  // queries that share a key head: with more, packing pays
+  static constexpr int kSharing = W < 4 ? W : 4;       // of them, those that share what is in registers
+  static constexpr int kKeys = 512;                    // a task's
+  static constexpr int kCopied = 64;                   // keys at a time, of those that have to be copied
+  static constexpr int kScores = kKeys + kPanelWidth;  // a row's
   static constexpr Real kNoScore = std::numeric_limits<Real>::lowest();
 
  public:
@@ -23,7 +24,7 @@ template <class Real, class Operand> class Decode {
     return !p.query_positions && !p.has_dropout && p.heads_kv > 0 && p.heads_q / p.heads_kv * p.len_q <= kMaxRows;
   }
 
-  Decode(const tob_problem &problem, const Outputs<Real> &outputs) : p(problem), outputs(outputs) {}
+  Decode(const tob_problem &problem, const Outputs<Real> &results) : p(problem), outputs(results) {}
 
   void run() {
     if (p.len_q == 0) return;
@@ -51,7 +52,7 @@ template <class Real, class Operand> class Decode {
   };
 
   Partial partial(int64_t b, int64_t h, int64_t part, int row) const {
-    Real *at = partials.get() + (((b * p.heads_kv + h) * parts + part) * rows + row) * (2 + padded_v);
+    Real *at = partials.get() + (((b * p.heads_kv + h) * parts + part) * head_rows + row) * (2 + padded_v);
     return {at[0], at[1], at + 2};
   }
 
@@ -134,10 +135,10 @@ template <class Real, class Operand> class Decode {
   // scores[j] = <query, keys[j]> of kRows rows: a vector of partial sums each, W of them at a time. The keys are read
   // in the order in which they lie, as the processor expects.
   template <int kRows, class Stored>
-  TOB_INLINE void score(const Operand *queries, int first_row, Rows<Stored> keys, Real *scores) const {
+  TOB_INLINE void score(const Operand *query, int first_row, Rows<Stored> keys, Real *scores) const {
     constexpr int kTile = W / kRows;                   // keys
     constexpr int kTogether = kRows == 1 ? 1 : kTile;  // of them, those that share a load of the queries
-    queries += first_row * padded;
+    query += first_row * padded;
     scores += first_row * kScores;
     for (int j = 0; j < keys.count; j += kTile) {
       Vec sums[W];
@@ -152,7 +153,7 @@ template <class Real, class Operand> class Decode {
             x[i] = load_cells<Operand, Real>(key[i] + d);
           }
           for (int r = 0; r < kRows; ++r) {
-            const Vec q = load_cells<Operand, Real>(queries + r * padded + d);
+            const Vec q = load_cells<Operand, Real>(query + r * padded + d);
             for (int i = 0; i < kTogether; ++i) products[i][r] = add_product<Operand, Real>(products[i][r], q, x[i]);
           }
         }
@@ -160,33 +161,33 @@ template <class Real, class Operand> class Decode {
           for (int r = 0; r < kRows; ++r) sums[r * kTile + e + i] = products[i][r];
       }
       Real lanes[W];
-      S::store(lanes, S::sum_each(sums));
+      Lanes::store(lanes, Lanes::sum_each(sums));
       for (int r = 0; r < kRows; ++r) std::memcpy(scores + r * kScores + j, lanes + r * kTile, sizeof(Real) * kTile);
     }
   }
 
-  // Scales products and adds the bias and the mask; -inf up to the next multiple of P.
+  // Scales products and adds the bias and the mask; -inf up to the next multiple of kPanelWidth.
   TOB_INLINE void make_scores(Real *scores, const Real *strip, const Real *key_mask, int count) const {
     for (int j = 0; j < count; j += W) {
-      Vec x = Real(p.scale * kLog2E) * S::load(scores + j) + S::load(strip + j);
-      if (key_mask) x += S::load(key_mask + j);
-      S::store(scores + j, x);
+      Vec x = Real(p.scale * kLog2E) * Lanes::load(scores + j) + Lanes::load(strip + j);
+      if (key_mask) x += Lanes::load(key_mask + j);
+      Lanes::store(scores + j, x);
     }
-    std::fill(scores + count, scores + round_up(count, P), -std::numeric_limits<Real>::infinity());
+    std::fill(scores + count, scores + round_up(count, kPanelWidth), -std::numeric_limits<Real>::infinity());
   }
 
   // Scores become exps under their maximum.
   TOB_INLINE void softmax(Real *scores, int count, Partial found) const {
-    Vec maxima = S::broadcast(kNoScore), sums{};
-    for (int j = 0; j < count; j += W) maxima = S::max(maxima, S::load(scores + j));
-    const Real max = S::max_lane(maxima);
-    for (int j = 0; j < count; j += P) {
-      const Vec e0 = S::exp2(S::load(scores + j) - max), e1 = S::exp2(S::load(scores + j + W) - max);
+    Vec maxima = Lanes::broadcast(kNoScore), sums{};
+    for (int j = 0; j < count; j += W) maxima = Lanes::max(maxima, Lanes::load(scores + j));
+    const Real max = Lanes::max_lane(maxima);
+    for (int j = 0; j < count; j += kPanelWidth) {
+      const Vec e0 = Lanes::exp2(Lanes::load(scores + j) - max), e1 = Lanes::exp2(Lanes::load(scores + j + W) - max);
       store_operands<Operand>(scores + j / kPerCell, e0, e1);
       sums += e0 + e1;
     }
     found.max = max;
-    found.sum = S::sum(sums);
+    found.sum = Lanes::sum(sums);
   }
 
   // Adds the weighted values to the sums of kRows rows: as many columns at once as registers hold.
@@ -210,7 +211,7 @@ template <class Real, class Operand> class Decode {
   TOB_INLINE static void weigh(const Real *weights, Rows<Stored> values, Real *const (&sums)[kRows], int d) {
     Vec acc[kRows][kVecs];
     for (int r = 0; r < kRows; ++r)
-      for (int i = 0; i < kVecs; ++i) acc[r][i] = S::load(sums[r] + d + i * W);
+      for (int i = 0; i < kVecs; ++i) acc[r][i] = Lanes::load(sums[r] + d + i * W);
     for (int j = 0; j < values.count; j += kPerCell) {
       Vec x[kVecs];
       load_values(values, j, d, x);
@@ -220,7 +221,7 @@ template <class Real, class Operand> class Decode {
                                                  broadcast_cell<Operand>(weights + r * kScores + j / kPerCell), x[i]);
     }
     for (int r = 0; r < kRows; ++r)
-      for (int i = 0; i < kVecs; ++i) S::store(sums[r] + d + i * W, acc[r][i]);
+      for (int i = 0; i < kVecs; ++i) Lanes::store(sums[r] + d + i * W, acc[r][i]);
   }
 
   // Vectors of cells of the rows from j on, from column d on.
@@ -265,9 +266,9 @@ template <class Real, class Operand> class Decode {
   const KeyMask<Real> mask{p};
   const int padded = round_up(int(p.dim), W *kPerCell), padded_v = round_up(int(p.dim_v), W *kPerCell);
   const int64_t group = p.heads_q / p.heads_kv;  // query heads a key head
-  const int rows = int(group * p.len_q);
+  const int head_rows = int(group * p.len_q);
   const int64_t parts = std::max<int64_t>((p.len_k + kKeys - 1) / kKeys, 1);
-  const Scratch<Real> partials{p.batch * p.heads_kv * parts * rows * (2 + padded_v)};
+  const Scratch<Real> partials{p.batch * p.heads_kv * parts * head_rows * (2 + padded_v)};
 };
 
 }  // namespace tob

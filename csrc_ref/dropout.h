@@ -76,11 +76,11 @@ template <int kRows, int kColumns> class KeptWeights {
 
 // x where kept, else 0.
 template <class Real> TOB_INLINE typename Simd<Real>::Vec where_kept(const int8_t *kept, typename Simd<Real>::Vec x) {
-  using S = Simd<Real>;
-  typedef int8_t Bytes __attribute__((vector_size(S::kLanes)));
+  using Lanes = Simd<Real>;
+  typedef int8_t Bytes __attribute__((vector_size(Lanes::kLanes)));
   Bytes bytes;
   std::memcpy(&bytes, kept, sizeof bytes);
-  return (typename S::Vec)((typename S::IntVec)x & __builtin_convertvector(bytes, typename S::IntVec));
+  return (typename Lanes::Vec)((typename Lanes::IntVec)x & __builtin_convertvector(bytes, typename Lanes::IntVec));
 }
 
 }  // namespace tob

@@ -53,28 +53,28 @@ template <class Real, class Stored> Stored stored_as(Real x) {
 
 // A vector of stored numbers as reals.
 template <class Real, class Stored> TOB_INLINE typename Simd<Real>::Vec load_stored(const Stored *data) {
-  using S = Simd<Real>;
+  using Lanes = Simd<Real>;
   if constexpr (std::is_same_v<Stored, Real>) {
-    return S::load(data);
+    return Lanes::load(data);
   } else {
     // Spelled out on x86, where compilers miss the instructions.
 #if defined(__AVX512F__) && TOB_VECTOR_BYTES == 64
     const __m256i halves = _mm256_loadu_si256(reinterpret_cast<const __m256i *>(data));
-    if constexpr (std::is_same_v<Stored, Float16>) return (typename S::Vec)_mm512_cvtph_ps(halves);
-    else return (typename S::Vec)_mm512_slli_epi32(_mm512_cvtepu16_epi32(halves), 16);
+    if constexpr (std::is_same_v<Stored, Float16>) return (typename Lanes::Vec)_mm512_cvtph_ps(halves);
+    else return (typename Lanes::Vec)_mm512_slli_epi32(_mm512_cvtepu16_epi32(halves), 16);
 #elif defined(__AVX2__) && defined(__F16C__) && TOB_VECTOR_BYTES == 32
     const __m128i halves = _mm_loadu_si128(reinterpret_cast<const __m128i *>(data));
-    if constexpr (std::is_same_v<Stored, Float16>) return (typename S::Vec)_mm256_cvtph_ps(halves);
-    else return (typename S::Vec)_mm256_slli_epi32(_mm256_cvtepu16_epi32(halves), 16);
+    if constexpr (std::is_same_v<Stored, Float16>) return (typename Lanes::Vec)_mm256_cvtph_ps(halves);
+    else return (typename Lanes::Vec)_mm256_slli_epi32(_mm256_cvtepu16_epi32(halves), 16);
 #else
     if constexpr (std::is_same_v<Stored, BFloat16>) {
-      typedef uint16_t Halves __attribute__((vector_size(2 * S::kLanes)));
+      typedef uint16_t Halves __attribute__((vector_size(2 * Lanes::kLanes)));
       Halves halves;
       std::memcpy(&halves, data, sizeof halves);
-      return (typename S::Vec)(__builtin_convertvector(halves, typename S::IntVec) << 16);
+      return (typename Lanes::Vec)(__builtin_convertvector(halves, typename Lanes::IntVec) << 16);
     } else {
-      typename S::Vec values;
-      for (int lane = 0; lane < S::kLanes; ++lane) values[lane] = data[lane];
+      typename Lanes::Vec values;
+      for (int lane = 0; lane < Lanes::kLanes; ++lane) values[lane] = data[lane];
       return values;
     }
 #endif
@@ -83,13 +83,13 @@ template <class Real, class Stored> TOB_INLINE typename Simd<Real>::Vec load_sto
 
 // A vector of reals as stored numbers.
 template <class Real, class Stored> TOB_INLINE void store_stored(Stored *data, typename Simd<Real>::Vec reals) {
-  using S = Simd<Real>;
+  using Lanes = Simd<Real>;
   if constexpr (std::is_same_v<Stored, Real>) {
-    S::store(data, reals);
+    Lanes::store(data, reals);
   } else if constexpr (std::is_same_v<Stored, BFloat16>) {
-    typedef uint16_t Halves __attribute__((vector_size(2 * S::kLanes)));
-    const auto bits = (typename S::Bits)reals;
-    const auto rounded = reals != reals ? 0x7fc0 - typename S::Bits{} : (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
+    typedef uint16_t Halves __attribute__((vector_size(2 * Lanes::kLanes)));
+    const auto bits = (typename Lanes::Bits)reals;
+    const auto rounded = reals != reals ? 0x7fc0 - typename Lanes::Bits{} : (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
     const Halves halves = __builtin_convertvector(rounded, Halves);
     std::memcpy(data, &halves, sizeof halves);
   } else {
@@ -98,7 +98,7 @@ template <class Real, class Stored> TOB_INLINE void store_stored(Stored *data, t
 #elif defined(__AVX2__) && defined(__F16C__) && TOB_VECTOR_BYTES == 32
     _mm_storeu_si128(reinterpret_cast<__m128i *>(data), _mm256_cvtps_ph((__m256)reals, 0));
 #else
-    for (int lane = 0; lane < S::kLanes; ++lane) data[lane] = Stored::from(reals[lane]);
+    for (int lane = 0; lane < Lanes::kLanes; ++lane) data[lane] = Stored::from(reals[lane]);
 #endif
   }
 }

@@ -2,26 +2,27 @@
 // algorithm 1).
 #pragma once
 
+#include "dropout.h"
 #include "outputs.h"
 #include "scores.h"
 
 namespace tob {
 
 template <class Real, class Operand> class Forward {
-  using S = Simd<Real>;
-  using Vec = typename S::Vec;
-  static constexpr int P = kPanel<Real>, W = S::kLanes, kPerCell = kOperandsPerCell<Real, Operand>,
+  using Lanes = Simd<Real>;
+  using Vec = typename Lanes::Vec;
+  static constexpr int kPanelWidth = kPanel<Real>, W = Lanes::kLanes, kPerCell = kOperandsPerCell<Real, Operand>,
                        kChunk = kChunkCells<Real, Operand>;
-  static constexpr int kKeys = 192;          // keys a step
-  static constexpr int kPackedKeys = 4 * P;  // keys a task packs
-  static constexpr int kRows = 12;           // rows a step: their scores stay in the L1 cache
-  static constexpr int kMaxQueries = 96;     // queries a task
+  static constexpr int kKeys = 192;                    // keys a step
+  static constexpr int kPackedKeys = 4 * kPanelWidth;  // keys a task packs
+  static constexpr int kRows = 12;                     // rows a step: their scores stay in the L1 cache
+  static constexpr int kMaxQueries = 96;               // queries a task
   static constexpr int64_t kScoreStride = kKeys + W;
   // A running maximum before any score: finite, so that -inf - it is -inf, and no more than any finite score.
   static constexpr Real kNoScore = std::numeric_limits<Real>::lowest();
 
  public:
-  Forward(const tob_problem &problem, const Outputs<Real> &outputs) : p(problem), outputs(outputs) {}
+  Forward(const tob_problem &problem, const Outputs<Real> &results) : p(problem), outputs(results) {}
 
   void run() {
     if (p.len_q == 0) return;
@@ -35,9 +36,9 @@ template <class Real, class Operand> class Forward {
  private:
   // A task's working set.
   struct Block {
-    Real query[kMaxQueries * (kMaxDim + P)];  // a left factor
-    Real acc[kMaxQueries * (kMaxDim + P)];    // sum of P V, row-major
-    Real scores[kRows * kScoreStride];        // then, in their place, E as a left factor
+    Real query[kMaxQueries * (kMaxDim + kPanelWidth)];  // a left factor
+    Real acc[kMaxQueries * (kMaxDim + kPanelWidth)];    // sum of P V, row-major
+    Real scores[kRows * kScoreStride];                  // then, in their place, E as a left factor
     Real max[kMaxQueries + W];
     Real sum[kMaxQueries * W];  // a vector of partial sums a row
     Real rescale[kRows + W];
@@ -47,9 +48,9 @@ template <class Real, class Operand> class Forward {
   // Small problems get small tasks, so that every core has work. Not a matter of the thread count: results are the
   // same.
   int queries_per_task() const {
-    int queries = kMaxQueries;
-    while (queries > kRows && p.batch * p.heads_q * ((p.len_q + queries - 1) / queries) < 32) queries /= 2;
-    return round_up(queries, kRows);
+    int count = kMaxQueries;
+    while (count > kRows && p.batch * p.heads_q * ((p.len_q + count - 1) / count) < 32) count /= 2;
+    return round_up(count, kRows);
   }
 
   // Pass 1: keys, transposed, and values as right factors; heads count b * heads_kv + h.
@@ -58,50 +59,50 @@ template <class Real, class Operand> class Forward {
     const tob_sequence &s = p.sequences[b];
     const Matrix k = matrix_of(p.key, p.dtype, int(p.dim), b, h, s.first_key);
     const Matrix v = matrix_of(p.value, p.dtype, int(p.dim_v), b, h, s.first_key);
-    for (int j = first; j < std::min(first + kPackedKeys, round_up(int(s.len_k), P)); j += P) {
-      const int count = std::min(P, int(s.len_k) - j);
-      pack_right_transposed<Operand>(k, j, count, keys_of(head, j));
-      pack_right<Operand>(v, j, count, P, values_of(head, j), value_stride);
+    for (int j = first; j < std::min(first + kPackedKeys, round_up(int(s.len_k), kPanelWidth)); j += kPanelWidth) {
+      const int count = std::min(kPanelWidth, int(s.len_k) - j);
+      pack_right_transposed<Operand>(k, j, count, key_panels_at(head, j));
+      pack_right<Operand>(v, j, count, kPanelWidth, value_panels_at(head, j), value_stride);
     }
   }
 
   // Pass 2: one block of queries against all of its keys.
   void attend(int64_t head, int64_t block, Block &t) {
     const int64_t b = head / p.heads_kv, h = head % p.heads_kv * group + block % group;
-    const int first = int(blocks / group - 1 - block / group) * queries;  // under causality the long ones first
+    const int first = int(blocks / group - 1 - block / group) * task_queries;  // under causality the long ones first
     const tob_sequence &s = p.sequences[b];
     if (first >= s.len_q) return;
     const Band &band = bands[size_t(b)];
-    const int count = std::min(queries, int(s.len_q) - first);
+    const int count = std::min(task_queries, int(s.len_q) - first);
     const int rows = round_up(count, kTileRows);
-    pack_left<Operand>(matrix_of(p.query, p.dtype, int(p.dim), b, h, s.first_query), first, count, rows, scale.queries,
+    pack_left<Operand>(matrix_of(p.query, p.dtype, int(p.dim), b, h, s.first_query), first, count, rows, scale.query,
                        t.query, int64_t(rows) * kChunk);
-    std::fill(t.acc, t.acc + rows * chunks_v * P, Real(0));
+    std::fill(t.acc, t.acc + rows * chunks_v * kPanelWidth, Real(0));
     std::fill(t.max, t.max + rows + W, kNoScore);
     std::fill(t.sum, t.sum + rows * W, Real(0));
 
     const Range used = mask.used(b), keys = band.keys_of(first, first + count).clip(used.begin, used.end);
-    for (int key = round_down(keys.begin, P); key < keys.end; key += kKeys) {
+    for (int key = round_down(keys.begin, kPanelWidth); key < keys.end; key += kKeys) {
       if (p.has_dropout) t.kept.fill(p, b, h, first, key, count, std::min(kKeys, keys.end - key));
       for (int row = 0; row < rows; row += kRows) {
         const int step = std::min(kRows, rows - row);
         const Range step_keys = band.keys_of(first + row, first + row + step)
                                     .clip(std::max(key, keys.begin), std::min(key + kKeys, keys.end));
         if (step_keys.empty()) continue;
-        const Range columns{round_down(step_keys.begin - key, P), round_up(step_keys.end - key, P)};
+        const Range columns{round_down(step_keys.begin - key, kPanelWidth), round_up(step_keys.end - key, kPanelWidth)};
         const bool inside = band.covers(first + row, first + row + step, key + columns.begin, key + columns.end);
-        const Positions<Real> positions = gathered.from(b, h, first + row, key);
+        const GatheredTile<Real> gathered_tile = gathered.from(b, h, first + row, key);
         const ScoreTerms<Real> terms{
             Real(p.scale * kLog2E), p.bias || !inside ? strips.at(b, h, key - (first + row)) : nullptr,
-            gathered.present() ? &positions : nullptr, mask.present() ? mask.at(b) + key : nullptr};
-        score_block<Operand>(t.query + row * kChunk, int64_t(rows) * kChunk, keys_of(head, key), chunks, t.scores,
+            gathered.present() ? &gathered_tile : nullptr, mask.present() ? mask.at(b) + key : nullptr};
+        score_block<Operand>(t.query + row * kChunk, int64_t(rows) * kChunk, key_panels_at(head, key), chunks, t.scores,
                              kScoreStride, terms, step, columns, int(s.len_k) - key);
         const auto kept = [&](int r, int column) { return t.kept.at(first + row + r, key + column); };
         if (p.has_dropout) softmax_step<true>(t, row, step, columns, kept);
         else softmax_step<false>(t, row, step, columns, kept);
-        accumulate_product<true, Operand>(t.scores, kScoreStride, 1, values_of(head, key), value_stride,
-                                          t.acc + row * chunks_v * P, chunks_v * P, step, chunks_v, t.rescale,
-                                          [&](int r) {
+        accumulate_product<true, Operand>(t.scores, kScoreStride, 1, value_panels_at(head, key), value_stride,
+                                          t.acc + row * chunks_v * kPanelWidth, chunks_v * kPanelWidth, step, chunks_v,
+                                          t.rescale, [&](int r) {
                                             return band.keys_of(first + row + r, first + row + r + kTileRows)
                                                 .clip(key + columns.begin, key + columns.end)
                                                 .shift(-key);
@@ -109,7 +110,8 @@ template <class Real, class Operand> class Forward {
       }
     }
     for (int r = 0; r < count; ++r)
-      outputs.write(b, h, first + r, t.max[r], S::sum(S::load(t.sum + r * W)), t.acc + r * chunks_v * P);
+      outputs.write(b, h, first + r, t.max[r], Lanes::sum(Lanes::load(t.sum + r * W)),
+                    t.acc + r * chunks_v * kPanelWidth);
   }
 
   // Scores become exps under the new running maximum, 0 where they are dropped; t.rescale is what older sums have to be
@@ -118,25 +120,27 @@ template <class Real, class Operand> class Forward {
   TOB_INLINE void softmax_step(Block &t, int row, int rows, Range columns, Kept kept) const {
     static_assert(kTileRows % 2 == 0);
     Real old_max[kRows + W];
-    for (int r = 0; r < rows; r += W) S::store(old_max + r, S::load(t.max + row + r));
+    for (int r = 0; r < rows; r += W) Lanes::store(old_max + r, Lanes::load(t.max + row + r));
     for (int r = 0; r < rows; ++r) {
       const Real *s = t.scores + r * kScoreStride;
-      Vec m0 = S::broadcast(old_max[r]), m1 = m0;
-      for (int j = columns.begin; j < columns.end; j += P) {
-        m0 = S::max(m0, S::load(s + j));
-        m1 = S::max(m1, S::load(s + j + W));
+      Vec m0 = Lanes::broadcast(old_max[r]), m1 = m0;
+      for (int j = columns.begin; j < columns.end; j += kPanelWidth) {
+        m0 = Lanes::max(m0, Lanes::load(s + j));
+        m1 = Lanes::max(m1, Lanes::load(s + j + W));
       }
-      t.max[row + r] = S::max_lane(S::max(m0, m1));
+      t.max[row + r] = Lanes::max_lane(Lanes::max(m0, m1));
     }
-    for (int r = 0; r < rows; r += W) S::store(t.rescale + r, S::exp2(S::load(old_max + r) - S::load(t.max + row + r)));
+    for (int r = 0; r < rows; r += W)
+      Lanes::store(t.rescale + r, Lanes::exp2(Lanes::load(old_max + r) - Lanes::load(t.max + row + r)));
     for (int r = 0; r < rows; r += 2) {
       Real *s = t.scores + r * kScoreStride, *next = s + kScoreStride, *sum = t.sum + (row + r) * W;
-      const Vec max = S::broadcast(t.max[row + r]), next_max = S::broadcast(t.max[row + r + 1]);
-      Vec sums[4] = {S::broadcast(t.rescale[r]) * S::load(sum), S::broadcast(t.rescale[r + 1]) * S::load(sum + W)};
-      for (int j = columns.begin; j < columns.end; j += P) {
-        Vec e[4] = {S::load(s + j) - max, S::load(next + j) - next_max, S::load(s + j + W) - max,
-                    S::load(next + j + W) - next_max};
-        S::exp2(e);
+      const Vec max = Lanes::broadcast(t.max[row + r]), next_max = Lanes::broadcast(t.max[row + r + 1]);
+      Vec sums[4] = {Lanes::broadcast(t.rescale[r]) * Lanes::load(sum),
+                     Lanes::broadcast(t.rescale[r + 1]) * Lanes::load(sum + W)};
+      for (int j = columns.begin; j < columns.end; j += kPanelWidth) {
+        Vec e[4] = {Lanes::load(s + j) - max, Lanes::load(next + j) - next_max, Lanes::load(s + j + W) - max,
+                    Lanes::load(next + j + W) - next_max};
+        Lanes::exp2(e);
         for (int i = 0; i < 4; ++i) {
           sums[i] += e[i];
           if constexpr (kDropped) e[i] = where_kept<Real>(kept(r + i % 2, j + i / 2 * W), e[i]);
@@ -144,35 +148,36 @@ template <class Real, class Operand> class Forward {
         store_operands<Operand>(s + j / kPerCell, e[0], e[2]);
         store_operands<Operand>(next + j / kPerCell, e[1], e[3]);
       }
-      S::store(sum, sums[0] + sums[2]);
-      S::store(sum + W, sums[1] + sums[3]);
+      Lanes::store(sum, sums[0] + sums[2]);
+      Lanes::store(sum + W, sums[1] + sums[3]);
     }
   }
 
   // The panels from a key on.
-  Real *keys_of(int64_t head, int64_t key) const {
+  Real *key_panels_at(int64_t head, int64_t key) const {
     return key_panels.get() + (head % slots * keys_padded + key) * chunks * kChunk;
   }
-  Real *values_of(int64_t head, int64_t key) const {
-    return value_panels.get() + head % slots * chunks_v * value_stride + key / kPerCell * P;
+  Real *value_panels_at(int64_t head, int64_t key) const {
+    return value_panels.get() + head % slots * chunks_v * value_stride + key / kPerCell * kPanelWidth;
   }
 
   const tob_problem &p;
   const Outputs<Real> &outputs;
   const std::vector<Band> bands = bands_of(p);
   const BiasStrips<Real> strips{p, outputs.table};
-  const Gathered<Real> gathered{p, outputs.table};
+  const GatheredBias<Real> gathered{p, outputs.table};
   const KeyMask<Real> mask{p};
   const Scale<Real, Operand> scale{p.scale};
-  const int chunks = round_up(int(p.dim), P) / P, chunks_v = round_up(int(p.dim_v), P) / P;  // dims in panels
-  const int keys_padded = round_up(int(p.len_k), P);
-  const int queries = queries_per_task();
-  const int64_t group = p.heads_kv ? p.heads_q / p.heads_kv : 1;       // query heads a key head
-  const int64_t blocks = group * ((p.len_q + queries - 1) / queries);  // tasks a key head
-  const int64_t heads = p.batch * p.heads_kv;                          // key heads
+  const int chunks = round_up(int(p.dim), kPanelWidth) / kPanelWidth,
+            chunks_v = round_up(int(p.dim_v), kPanelWidth) / kPanelWidth;  // dims in panels
+  const int keys_padded = round_up(int(p.len_k), kPanelWidth);
+  const int task_queries = queries_per_task();
+  const int64_t group = p.heads_kv ? p.heads_q / p.heads_kv : 1;                 // query heads a key head
+  const int64_t blocks = group * ((p.len_q + task_queries - 1) / task_queries);  // tasks a key head
+  const int64_t heads = p.batch * p.heads_kv;                                    // key heads
   const Schedule schedule{heads, 2, blocks, p.num_threads};
   const int64_t slots = schedule.slots;
-  const int64_t value_stride = int64_t(keys_padded) / kPerCell * P;  // from one panel of values to the next
+  const int64_t value_stride = int64_t(keys_padded) / kPerCell * kPanelWidth;  // from one panel of values to the next
   const Scratch<Real> key_panels{slots * keys_padded * chunks * kChunk}, value_panels{slots * chunks_v * value_stride};
 };
 

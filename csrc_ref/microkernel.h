@@ -23,13 +23,13 @@ template <class Real> struct Tile {
 template <class Operand, class Real>
 TOB_INLINE void multiply_add(Tile<Real> &tile, const Real *a, int64_t row_stride, int64_t depth_stride,
                              const Real *panel, int depth) {
-  using S = Simd<Real>;
+  using Lanes = Simd<Real>;
 #pragma GCC unroll 4
   for (int k = 0; k < depth; ++k) {
-    const typename S::Vec left = S::load(panel), right = S::load(panel + S::kLanes);
+    const typename Lanes::Vec left = Lanes::load(panel), right = Lanes::load(panel + Lanes::kLanes);
 #pragma GCC unroll 12
     for (int r = 0; r < kTileRows; ++r) {
-      const typename S::Vec x = broadcast_cell<Operand>(a + r * row_stride);
+      const typename Lanes::Vec x = broadcast_cell<Operand>(a + r * row_stride);
       tile.left[r] = add_product<Operand, Real>(tile.left[r], x, left);
       tile.right[r] = add_product<Operand, Real>(tile.right[r], x, right);
     }
@@ -44,7 +44,7 @@ template <bool kScaled, class Operand, class Real, class Range>
 TOB_INLINE void accumulate_product(const Real *a, int64_t row_stride, int64_t depth_stride, const Real *b,
                                    int64_t panel_stride, Real *c, int64_t c_stride, int rows, int panels,
                                    const Real *alpha, Range depth_range) {
-  using S = Simd<Real>;
+  using Lanes = Simd<Real>;
   constexpr int kPerCell = kOperandsPerCell<Real, Operand>;
   for (int p = 0; p < panels; ++p) {
     for (int r0 = 0; r0 < rows; r0 += kTileRows) {
@@ -57,9 +57,9 @@ TOB_INLINE void accumulate_product(const Real *a, int64_t row_stride, int64_t de
 #pragma GCC unroll 12
       for (int r = 0; r < kTileRows; ++r) {
         Real *row = c + (r0 + r) * c_stride + p * kPanel<Real>;
-        const typename S::Vec factor = S::broadcast(kScaled ? alpha[r0 + r] : Real(1));
-        S::store(row, factor * S::load(row) + tile.left[r]);
-        S::store(row + S::kLanes, factor * S::load(row + S::kLanes) + tile.right[r]);
+        const typename Lanes::Vec factor = Lanes::broadcast(kScaled ? alpha[r0 + r] : Real(1));
+        Lanes::store(row, factor * Lanes::load(row) + tile.left[r]);
+        Lanes::store(row + Lanes::kLanes, factor * Lanes::load(row + Lanes::kLanes) + tile.right[r]);
       }
     }
   }

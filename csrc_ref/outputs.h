@@ -1,7 +1,7 @@
 // What the forward pass leaves behind: rows of the output, and of the softmax's statistics.
 #pragma once
 
-#include "bias.h"
+#include "bias_table.h"
 
 namespace tob {
 
@@ -11,10 +11,10 @@ template <class Real> struct Outputs {
   Real *lse, *row_max, *row_sum;
   const BiasTable<Real> table;
 
-  Outputs(const tob_problem &problem, const tob_tensor &out, void *lse, const tob_row_stats &stats)
+  Outputs(const tob_problem &problem, const tob_tensor &output, void *lse_data, const tob_row_stats &stats)
       : p(problem),
-        out(out),
-        lse(static_cast<Real *>(lse)),
+        out(output),
+        lse(static_cast<Real *>(lse_data)),
         row_max(static_cast<Real *>(stats.row_max)),
         row_sum(static_cast<Real *>(stats.row_sum)),
         table(problem) {}

@@ -16,14 +16,15 @@ template <class Real, class Operand> inline constexpr int kChunkCells = kPanel<R
 // out + panel_stride is the next panel. Reals are multiplied with `factor`.
 template <class Operand, class Real>
 void pack_left(const Matrix &m, int64_t first, int count, int padded, Real factor, Real *out, int64_t panel_stride) {
-  constexpr int P = kPanel<Real>, kChunk = kChunkCells<Real, Operand>, kPerCell = kOperandsPerCell<Real, Operand>;
+  constexpr int kPanelWidth = kPanel<Real>, kChunk = kChunkCells<Real, Operand>,
+                kPerCell = kOperandsPerCell<Real, Operand>;
   constexpr int W = TOB_VECTOR_BYTES / sizeof(Operand);
-  const int padded_dim = round_up(m.dim, P), whole = m.stride_d == 1 ? round_down(m.dim, W) : 0;
+  const int padded_dim = round_up(m.dim, kPanelWidth), whole = m.stride_d == 1 ? round_down(m.dim, W) : 0;
   visit_stored<Operand>(m, [&](const auto *data) {
     data += first * m.stride_l;
     for (int i = 0; i < count; ++i, data += m.stride_l) {
       const auto at = [&](int d) {
-        return reinterpret_cast<Operand *>(out + d / P * panel_stride + i * kChunk) + d % P;
+        return reinterpret_cast<Operand *>(out + d / kPanelWidth * panel_stride + i * kChunk) + d % kPanelWidth;
       };
       for (int d = 0; d < whole; d += W) {
         prefetch(data + d, kRowsAhead, m.stride_l);
@@ -37,8 +38,8 @@ void pack_left(const Matrix &m, int64_t first, int count, int padded, Real facto
       }
     }
   });
-  for (int d = 0; d < padded_dim && count < padded; d += P)
-    std::fill_n(out + d / P * panel_stride + count * kChunk, (padded - count) * kChunk, Real(0));
+  for (int d = 0; d < padded_dim && count < padded; d += kPanelWidth)
+    std::fill_n(out + d / kPanelWidth * panel_stride + count * kChunk, (padded - count) * kChunk, Real(0));
 }
 
 // B[k][c] = m[first + k][c], at out[c / kPanel][k][c % kPanel] where k counts cells, for `count` rows; up to `padded`
@@ -48,16 +49,16 @@ void pack_right(const Matrix &m, int64_t first, int count, int padded, Real *out
   if constexpr (std::is_same_v<Operand, Real>) {
     pack_left<Operand>(m, first, count, padded, Real(1), out, panel_stride);
   } else {
-    constexpr int P = kPanel<Real>, W = Simd<Real>::kLanes;
-    const int padded_dim = round_up(m.dim, P);
-    Operand rows[2 * (kMaxDim + P)];
-    for (int i = 0; i < padded; i += 2, out += P) {
+    constexpr int kPanelWidth = kPanel<Real>, W = Simd<Real>::kLanes;
+    const int padded_dim = round_up(m.dim, kPanelWidth);
+    Operand pair[2 * (kMaxDim + kPanelWidth)];
+    for (int i = 0; i < padded; i += 2, out += kPanelWidth) {
       const int present = std::clamp(count - i, 0, 2);
-      if (present > 0) read_rows(m, first + i, present, rows, padded_dim);
-      std::fill(rows + present * padded_dim, rows + 2 * padded_dim, Operand{});
-      for (int d = 0; d < padded_dim; d += P) {
-        const auto upper = Halves::load(rows + d), lower = Halves::load(rows + padded_dim + d);
-        Real *cells = out + d / P * panel_stride;
+      if (present > 0) read_rows(m, first + i, present, pair, padded_dim);
+      std::fill(pair + present * padded_dim, pair + 2 * padded_dim, Operand{});
+      for (int d = 0; d < padded_dim; d += kPanelWidth) {
+        const auto upper = Halves::load(pair + d), lower = Halves::load(pair + padded_dim + d);
+        Real *cells = out + d / kPanelWidth * panel_stride;
         Halves::store(cells, Halves::interleaved_first(upper, lower));
         Halves::store(cells + W, Halves::interleaved_second(upper, lower));
       }
@@ -67,56 +68,56 @@ void pack_right(const Matrix &m, int64_t first, int count, int padded, Real *out
 
 // One panel of B[k][c] = m[first + c][k], at out[k][c] where k counts cells, of whose columns `count` exist.
 template <class Operand, class Real> void pack_right_transposed(const Matrix &m, int64_t first, int count, Real *out) {
-  using S = Simd<Real>;
-  constexpr int P = kPanel<Real>, W = S::kLanes, kPerCell = kOperandsPerCell<Real, Operand>;
-  const int padded_dim = round_up(m.dim, P);
-  const auto transpose = [&](const auto *rows, int64_t stride) {
+  using Lanes = Simd<Real>;
+  constexpr int kPanelWidth = kPanel<Real>, W = Lanes::kLanes, kPerCell = kOperandsPerCell<Real, Operand>;
+  const int padded_dim = round_up(m.dim, kPanelWidth);
+  const auto transpose = [&](const auto *from, int64_t stride) {
     for (int k = 0; k < padded_dim / kPerCell; k += W)
-      for (int i = 0; i < P; i += W) {
-        typename S::Vec square[W];
+      for (int i = 0; i < kPanelWidth; i += W) {
+        typename Lanes::Vec square[W];
         for (int e = 0; e < W; ++e) {
-          const auto *cells = rows + (i + e) * stride + k * kPerCell;
-          prefetch(cells, P, stride);  // the next panel's
+          const auto *cells = from + (i + e) * stride + k * kPerCell;
+          prefetch(cells, kPanelWidth, stride);  // the next panel's
           square[e] = load_cells<Operand, Real>(cells);
         }
-        S::transpose(square);
-        for (int e = 0; e < W; ++e) S::store(out + (k + e) * P + i, square[e]);
+        Lanes::transpose(square);
+        for (int e = 0; e < W; ++e) Lanes::store(out + (k + e) * kPanelWidth + i, square[e]);
       }
   };
-  if (count == P && m.dim == padded_dim && m.stride_d == 1) {
+  if (count == kPanelWidth && m.dim == padded_dim && m.stride_d == 1) {
     visit_stored<Operand>(m, [&](const auto *data) { transpose(data + first * m.stride_l, m.stride_l); });
     return;
   }
-  alignas(64) Operand rows[P * (kMaxDim + P)];
-  read_rows(m, first, count, rows, padded_dim);
-  std::fill_n(rows + count * padded_dim, (P - count) * padded_dim, Operand{});
-  transpose(rows, padded_dim);
+  alignas(64) Operand copies[kPanelWidth * (kMaxDim + kPanelWidth)];
+  read_rows(m, first, count, copies, padded_dim);
+  std::fill_n(copies + count * padded_dim, (kPanelWidth - count) * padded_dim, Operand{});
+  transpose(copies, padded_dim);
 }
 
 // dots[i] = <a[first + i], b[first + i]> for `count` rows of two matrices of one dtype and width, added up along the
 // dims in the order of product_tile: the same numbers give the same sum to the last bit.
 template <class Operand, class Real>
 void dot_rows(const Matrix &a, const Matrix &b, int64_t first, int count, Real *dots) {
-  using S = Simd<Real>;
-  constexpr int W = S::kLanes, kStep = W * kOperandsPerCell<Real, Operand>;  // rows, and dims, at a time
+  using Lanes = Simd<Real>;
+  constexpr int W = Lanes::kLanes, kStep = W * kOperandsPerCell<Real, Operand>;  // rows, and dims, at a time
   const int padded_dim = round_up(a.dim, kStep);
   const bool in_place = a.dim == padded_dim && a.stride_d == 1 && b.stride_d == 1;
   const auto dot = [&](const auto *x, const auto *y, int64_t stride_x, int64_t stride_y, int rows, Real *out) {
-    typename S::Vec sum{};
+    typename Lanes::Vec sum{};
     for (int d = 0; d < padded_dim; d += kStep) {
-      typename S::Vec left[W], right[W];
+      typename Lanes::Vec left[W], right[W];
       for (int e = 0; e < W; ++e) {
         const int64_t row = std::min(e, rows - 1);
         prefetch(x + row * stride_x + d, kRowsAhead, stride_x);
         left[e] = load_cells<Operand, Real>(x + row * stride_x + d);
         right[e] = load_cells<Operand, Real>(y + row * stride_y + d);
       }
-      S::transpose(left);
-      S::transpose(right);
+      Lanes::transpose(left);
+      Lanes::transpose(right);
       for (int e = 0; e < W; ++e) sum = add_product<Operand, Real>(sum, left[e], right[e]);
     }
     Real lanes[W];
-    S::store(lanes, sum);
+    Lanes::store(lanes, sum);
     std::copy_n(lanes, rows, out);
   };
   for (int i = 0; i < count; i += W) {
@@ -137,13 +138,13 @@ void dot_rows(const Matrix &a, const Matrix &b, int64_t first, int count, Real *
 
 // The rows of some matrices of one size, as left factors and as right ones; as reals they look the same.
 template <class Real, class Operand> class RowFactors {
-  static constexpr int P = kPanel<Real>, kPerCell = kOperandsPerCell<Real, Operand>;
+  static constexpr int kPanelWidth = kPanel<Real>, kPerCell = kOperandsPerCell<Real, Operand>;
 
  public:
   // `rows` counts whole cells.
   RowFactors(int64_t matrices, int rows, int dim)
-      : panel_stride(int64_t(rows) / kPerCell * P),
-        size_(round_up(dim, P) / P * panel_stride),
+      : panel_stride(int64_t(rows) / kPerCell * kPanelWidth),
+        size_(round_up(dim, kPanelWidth) / kPanelWidth * panel_stride),
         left_(matrices * size_),
         right_(kPerCell == 1 ? 0 : matrices * size_) {}
 
@@ -158,7 +159,7 @@ template <class Real, class Operand> class RowFactors {
     for (int64_t panel = 0; panel < size_; panel += panel_stride) {
       std::fill_n(left_at(matrix, row) + panel, kChunkCells<Real, Operand>, Real(0));
       auto *operands = reinterpret_cast<Operand *>(right_at(matrix, row) + panel) + row % kPerCell;
-      for (int d = 0; d < P && kPerCell > 1; ++d) operands[d * kPerCell] = Operand{};
+      for (int d = 0; d < kPanelWidth && kPerCell > 1; ++d) operands[d * kPerCell] = Operand{};
     }
   }
 
@@ -172,7 +173,7 @@ template <class Real, class Operand> class RowFactors {
     return left_.get() + matrix * size_ + row * kChunkCells<Real, Operand>;
   }
   Real *right_at(int64_t matrix, int64_t row) const {
-    return (kPerCell == 1 ? left_ : right_).get() + matrix * size_ + row / kPerCell * P;
+    return (kPerCell == 1 ? left_ : right_).get() + matrix * size_ + row / kPerCell * kPanelWidth;
   }
 
   int64_t size_;

@@ -125,12 +125,12 @@ template <class Real> struct Simd {
   static TOB_INLINE Vec reverse(Vec v) { return reverse(v, std::make_integer_sequence<int, kLanes>()); }
 
   // Transposes a square of kLanes rows: blocks of 1, 2, 4, ... off the diagonal change places.
-  static TOB_INLINE void transpose(Vec (&rows)[kLanes]) { transpose_from<1>(rows); }
+  static TOB_INLINE void transpose(Vec (&square)[kLanes]) { transpose_from<1>(square); }
 
   // The sums of kLanes vectors, in a vector: what transposing and adding would give, with half of the exchanges.
-  static TOB_INLINE Vec sum_each(Vec (&rows)[kLanes]) {
-    add_halves<1>(rows);
-    return rows[0];
+  static TOB_INLINE Vec sum_each(Vec (&square)[kLanes]) {
+    add_halves<1>(square);
+    return square[0];
   }
 
   static TOB_INLINE Real sum(Vec v) {
@@ -154,26 +154,26 @@ template <class Real> struct Simd {
     return __builtin_shufflevector(v, v, (kLanes - 1 - kLane)...);
   }
 
-  template <int kBlock> static TOB_INLINE void transpose_from(Vec (&rows)[kLanes]) {
+  template <int kBlock> static TOB_INLINE void transpose_from(Vec (&square)[kLanes]) {
     if constexpr (kBlock < kLanes) {
       for (int i = 0; i < kLanes; ++i) {
         if (i & kBlock) continue;
-        const Vec upper = rows[i], lower = rows[i + kBlock];
-        rows[i] = exchange<kBlock, false>(upper, lower, std::make_integer_sequence<int, kLanes>());
-        rows[i + kBlock] = exchange<kBlock, true>(upper, lower, std::make_integer_sequence<int, kLanes>());
+        const Vec upper = square[i], lower = square[i + kBlock];
+        square[i] = exchange<kBlock, false>(upper, lower, std::make_integer_sequence<int, kLanes>());
+        square[i + kBlock] = exchange<kBlock, true>(upper, lower, std::make_integer_sequence<int, kLanes>());
       }
-      transpose_from<2 * kBlock>(rows);
+      transpose_from<2 * kBlock>(square);
     }
   }
 
-  template <int kBlock> static TOB_INLINE void add_halves(Vec (&rows)[kLanes]) {
+  template <int kBlock> static TOB_INLINE void add_halves(Vec (&square)[kLanes]) {
     if constexpr (kBlock < kLanes) {
       for (int i = 0; i < kLanes; i += 2 * kBlock) {
-        const Vec upper = rows[i], lower = rows[i + kBlock];
-        rows[i] = exchange<kBlock, false>(upper, lower, std::make_integer_sequence<int, kLanes>()) +
-                  exchange<kBlock, true>(upper, lower, std::make_integer_sequence<int, kLanes>());
+        const Vec upper = square[i], lower = square[i + kBlock];
+        square[i] = exchange<kBlock, false>(upper, lower, std::make_integer_sequence<int, kLanes>()) +
+                    exchange<kBlock, true>(upper, lower, std::make_integer_sequence<int, kLanes>());
       }
-      add_halves<2 * kBlock>(rows);
+      add_halves<2 * kBlock>(square);
     }
   }
 

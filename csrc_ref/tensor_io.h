@@ -44,37 +44,37 @@ template <class Stored> TOB_INLINE void prefetch(const Stored *p, int rows, int6
   __builtin_prefetch(reinterpret_cast<const void *>(reinterpret_cast<uintptr_t>(p) + distance));
 }
 
-// rows[i * padded_dim ..] = m[first + i] for `count` rows, zero beyond m.dim.
-template <class Element> void read_rows(const Matrix &m, int64_t first, int count, Element *rows, int padded_dim) {
+// to[i * padded_dim ..] = m[first + i] for `count` rows, zero beyond m.dim.
+template <class Element> void read_rows(const Matrix &m, int64_t first, int count, Element *to, int padded_dim) {
   constexpr int W = TOB_VECTOR_BYTES / sizeof(Element);
   const int whole = m.stride_d == 1 ? m.dim / W * W : 0;
   visit_stored<Element>(m, [&](const auto *data) {
     data += first * m.stride_l;
-    for (int i = 0; i < count; ++i, data += m.stride_l, rows += padded_dim) {
+    for (int i = 0; i < count; ++i, data += m.stride_l, to += padded_dim) {
       for (int d = 0; d < whole; d += W) {
         prefetch(data + d, kRowsAhead, m.stride_l);
-        copy_vector(data + d, rows + d);
+        copy_vector(data + d, to + d);
       }
-      for (int d = whole; d < m.dim; ++d) rows[d] = Element(data[d * m.stride_d]);
-      for (int d = m.dim; d < padded_dim; ++d) rows[d] = Element{};
+      for (int d = whole; d < m.dim; ++d) to[d] = Element(data[d * m.stride_d]);
+      for (int d = m.dim; d < padded_dim; ++d) to[d] = Element{};
     }
   });
 }
 
-// m[first + i] = factor * rows[i * row_stride ..] for `count` rows.
+// m[first + i] = factor * from[i * row_stride ..] for `count` rows.
 template <class Real>
-void write_rows(const Matrix &m, int64_t first, int count, Real factor, const Real *rows, int64_t row_stride) {
+void write_rows(const Matrix &m, int64_t first, int count, Real factor, const Real *from, int64_t row_stride) {
   constexpr int W = Simd<Real>::kLanes;
   const int whole = m.stride_d == 1 ? m.dim / W * W : 0;
   visit_stored<Real>(m, [&](auto *data) {
     using Stored = std::remove_pointer_t<decltype(data)>;
     data += first * m.stride_l;
-    for (int i = 0; i < count; ++i, data += m.stride_l, rows += row_stride) {
+    for (int i = 0; i < count; ++i, data += m.stride_l, from += row_stride) {
       for (int d = 0; d < whole; d += W) {
         prefetch(data + d, kRowsAhead, m.stride_l);
-        store_stored<Real>(data + d, factor * Simd<Real>::load(rows + d));
+        store_stored<Real>(data + d, factor * Simd<Real>::load(from + d));
       }
-      for (int d = whole; d < m.dim; ++d) data[d * m.stride_d] = stored_as<Real, Stored>(factor * rows[d]);
+      for (int d = whole; d < m.dim; ++d) data[d * m.stride_d] = stored_as<Real, Stored>(factor * from[d]);
     }
   });
 }

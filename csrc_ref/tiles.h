@@ -2,13 +2,15 @@
 // the queries, and of dS, whose depth are the keys.
 #pragma once
 
-#include "scores.h"
+#include <algorithm>
+
+#include "microkernel.h"
 
 namespace tob {
 
 template <class Real, class Operand, int kQueries, int kKeys> class Tiles {
-  using S = Simd<Real>;
-  static constexpr int P = kPanel<Real>, W = S::kLanes, kPerCell = kOperandsPerCell<Real, Operand>;
+  using Lanes = Simd<Real>;
+  static constexpr int kPanelWidth = kPanel<Real>, W = Lanes::kLanes, kPerCell = kOperandsPerCell<Real, Operand>;
 
  public:
   static constexpr int64_t kStride = kKeys + 2 * W;  // from one row to the next, of reals or cells
@@ -39,9 +41,9 @@ template <class Real, class Operand, int kQueries, int kKeys> class Tiles {
           if (for_dkey) store_pairs(dscores(r) + j, cells_[1] + r / 2 * kStride + j);
         }
       for (int r = row; for_dquery && r < row + rows; ++r)
-        for (int j = 0; j < width; j += P) {
+        for (int j = 0; j < width; j += kPanelWidth) {
           const Real *from = dscores(r) + j;
-          store_operands<Operand>(cells_[2] + r * kStride + j / 2, S::load(from), S::load(from + W));
+          store_operands<Operand>(cells_[2] + r * kStride + j / 2, Lanes::load(from), Lanes::load(from + W));
         }
     }
   }
@@ -49,8 +51,8 @@ template <class Real, class Operand, int kQueries, int kKeys> class Tiles {
  private:
   // Cells of a row's numbers and those below them.
   static TOB_INLINE void store_pairs(const Real *from, Real *cells) {
-    const auto rows = Halves::narrowed(S::load(from), S::load(from + kStride));
-    Halves::store(cells, Halves::interleaved_halves(rows));
+    const auto pair = Halves::narrowed(Lanes::load(from), Lanes::load(from + kStride));
+    Halves::store(cells, Halves::interleaved_halves(pair));
   }
 
   Real probs_[kQueries * kStride], dscores_[(kQueries + 1) * kStride];

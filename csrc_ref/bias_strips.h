@@ -1,0 +1,69 @@
+// The bias where positions are contiguous: each row of the table laid out by key position - query position, so that a
+// query reads its neighbouring keys' biases as neighbouring numbers.
+#pragma once
+
+#include "bias_table.h"
+
+namespace tob {
+
+// strip[y - first] for y = key position - query position in [first, last]: the bias in bits that pairs so far apart see
+// in a row of the table, -inf outside the band; 0 inside of it without a bias.
+template <class Real>
+void fill_strip(const tob_problem &p, const BiasTable<Real> &table, int64_t row, int64_t first, int64_t last,
+                Real *strip) {
+  const auto fill = [&](int64_t from, int64_t to, Real value) {  // from <= y < to
+    std::fill(strip + (from - first), strip + (to - first), value);
+  };
+  const auto inside = [&](int64_t y) { return std::clamp(y, first, last + 1); };
+  const int64_t begin = inside(-p.max_offset), end = std::max(begin, inside(-p.min_offset + 1));
+  fill(first, begin, -std::numeric_limits<Real>::infinity());
+  fill(end, last + 1, -std::numeric_limits<Real>::infinity());
+  if (!p.bias) {
+    fill(begin, end, Real(0));
+    return;
+  }
+  const int64_t last_column = p.bias_columns - 1;
+  const int64_t left = std::clamp(-(p.bias_first + last_column), begin, end);  // where the table begins, reversed
+  const int64_t right = std::clamp(-p.bias_first + 1, left, end);              // and where it has ended
+  fill(begin, left, table.bits(row, last_column));
+  table.reversed(row, -left - p.bias_first, right - left, strip + (left - first));
+  fill(right, end, table.bits(row, 0));
+}
+
+// The bias of every row of the table over y = key position - query position, in bits, -inf outside the band: 8
+// neighbouring keys of a query read 8 neighbouring values, and the next query's start one before. Padded so that tiles
+// may overhang the matrix on every side.
+template <class Real> class BiasStrips {
+ public:
+  static constexpr int kPad = 256;
+
+  // At least one strip, which is 0 inside the band without a bias; none where tensors give the positions.
+  BiasStrips(const tob_problem &p, const BiasTable<Real> &table)
+      : p_(p), table_rows_(p.bias ? p.bias_batch * p.bias_heads : 1) {
+    if (p.query_positions) return;
+    for (int64_t b = 0; b < p.batch; ++b) {
+      const tob_sequence &s = p.sequences[b];
+      first_ = std::min(first_, -(s.query_start + s.len_q - 1));
+      last_ = std::max(last_, s.len_k - 1 - s.query_start);
+    }
+    if (first_ > last_) first_ = last_ = 0;
+    length_ = last_ - first_ + 1 + 2 * kPad;
+    values_.reset(new Scratch<Real>(table_rows_ * length_));
+    std::fill_n(values_->get(), table_rows_ * length_, -std::numeric_limits<Real>::infinity());
+    for (int64_t row = 0; row < table_rows_; ++row)
+      fill_strip(p, table, row, first_, last_, values_->get() + row * length_ + kPad);
+  }
+
+  // Points at the key x behind the query of sequence b, counted from its first ones; null where there is no strip.
+  const Real *at(int64_t b, int64_t h, int64_t x) const {
+    if (!values_) return nullptr;
+    return values_->get() + bias_row(p_, b, h) * length_ + kPad - first_ - p_.sequences[b].query_start + x;
+  }
+
+ private:
+  const tob_problem &p_;
+  int64_t table_rows_, first_ = Band::kUnlimited, last_ = -Band::kUnlimited, length_ = 0;
+  std::unique_ptr<Scratch<Real>> values_;
+};
+
+}  // namespace tob

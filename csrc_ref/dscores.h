@@ -1,0 +1,61 @@
+// Tiles of the scores' gradient: dS = P * (dO V^T - delta + dlse).
+#pragma once
+
+#include "dropout.h"
+#include "scores.h"
+
+namespace tob {
+
+// dS = P * (Z dO V^T - delta + dlse) for the same rows and columns; `a` and `panels` hold dO and V as score_block's
+// hold Q and K. Z is kept_scale where kept(row, column) says so, in bytes as KeptWeights gives them; it is 1 without
+// dropout.
+//
+// Where a row has one key, out is V and delta is the product to the last bit, so dS is P dlse. Under dropout out is Z
+// V, rounded, and delta near the product: there dS is P dlse wherever P is 1.
+template <bool kDropped, bool kDlse, class Operand, class Real, class Kept>
+void dscore_block(const Real *a, int64_t chunk_stride, const Real *panels, int chunks, const Real *delta,
+                  const Real *dlse, const Real *probs, Real *dscores, int64_t stride, int rows, Range columns,
+                  Real kept_scale, Kept kept) {
+  using Lanes = Simd<Real>;
+  using Vec = typename Lanes::Vec;
+  constexpr int kPanelWidth = kPanel<Real>, W = Lanes::kLanes;
+  for (int column = columns.begin; column < columns.end; column += kPanelWidth)
+    for (int row = 0; row < rows; row += kTileRows) {
+      const Tile<Real> tile = product_tile<Operand>(a, chunk_stride, panels, chunks, row, column);
+#pragma GCC unroll 12
+      for (int r = 0; r < kTileRows; ++r) {
+        const int64_t at = (row + r) * stride + column;
+        const Vec d = Lanes::broadcast(delta[row + r]);
+        const Vec prob[2] = {Lanes::load(probs + at), Lanes::load(probs + at + W)};
+        Vec x[2] = {tile.left[r], tile.right[r]};
+        for (int half = 0; half < 2; ++half) {
+          if constexpr (kDropped) x[half] = where_kept<Real>(kept(row + r, column + half * W), kept_scale * x[half]);
+          x[half] -= d;
+          if constexpr (kDropped) x[half] = prob[half] == Lanes::broadcast(1) ? Vec{} : x[half];
+          if constexpr (kDlse) x[half] += Lanes::broadcast(dlse[row + r]);
+          Lanes::store(dscores + at + half * W, prob[half] * x[half]);
+        }
+      }
+    }
+}
+
+// Zeroes the dropped ones of rows and columns.
+template <class Real, class Kept> void drop(Real *tile, int64_t stride, int rows, Range columns, Kept kept) {
+  using Lanes = Simd<Real>;
+  for (int r = 0; r < rows; ++r)
+    for (int column = columns.begin; column < columns.end; column += Lanes::kLanes) {
+      Real *x = tile + r * stride + column;
+      Lanes::store(x, where_kept<Real>(kept(r, column), Lanes::load(x)));
+    }
+}
+
+// Zeroes what was left out of rows `width` wide.
+template <class Real> void clear_outside(Real *tile, int64_t stride, int rows, Range columns, int width) {
+  if (columns.size() == width) return;
+  for (int r = 0; r < rows; ++r, tile += stride) {
+    std::fill(tile, tile + columns.begin, Real(0));
+    std::fill(tile + columns.end, tile + width, Real(0));
+  }
+}
+
+}  // namespace tob
