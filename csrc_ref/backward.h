@@ -3,8 +3,8 @@
 //   P = exp2(S - row_max) / row_sum    dP = Z * dO V^T    delta = <dO, O>    dS = P * (dP - delta + dlse)
 //   dV = (Z * P)^T dO    dK = scale dS^T Q    dQ = scale dS K    dbias[offset] = sum of dS along the offset's diagonal
 //
-// A task owns its block's dK and dV. dQ and dbias are shared by the tasks of a head: they add to them in the order of
-// their blocks, held by OrderedSteps, so every sum has one order whatever the number of threads.
+// A task owns the dK and dV of its block of keys. All tasks of a head add to its dQ and dbias. OrderedSteps makes them
+// add in the order of their blocks, so every sum has one order whatever the number of threads.
 #pragma once
 
 #include "dbias.h"
@@ -18,8 +18,8 @@ template <class Real, class Operand> class Backward {
   using Vec = typename Lanes::Vec;
   static constexpr int kPanelWidth = kPanel<Real>, W = Lanes::kLanes, kPerCell = kOperandsPerCell<Real, Operand>,
                        kChunk = kChunkCells<Real, Operand>;
-  static constexpr int kQueries = 96, kMaxKeys = 96;  // a tile
-  static constexpr int kRows = 12;                    // rows a step
+  static constexpr int kQueries = 96, kMaxKeys = 96;  // of a tile
+  static constexpr int kRows = 12;                    // rows in a step
   using TilePair = Tiles<Real, Operand, kQueries, kMaxKeys>;
   static constexpr int64_t kTileStride = TilePair::kStride;
 
@@ -77,7 +77,7 @@ template <class Real, class Operand> class Backward {
     int64_t slot, b, h;
   };
 
-  // Query head g of those that share a key head; key heads count b * heads_kv + h.
+  // Query head g of the query heads that share a key head. head is b * heads_kv + h.
   Head head_of(int64_t head, int64_t g) const {
     return {head % slots * group + g, head / p.heads_kv, head % p.heads_kv * group + g};
   }
@@ -91,17 +91,17 @@ template <class Real, class Operand> class Backward {
     int first, count;
   };
 
-  // Small problems get small tasks, so that every core has work. Not a matter of the thread count: results are the
-  // same.
+  // Small problems get small tasks, so that every core has work. The size does not depend on the number of threads, so
+  // neither do the results.
   int keys_per_task() const {
     int count = kMaxKeys;
     while (count > 24 && p.batch * p.heads_kv * ((p.len_k + count - 1) / count) < 24) count /= 2;
     return round_up(count, kPanelWidth);
   }
 
-  // Pass 1: queries and dO as factors, row_max, 1 / row_sum, delta and dlse. A row that attends to nothing gets P = 0,
-  // dO = 0, delta 0 and dlse 0, whatever dO and dlse are there: a loss may well have no finite slope at an output of 0
-  // and lse = -inf. So do rows past the end.
+  // Pass 1: packs queries and dO as factors, and copies row_max, 1 / row_sum, delta and dlse. A row that attends to
+  // nothing gets P = 0, dO = 0, delta = 0 and dlse = 0, whatever dO and dlse are there: a loss may have no finite slope
+  // at an output of 0 and lse = -inf. Rows past the end get the same.
   void prepare(const Head &head, int first) {
     const tob_sequence &s = p.sequences[head.b];
     if (dbias_sums.needed() && first == 0) dbias_sums.begin_head(head.slot);
@@ -127,7 +127,7 @@ template <class Real, class Operand> class Backward {
     }
   }
 
-  // Pass 2: one block of keys against all of its queries, of every query head that shares the keys.
+  // Pass 2: one block of keys with all queries that attend to it, of every query head that shares the keys.
   void differentiate(Column c) {
     const int64_t b = c.head / p.heads_kv, h = c.head % p.heads_kv;
     const int64_t first_key = p.sequences[b].first_key;
@@ -159,7 +159,7 @@ template <class Real, class Operand> class Backward {
                  chunks_v * kPanelWidth);
   }
 
-  // The queries of one head. In OrderedSteps every tile is a step, and adding up dbias one more.
+  // The queries of one query head. Each tile is a step of OrderedSteps, and adding to the head's dbias is one more.
   void sweep(Column &c, const Head &head, int64_t g, Range used, Range attending) {
     const bool is_first = c.first == 0;
     const int64_t len_q = p.sequences[head.b].len_q;
@@ -263,7 +263,7 @@ template <class Real, class Operand> class Backward {
                                          chunks * kPanelWidth, rows, chunks, none, key_range);
   }
 
-  // Pass 3: dQ, and the head's diagonals into the rows of dbias that it shares, one head after another.
+  // Pass 3: writes dQ.
   void write_dquery(const Head &head, int first) const {
     if (!dquery.data) return;
     const tob_sequence &s = p.sequences[head.b];
@@ -273,6 +273,7 @@ template <class Real, class Operand> class Backward {
                dquery_acc.get() + (head.slot * rows_padded + first) * chunks * kPanelWidth, chunks * kPanelWidth);
   }
 
+  // Pass 3: adds the head's sums of dbias to its row of the table. Heads follow one another, as they may share the row.
   void sum_dbias(int64_t head, OrderedSteps &order) {
     if (!dbias) return;
     if (head > 0) order.wait(head - 1, 0);
@@ -283,7 +284,7 @@ template <class Real, class Operand> class Backward {
     order.finish(head, 0);
   }
 
-  // Of a head, the index of its first query in row_max and the like.
+  // The index of a head's first query in row_max, row_sum and dlse.
   int64_t first_row(const Head &head) const {
     return head.b * p.row_stride_b + head.h * p.row_stride_h + p.sequences[head.b].first_query;
   }
@@ -293,6 +294,7 @@ template <class Real, class Operand> class Backward {
   const tob_tensor &out, &dout, &dquery, &dkey, &dvalue;
   const Real *row_max, *row_sum, *dlse;
   Real *dbias;
+  // Members are initialised in this order, so each may read only the members above it.
   const std::vector<Band> bands = bands_of(p);
   const BiasTable<Real> table{p};
   const BiasStrips<Real> strips{p, table};
@@ -301,12 +303,12 @@ template <class Real, class Operand> class Backward {
   const Scale<Real, Operand> scale{p.scale};
   const Real kept_scale = p.has_dropout ? Real(p.kept_scale) : Real(1);
   const int chunks = round_up(int(p.dim), kPanelWidth) / kPanelWidth,
-            chunks_v = round_up(int(p.dim_v), kPanelWidth) / kPanelWidth;  // dims in panels
-  const int task_keys = keys_per_task();                                   // keys a task
-  const int64_t key_blocks = (p.len_k + task_keys - 1) / task_keys;        // tasks a key head
+            chunks_v = round_up(int(p.dim_v), kPanelWidth) / kPanelWidth;  // dims, counted in panels
+  const int task_keys = keys_per_task();                                   // keys in a task
+  const int64_t key_blocks = (p.len_k + task_keys - 1) / task_keys;        // tasks for each key head
   const int64_t query_tiles = (p.len_q + kQueries - 1) / kQueries;
   const int rows_padded = round_up(int(p.len_q), kRows);
-  const int64_t group = p.heads_kv ? p.heads_q / p.heads_kv : 1;  // query heads a key head
+  const int64_t group = p.heads_kv ? p.heads_q / p.heads_kv : 1;  // query heads for each key head
   const int64_t heads = p.batch * p.heads_kv;                     // key heads
   const Schedule schedule{heads, 3, key_blocks, p.num_threads};
   const int64_t slots = schedule.slots, slots_q = slots * group;  // heads at work

@@ -1,4 +1,4 @@
-// Which pairs are attended to, as far as offsets between contiguous positions and the key mask tell: index ranges.
+// The pairs that are attended to, as ranges of queries and keys: the band of allowed offsets, and the key mask.
 #pragma once
 
 #include <algorithm>
@@ -17,14 +17,14 @@ struct Range {
   Range clip(int lo, int hi) const { return {std::max(begin, lo), std::min(end, hi)}; }
 };
 
-// The pairs with min_offset <= query_start + i - j <= max_offset form a diagonal band; rows and columns cut it in
-// ranges.
+// The pairs with min_offset <= query_start + i - j <= max_offset form a diagonal band. Each row and each column of the
+// matrix of pairs cuts a range out of it.
 struct Band {
   static constexpr int64_t kUnlimited = TOB_UNLIMITED;
   int64_t query_start, min_offset, max_offset;
   int len_q, len_k;
 
-  // That of sequence b; where tensors give the positions, all pairs.
+  // The band of sequence b. If tensors give the positions, the band holds all pairs.
   Band(const tob_problem &p, int64_t b)
       : query_start(p.sequences[b].query_start),
         min_offset(p.query_positions ? -kUnlimited : p.min_offset),
@@ -49,7 +49,8 @@ struct Band {
   static int clamp(int64_t index, int length) { return int(std::clamp<int64_t>(index, 0, length)); }
 };
 
-// The key mask of every sequence as an addend, 0 or -inf, -inf past the last key too; and the range of keys it leaves.
+// The key mask of every sequence as a number to add to scores: 0, or -inf for a key that is masked or past the last.
+// Also the range from the first key to the last key that the mask leaves.
 template <class Real> class KeyMask {
  public:
   explicit KeyMask(const tob_problem &p)

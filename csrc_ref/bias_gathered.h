@@ -5,14 +5,15 @@
 
 namespace tob {
 
-// What a tile gathers its bias by; its corner is the first query and the first key.
+// The positions and the table that a tile looks its bias up with. Row 0 and column 0 are the tile's first query and
+// key.
 template <class Real> struct GatheredTile {
   using Int = typename Simd<Real>::Traits::Int;
   const Int *query_positions, *key_positions;
   const Real *table;
   Int first, last_column, min_offset, max_offset;
 
-  // The columns that a query sees at neighbouring keys.
+  // The columns of the table that belong to some offsets.
   TOB_INLINE typename Simd<Real>::IntVec columns_of(typename Simd<Real>::IntVec offsets) const {
     using IntVec = typename Simd<Real>::IntVec;
     const IntVec none{}, last = last_column - none;
@@ -38,7 +39,8 @@ template <class Real> struct GatheredTile {
   }
 };
 
-// Positions by tensors, as integers as wide as Real, and the table in bits. Padded as the strips are.
+// Copies of the positions, as integers as wide as Real, and of the table, in bits. Positions are followed by kPad
+// zeros, because tiles may reach beyond the last query and key.
 template <class Real> class GatheredBias {
  public:
   using Int = typename Simd<Real>::Traits::Int;
@@ -58,7 +60,7 @@ template <class Real> class GatheredBias {
   }
 
   bool present() const { return p_.query_positions != nullptr; }
-  // What a tile of a head gathers by, from its first query and key on.
+  // For the tile of (b, h) that begins at a query and a key.
   GatheredTile<Real> from(int64_t b, int64_t h, int64_t query, int64_t key) const {
     if (!present()) return {};
     return {query_positions_->get() + (p_.position_stride_q ? b * length_q_ : 0) + query,

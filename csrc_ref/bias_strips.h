@@ -6,8 +6,8 @@
 
 namespace tob {
 
-// strip[y - first] for y = key position - query position in [first, last]: the bias in bits that pairs so far apart see
-// in a row of the table, -inf outside the band; 0 inside of it without a bias.
+// Fills strip[y - first] for each y = key position - query position in [first, last]. The value is the bias in bits
+// that one row of the table gives to pairs so far apart, or 0 without a table; outside the band it is -inf.
 template <class Real>
 void fill_strip(const tob_problem &p, const BiasTable<Real> &table, int64_t row, int64_t first, int64_t last,
                 Real *strip) {
@@ -23,21 +23,21 @@ void fill_strip(const tob_problem &p, const BiasTable<Real> &table, int64_t row,
     return;
   }
   const int64_t last_column = p.bias_columns - 1;
-  const int64_t left = std::clamp(-(p.bias_first + last_column), begin, end);  // where the table begins, reversed
-  const int64_t right = std::clamp(-p.bias_first + 1, left, end);              // and where it has ended
+  const int64_t left = std::clamp(-(p.bias_first + last_column), begin, end);  // the y of the table's last column
+  const int64_t right = std::clamp(-p.bias_first + 1, left, end);              // behind the y of its first column
   fill(begin, left, table.bits(row, last_column));
   table.reversed(row, -left - p.bias_first, right - left, strip + (left - first));
   fill(right, end, table.bits(row, 0));
 }
 
-// The bias of every row of the table over y = key position - query position, in bits, -inf outside the band: 8
-// neighbouring keys of a query read 8 neighbouring values, and the next query's start one before. Padded so that tiles
-// may overhang the matrix on every side.
+// A strip for every row of the table, as fill_strip makes it. Neighbouring keys of a query read neighbouring values,
+// and the next query reads from one value earlier on. Strips have kPad values of -inf at both ends, because tiles may
+// reach beyond the matrix of pairs on every side.
 template <class Real> class BiasStrips {
  public:
   static constexpr int kPad = 256;
 
-  // At least one strip, which is 0 inside the band without a bias; none where tensors give the positions.
+  // There is at least one strip, also without a table; there is none if tensors give the positions.
   BiasStrips(const tob_problem &p, const BiasTable<Real> &table)
       : p_(p), table_rows_(p.bias ? p.bias_batch * p.bias_heads : 1) {
     if (p.query_positions) return;
@@ -54,7 +54,7 @@ template <class Real> class BiasStrips {
       fill_strip(p, table, row, first_, last_, values_->get() + row * length_ + kPad);
   }
 
-  // Points at the key x behind the query of sequence b, counted from its first ones; null where there is no strip.
+  // The address in the strip of (b, h) of pairs whose key index minus query index is x; null if there are no strips.
   const Real *at(int64_t b, int64_t h, int64_t x) const {
     if (!values_) return nullptr;
     return values_->get() + bias_row(p_, b, h) * length_ + kPad - first_ - p_.sequences[b].query_start + x;

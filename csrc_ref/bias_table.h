@@ -7,7 +7,7 @@ namespace tob {
 
 inline constexpr double kLog2E = 1.4426950408889634, kLn2 = 0.6931471805599453;
 
-// Finite numbers stay finite: only -inf forbids.
+// Nats as bits. Finite numbers stay finite, because -inf means that a pair is not attended to.
 template <class Real> TOB_INLINE typename Simd<Real>::Vec in_bits(typename Simd<Real>::Vec nats) {
   using Lanes = Simd<Real>;
   const typename Lanes::Vec largest = Lanes::broadcast(std::numeric_limits<Real>::max()), bits = nats * Real(kLog2E);
@@ -15,7 +15,7 @@ template <class Real> TOB_INLINE typename Simd<Real>::Vec in_bits(typename Simd<
   return (nats > largest) | (nats < -largest) ? nats : clamped;
 }
 
-// The row of the table, and of its gradient, that a sequence and a head share with others; 0 without a table.
+// The row of the table, and of its gradient, that a sequence and a head use; 0 without a table.
 inline int64_t bias_row(const tob_problem &p, int64_t b, int64_t h) {
   if (!p.bias) return 0;
   return (p.bias_batch == 1 ? 0 : b) * p.bias_heads + (p.bias_heads == 1 ? 0 : h);
@@ -25,10 +25,11 @@ inline int64_t bias_column(const tob_problem &p, int64_t offset) {
   return std::clamp<int64_t>(offset - p.bias_first, 0, p.bias_columns - 1);
 }
 
-// The rows of the table, each counted from a constant that its log-sum-exp gets back. Where the finite numbers of a row
-// have one sign and lie within a factor 2 of one another it is one of them: subtracting that is exact (Sterbenz 1974),
-// and scores keep the digits that its size would take. Elsewhere it is 0, and where queries of 16 bits have no such
-// digits.
+// The rows of the table. A constant is subtracted from each row, and added to the log-sum-exp again at the end: the
+// softmax does not change, and the scores keep the digits that a large bias would take from them. The constant is the
+// row's finite number of least magnitude, if all finite numbers of the row have one sign and lie within a factor 2 of
+// one another, since the subtraction is exact then (Sterbenz 1974). It is 0 otherwise, and for 16-bit queries, whose
+// scores do not have such digits.
 template <class Real> class BiasTable {
  public:
   explicit BiasTable(const tob_problem &p)
@@ -46,9 +47,9 @@ template <class Real> class BiasTable {
     return in_bits<Real>(Lanes::broadcast(nats_[row * columns_ + column] - constant(row)))[0];
   }
 
-  // bits[i] = that of column last - i, for `count` columns.
+  // bits[i] = the bias in bits of column last - i, for `count` columns.
   void reversed(int64_t row, int64_t last, int64_t count, Real *bits) const {
-    const int64_t column = row * columns_ + last;  // of the first
+    const int64_t column = row * columns_ + last;  // the column of bits[0]
     int64_t i = 0;
     for (; i + W <= count; i += W)
       Lanes::store(bits + i,

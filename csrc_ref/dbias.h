@@ -6,8 +6,8 @@
 
 namespace tob {
 
-// strip[column - row] += dS, a vector of neighbouring diagonals at a time: the next row's start one column further
-// right.
+// strip[column - row] += dS for every element of a tile. Each step adds up a vector of neighbouring diagonals, which
+// begin one column further right in each row.
 template <class Real> void add_diagonals(const Real *dscores, int64_t stride, int rows, int width, Real *strip) {
   using Lanes = Simd<Real>;
   constexpr int W = Lanes::kLanes;
@@ -25,7 +25,7 @@ template <class Real> void add_diagonals(const Real *dscores, int64_t stride, in
   }
 }
 
-// table[column] += dS, one after the other.
+// table[column of the offset] += dS for every element of a tile, one after another.
 template <class Real>
 void add_elements(const Real *dscores, int64_t stride, int rows, int width, const GatheredTile<Real> &gathered,
                   double *table) {
@@ -37,7 +37,8 @@ void add_elements(const Real *dscores, int64_t stride, int rows, int width, cons
     }
 }
 
-// With contiguous positions a share is a strip over x = j - i; where tensors give them it is a row of the table.
+// The sum of a task, and of a head, is a strip over x = j - i if positions are contiguous. If tensors give the
+// positions it is a row of the table.
 template <class Real> class DbiasSums {
  public:
   DbiasSums(const tob_problem &p, bool is_needed, int64_t threads, int64_t slots)

@@ -1,6 +1,6 @@
 // The forward pass for few queries and many keys, as in decoding with a cache. Its cost is to read keys and values from
-// memory, so they are read once, as they lie: nothing is packed. Each task takes a part of a head's keys; a last one
-// adds up what they found, in the order of the keys.
+// memory. So they are read once and where they lie: nothing is packed. Each task takes a part of a head's keys. A last
+// task adds up the partial results in the order of the keys.
 #pragma once
 
 #include "bias_strips.h"
@@ -13,10 +13,10 @@ template <class Real, class Operand> class Decode {
   using Vec = typename Lanes::Vec;
   static constexpr int W = Lanes::kLanes, kPanelWidth = kPanel<Real>, kPerCell = kOperandsPerCell<Real, Operand>;
   static constexpr int kMaxRows = 16;                  // queries that share a key head: with more, packing pays
-  static constexpr int kSharing = W < 4 ? W : 4;       // of them, those that share what is in registers
-  static constexpr int kKeys = 512;                    // a task's
-  static constexpr int kCopied = 64;                   // keys at a time, of those that have to be copied
-  static constexpr int kScores = kKeys + kPanelWidth;  // a row's
+  static constexpr int kSharing = W < 4 ? W : 4;       // rows that share loaded keys and values
+  static constexpr int kKeys = 512;                    // keys in a task
+  static constexpr int kCopied = 64;                   // keys that are copied at a time, if they have to be
+  static constexpr int kScores = kKeys + kPanelWidth;  // room for the scores of a row
   static constexpr Real kNoScore = std::numeric_limits<Real>::lowest();
 
  public:
@@ -29,7 +29,7 @@ template <class Real, class Operand> class Decode {
   void run() {
     if (p.len_q == 0) return;
     const Scratch<Block> scratch(p.num_threads);
-    // Task by task the heads of the same keys: they may lie side by side in memory.
+    // Neighbouring tasks take the same keys of different heads, which may lie side by side in memory.
     const auto attend_task = [&](int64_t b, int64_t task, int thread) {
       attend(b, task % p.heads_kv, task / p.heads_kv, scratch.get()[thread]);
     };
@@ -42,10 +42,11 @@ template <class Real, class Operand> class Decode {
   struct Block {
     Operand query[kMaxRows * kMaxDim], copy[kCopied * kMaxDim];
     Real strip[kKeys + kMaxRows + W];
-    Real scores[kMaxRows * kScores];  // then, in their place, E as a left factor
+    Real scores[kMaxRows * kScores];  // later E, as a left factor, in the same place
   };
 
-  // What a task found for a row: acc holds the sum of exp2(S - max) V behind the two numbers.
+  // The partial result of a task for a row: the largest score, the sum of exp2(S - max), and in acc the sum of
+  // exp2(S - max) V.
   struct Partial {
     Real &max, &sum;
     Real *acc;
@@ -108,8 +109,8 @@ template <class Real, class Operand> class Decode {
     TOB_INLINE const Stored *at(int row) const { return data + row * stride; }
   };
 
-  // Calls visit(index of the first, Rows) for the rows of a range, some at a time: where they lie if whole vectors can
-  // be read there, else a copy.
+  // Calls visit(index of the first row, Rows) for the rows of a range, up to kCopied rows at a time. Rows points at the
+  // matrix if whole vectors can be read there, else at a copy.
   template <class Visit>
   void visit_rows(const Matrix &m, Range range, int padded_dim, Operand *copy, Visit visit) const {
     for (int first = range.begin; first < range.end; first += kCopied) {
@@ -126,18 +127,18 @@ template <class Real, class Operand> class Decode {
     }
   }
 
-  // Brings what lies rows ahead into the caches. Processors with AVX-512 do that better themselves, where it only
-  // costs.
+  // Brings the element kRowsAhead rows ahead into the caches. Processors with AVX-512 prefetch well by themselves, so
+  // it would only cost time there.
   template <class Stored> TOB_INLINE static void look_ahead(const Stored *p, int64_t stride) {
     if constexpr (TOB_VECTOR_BYTES < 64) prefetch(p, kRowsAhead, stride);
   }
 
-  // scores[j] = <query, keys[j]> of kRows rows: a vector of partial sums each, W of them at a time. The keys are read
-  // in the order in which they lie, as the processor expects.
+  // scores[j] = <query, keys[j]> for kRows rows of queries. W dot products are computed at a time, each in a vector of
+  // partial sums. The keys are read in the order in which they lie, as the processor expects.
   template <int kRows, class Stored>
   TOB_INLINE void score(const Operand *query, int first_row, Rows<Stored> keys, Real *scores) const {
     constexpr int kTile = W / kRows;                   // keys
-    constexpr int kTogether = kRows == 1 ? 1 : kTile;  // of them, those that share a load of the queries
+    constexpr int kTogether = kRows == 1 ? 1 : kTile;  // keys that share a load of the queries
     query += first_row * padded;
     scores += first_row * kScores;
     for (int j = 0; j < keys.count; j += kTile) {
@@ -176,7 +177,7 @@ template <class Real, class Operand> class Decode {
     std::fill(scores + count, scores + round_up(count, kPanelWidth), -std::numeric_limits<Real>::infinity());
   }
 
-  // Scores become exps under their maximum.
+  // Replaces scores by E = exp2(S - max), and stores their maximum and the sum of E.
   TOB_INLINE void softmax(Real *scores, int count, Partial found) const {
     Vec maxima = Lanes::broadcast(kNoScore), sums{};
     for (int j = 0; j < count; j += W) maxima = Lanes::max(maxima, Lanes::load(scores + j));
@@ -206,7 +207,7 @@ template <class Real, class Operand> class Decode {
       for (; d < padded_v; d += W) weigh<kRows, 1>(weights, values, sums, d);
   }
 
-  // The same in the kVecs vectors from column d on.
+  // Adds them in the kVecs vectors of columns from column d on.
   template <int kRows, int kVecs, class Stored>
   TOB_INLINE static void weigh(const Real *weights, Rows<Stored> values, Real *const (&sums)[kRows], int d) {
     Vec acc[kRows][kVecs];
@@ -224,7 +225,7 @@ template <class Real, class Operand> class Decode {
       for (int i = 0; i < kVecs; ++i) Lanes::store(sums[r] + d + i * W, acc[r][i]);
   }
 
-  // Vectors of cells of the rows from j on, from column d on.
+  // Loads kVecs vectors of cells from column d on: of row j, or of rows j and j + 1 if a cell holds two operands.
   template <int kVecs, class Stored>
   TOB_INLINE static void load_values(Rows<Stored> values, int j, int d, Vec (&cells)[kVecs]) {
     if constexpr (kPerCell == 1) {
@@ -244,7 +245,7 @@ template <class Real, class Operand> class Decode {
     }
   }
 
-  // Adds up what a head's tasks found, in the place of the first, and writes its rows.
+  // Adds the partial results of a head up, in the place of the first, and writes the head's rows.
   void combine(int64_t b, int64_t h) const {
     const int len_q = int(p.sequences[b].len_q);
     for (int row = 0; row < int(group) * len_q; ++row) {
@@ -263,9 +264,10 @@ template <class Real, class Operand> class Decode {
 
   const tob_problem &p;
   const Outputs<Real> &outputs;
+  // Members are initialised in this order, so each may read only the members above it.
   const KeyMask<Real> mask{p};
   const int padded = round_up(int(p.dim), W *kPerCell), padded_v = round_up(int(p.dim_v), W *kPerCell);
-  const int64_t group = p.heads_q / p.heads_kv;  // query heads a key head
+  const int64_t group = p.heads_q / p.heads_kv;  // query heads for each key head
   const int head_rows = int(group * p.len_q);
   const int64_t parts = std::max<int64_t>((p.len_k + kKeys - 1) / kKeys, 1);
   const Scratch<Real> partials{p.batch * p.heads_kv * parts * head_rows * (2 + padded_v)};

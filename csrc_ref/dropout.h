@@ -9,7 +9,7 @@
 
 namespace tob {
 
-// Some counters, or words of them: 32 bits in lanes of 64, whose upper halves mean nothing.
+// A vector of 32-bit words, each in a lane of 64 bits. The upper halves of lanes mean nothing.
 inline constexpr int kWords = TOB_VECTOR_BYTES >= 32 ? 4 : 2;
 typedef uint64_t Words __attribute__((vector_size(8 * kWords)));
 
@@ -42,12 +42,13 @@ TOB_INLINE void philox(uint64_t seed, Words (&c)[4]) {
   }
 }
 
-// The weights of a tile that are kept, as bytes: -1, or 0 for those that are dropped.
+// A byte for each weight of a tile: -1 if the weight is kept, 0 if it is dropped.
 template <int kRows, int kColumns> class KeptWeights {
   static constexpr int kStride = round_up(kColumns, 16) + 32;
 
  public:
-  // The tile begins at query `row` and key `column` of a head; with the 16 x 16 squares that it touches.
+  // Fills the tile that begins at query `row` and key `column` of a head, and all of each 16 x 16 square that it
+  // touches.
   void fill(const tob_problem &p, int64_t b, int64_t h, int row, int column, int rows, int columns) {
     row_ = round_down(row, 16);
     column_ = round_down(column, 16);
@@ -66,7 +67,7 @@ template <int kRows, int kColumns> class KeptWeights {
           }
   }
 
-  // Those of the query `row` from the key `column` on.
+  // The bytes of the query `row`, from the key `column` on.
   const int8_t *at(int row, int column) const { return bytes_ + (row - row_) * kStride + column - column_; }
 
  private:

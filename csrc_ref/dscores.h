@@ -6,12 +6,13 @@
 
 namespace tob {
 
-// dS = P * (Z dO V^T - delta + dlse) for the same rows and columns; `a` and `panels` hold dO and V as score_block's
-// hold Q and K. Z is kept_scale where kept(row, column) says so, in bytes as KeptWeights gives them; it is 1 without
-// dropout.
+// dS = P * (Z dO V^T - delta + dlse) for rows [0, rows) and some columns. `a` and `panels` hold dO and V in the form in
+// which score_block takes Q and K. Z is kept_scale or 0, as the bytes of kept(row, column) tell (see KeptWeights); it
+// is 1 without dropout.
 //
-// Where a row has one key, out is V and delta is the product to the last bit, so dS is P dlse. Under dropout out is Z
-// V, rounded, and delta near the product: there dS is P dlse wherever P is 1.
+// A row with one key has dS = P dlse exactly. Without dropout its out is V, so delta equals the product to the last
+// bit. With dropout its out is Z V, rounded, and delta only near the product; so the difference is set to 0 where P
+// is 1.
 template <bool kDropped, bool kDlse, class Operand, class Real, class Kept>
 void dscore_block(const Real *a, int64_t chunk_stride, const Real *panels, int chunks, const Real *delta,
                   const Real *dlse, const Real *probs, Real *dscores, int64_t stride, int rows, Range columns,
@@ -39,7 +40,7 @@ void dscore_block(const Real *a, int64_t chunk_stride, const Real *panels, int c
     }
 }
 
-// Zeroes the dropped ones of rows and columns.
+// Zeroes the dropped elements of a tile.
 template <class Real, class Kept> void drop(Real *tile, int64_t stride, int rows, Range columns, Kept kept) {
   using Lanes = Simd<Real>;
   for (int r = 0; r < rows; ++r)
@@ -49,7 +50,7 @@ template <class Real, class Kept> void drop(Real *tile, int64_t stride, int rows
     }
 }
 
-// Zeroes what was left out of rows `width` wide.
+// Zeroes the elements of a tile's rows, which are `width` wide, outside of `columns`.
 template <class Real> void clear_outside(Real *tile, int64_t stride, int rows, Range columns, int width) {
   if (columns.size() == width) return;
   for (int r = 0; r < rows; ++r, tile += stride) {

@@ -1,4 +1,4 @@
-// Numbers as tensors store them, and as vectors of reals.
+// The types of numbers in tensors, and their conversion to and from vectors of reals.
 #pragma once
 
 #include "simd.h"
@@ -103,7 +103,7 @@ template <class Real, class Stored> TOB_INLINE void store_stored(Stored *data, t
   }
 }
 
-// A vector of elements: stored numbers as reals, or as they are.
+// Copies a vector of elements: stored numbers as reals, or as they are.
 template <class Stored, class Element> TOB_INLINE void copy_vector(const Stored *from, Element *to) {
   if constexpr (std::is_same_v<Stored, Element>) std::memcpy(to, from, TOB_VECTOR_BYTES);
   else Simd<Element>::store(to, load_stored<Element>(from));

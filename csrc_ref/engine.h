@@ -1,4 +1,5 @@
-/* The CPU engine of triton_offset_bias: exact attention with a bias per offset, forward and backward.
+/* The fast CPU engine of triton_offset_bias, whatever its folder is called: exact attention with a bias per offset,
+ * forward and backward. The slow reference is plain PyTorch, in triton_offset_bias/backends/reference.py.
  *
  *   S[b,h,i,j] = scale * <query[b,h,i], key[b,hk,j]> + bias[b,h,offset]      offset = query_start + i - j
  *   out = (Z * softmax(S)) value          lse = log sum exp S          hk = h / (heads_q / heads_kv)
@@ -7,11 +8,13 @@
  * nothing has out 0, lse -inf, and gives zero gradients. Z is dropout's factor, 1 without it. Nothing of size
  * len_q x len_k is ever stored.
  *
- * Arithmetic is in the "real" type: double where dtype is TOB_FLOAT64, float otherwise. The build for AVX512_BF16
- * rounds the factors of TOB_BFLOAT16 problems' products to bfloat16, softmax(S) and its gradient, and adds up in float.
- * All strides count elements. The caller owns every buffer; the engine allocates scratch of O(len_q + len_k) a head and
- * frees it before returning. Calls are re-entrant. Results are bitwise equal for any num_threads. The floating-point
- * environment is restored. Every function returns 0, or a TOB_ERROR; then the outputs are undefined.
+ * Arithmetic is in the "real" type: double where dtype is TOB_FLOAT64, float otherwise. For TOB_BFLOAT16 problems the
+ * build for AVX512_BF16 multiplies bfloat16 numbers and adds the products up in float: it rounds softmax(S) and the
+ * gradient of S to bfloat16 before it multiplies them.
+ * All strides count elements. The caller owns every buffer. The engine allocates scratch memory of O(len_q + len_k) for
+ * each head, and frees it before it returns. Calls are re-entrant. Results are bitwise equal for any num_threads. The
+ * floating-point environment is restored. tob_forward and tob_backward return 0, or a TOB_ERROR; after an error the
+ * outputs are undefined.
  */
 #ifndef TOB_ENGINE_H
 #define TOB_ENGINE_H
@@ -53,51 +56,57 @@ typedef struct {
   int64_t min_offset, max_offset;
   double scale;
   tob_tensor query, key, value;
-  const tob_sequence *sequences;      /* (batch): where packed in one tensor, its stride_b is 0 */
-  int64_t row_stride_b, row_stride_h; /* of what there is one of for every query: see tob_row_stats */
-  /* NULL, or (bias_batch, bias_heads, bias_columns) contiguous reals in nats: the offset o sees column
-     clamp(o - bias_first, 0, bias_columns - 1). bias_batch is 1 or batch, bias_heads is 1 or heads_q. */
+  const tob_sequence *sequences;      /* (batch); tensors of packed sequences have stride_b 0 */
+  int64_t row_stride_b, row_stride_h; /* of row_max, row_sum, lse and dlse: see tob_row_stats */
+  /* NULL, or (bias_batch, bias_heads, bias_columns) contiguous reals in nats. A pair at offset o
+     gets the bias of column clamp(o - bias_first, 0, bias_columns - 1). bias_batch is 1 or batch, bias_heads is 1 or
+     heads_q. */
   const void *bias;
   int64_t bias_batch, bias_heads, bias_columns, bias_first;
   /* NULL, or (batch, len_k) contiguous bytes: 0 = do not attend. */
   const uint8_t *key_mask;
-  /* NULL, or (len_q) and (len_k) positions for each sequence, position_stride_* apart: offset is then their difference,
-     of magnitude below TOB_MAX_SPREAD, and query_start is not looked at. */
+  /* NULL, or the positions of the len_q queries and of the len_k keys of each sequence. The positions of sequence b
+     begin at element b * position_stride_q or b * position_stride_k. A pair's offset is then the query's position minus
+     the key's. Its magnitude must be below TOB_MAX_SPREAD. query_start is not read. */
   const int32_t *query_positions, *key_positions;
   int64_t position_stride_q, position_stride_k;
-  /* Dropout, if has_dropout: which weights by dropout.h. */
+  /* If has_dropout is not 0, weights are dropped whose random number, as dropout.h makes it from the seed, is at most
+     largest_dropped. The kept ones are multiplied by kept_scale. */
   int64_t has_dropout;
   uint64_t seed;
   uint32_t largest_dropped;
   double kept_scale;
 } tob_problem;
 
-/* A real for every query, that of query i of a sequence at b row_stride_b + h row_stride_h + first_query + i: the
-   softmax, as P = exp2(S log2(e) - row_max) / row_sum, where S is counted from a constant of the row of the bias. Kept
-   apart because row_max + log2(row_sum) would round. A row that attends to nothing has row_max +inf, row_sum 0. */
+/* The statistics of the softmax: two reals for every query. The element of query i of sequence b in head h is
+   b * row_stride_b + h * row_stride_h + first_query + i; lse and dlse have the same elements.
+   The probabilities are P = exp2((S - c) log2(e) - row_max) / row_sum. c is a constant that the engine chooses for each
+   (batch, head) row of the bias table. row_max and row_sum are two numbers because row_max + log2(row_sum) would round.
+   A query that attends to nothing has row_max +inf and row_sum 0. */
 typedef struct {
   void *row_max, *row_sum;
 } tob_row_stats;
 
-TOB_API int tob_forward(const tob_problem *problem, const tob_tensor *out, void *lse /* as row_max, in nats */,
+TOB_API int tob_forward(const tob_problem *problem, const tob_tensor *out, void *lse /* in nats */,
                         const tob_row_stats *stats);
 
-/* Gradients; len_q and len_k at least 1. out and stats may be of rows that attended to more keys, through the same
-   bias: gradients from parts of the keys add up to those from all. dlse may be NULL (zero). Of dquery, dkey, dvalue
-   (their `data`) and dbias, those that are NULL are not computed. dbias: as bias, summed over batch and heads where
-   bias_batch and bias_heads are 1. */
+/* Writes the gradients. len_q and len_k must be at least 1. dlse may be NULL, which stands for zeros. A gradient is not
+   computed if dbias, or the `data` of dquery, dkey or dvalue, is NULL. dbias has the shape of bias: it is summed over
+   the batch where bias_batch is 1, and over the heads where bias_heads is 1.
+   `problem` may hold a part of the keys that out and stats were computed from, with the same bias: the gradients of all
+   parts add up to the gradients of the whole. */
 TOB_API int tob_backward(const tob_problem *problem, const tob_tensor *out, const tob_row_stats *stats,
                          const tob_tensor *dout, const void *dlse, const tob_tensor *dquery, const tob_tensor *dkey,
                          const tob_tensor *dvalue, void *dbias);
 
-/* The widest build of this engine that the processor can run: "avx512_bf16", "avx512", "avx2" or "portable". It can run
-   those behind it too. */
+/* The widest build of this engine that the processor can run: "avx512_bf16", "avx512", "avx2" or "portable". The
+   processor can also run every build that stands later in this list. */
 TOB_API const char *tob_widest_build(void);
 
-/* Whether the processor is Intel's: their products of bfloat16 numbers take longer than those of floats. */
+/* Whether Intel made the processor. Intel's processors multiply bfloat16 numbers more slowly than floats. */
 TOB_API int tob_is_intel(void);
 
-/* What this build computes with, for people. */
+/* The vectors and instructions of this build, for people to read. */
 TOB_API const char *tob_build_description(void);
 
 /* One fact about this header as the build was compiled with it: the size of a struct, of type "bytes"; the offset in
@@ -108,7 +117,7 @@ typedef struct {
   int64_t value;
 } tob_layout_entry;
 
-/* All of them, up to one without a name. A caller that was written for other ones must not call the engine. */
+/* All entries; the last one has no name. A caller that expects other entries must not call the engine. */
 TOB_API const tob_layout_entry *tob_layout(void);
 
 #ifdef __cplusplus

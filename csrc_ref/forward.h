@@ -13,12 +13,12 @@ template <class Real, class Operand> class Forward {
   using Vec = typename Lanes::Vec;
   static constexpr int kPanelWidth = kPanel<Real>, W = Lanes::kLanes, kPerCell = kOperandsPerCell<Real, Operand>,
                        kChunk = kChunkCells<Real, Operand>;
-  static constexpr int kKeys = 192;                    // keys a step
-  static constexpr int kPackedKeys = 4 * kPanelWidth;  // keys a task packs
-  static constexpr int kRows = 12;                     // rows a step: their scores stay in the L1 cache
-  static constexpr int kMaxQueries = 96;               // queries a task
+  static constexpr int kKeys = 192;                    // keys in a step
+  static constexpr int kPackedKeys = 4 * kPanelWidth;  // keys that a task packs
+  static constexpr int kRows = 12;                     // rows in a step: their scores stay in the L1 cache
+  static constexpr int kMaxQueries = 96;               // queries in a task
   static constexpr int64_t kScoreStride = kKeys + W;
-  // A running maximum before any score: finite, so that -inf - it is -inf, and no more than any finite score.
+  // The running maximum before any score. It is finite, so that -inf minus it is -inf, and at most any finite score.
   static constexpr Real kNoScore = std::numeric_limits<Real>::lowest();
 
  public:
@@ -38,22 +38,22 @@ template <class Real, class Operand> class Forward {
   struct Block {
     Real query[kMaxQueries * (kMaxDim + kPanelWidth)];  // a left factor
     Real acc[kMaxQueries * (kMaxDim + kPanelWidth)];    // sum of P V, row-major
-    Real scores[kRows * kScoreStride];                  // then, in their place, E as a left factor
+    Real scores[kRows * kScoreStride];                  // later E, as a left factor, in the same place
     Real max[kMaxQueries + W];
-    Real sum[kMaxQueries * W];  // a vector of partial sums a row
+    Real sum[kMaxQueries * W];  // for each row a vector of partial sums
     Real rescale[kRows + W];
     KeptWeights<kMaxQueries, kKeys> kept;
   };
 
-  // Small problems get small tasks, so that every core has work. Not a matter of the thread count: results are the
-  // same.
+  // Small problems get small tasks, so that every core has work. The size does not depend on the number of threads, so
+  // neither do the results.
   int queries_per_task() const {
     int count = kMaxQueries;
     while (count > kRows && p.batch * p.heads_q * ((p.len_q + count - 1) / count) < 32) count /= 2;
     return round_up(count, kRows);
   }
 
-  // Pass 1: keys, transposed, and values as right factors; heads count b * heads_kv + h.
+  // Pass 1: packs keys, transposed, and values as right factors. head is b * heads_kv + h.
   void pack(int64_t head, int first) {
     const int64_t b = head / p.heads_kv, h = head % p.heads_kv;
     const tob_sequence &s = p.sequences[b];
@@ -66,7 +66,7 @@ template <class Real, class Operand> class Forward {
     }
   }
 
-  // Pass 2: one block of queries against all of its keys.
+  // Pass 2: the attention of one block of queries to all of its keys.
   void attend(int64_t head, int64_t block, Block &t) {
     const int64_t b = head / p.heads_kv, h = head % p.heads_kv * group + block % group;
     const int first = int(blocks / group - 1 - block / group) * task_queries;  // under causality the long ones first
@@ -114,8 +114,8 @@ template <class Real, class Operand> class Forward {
                     t.acc + r * chunks_v * kPanelWidth);
   }
 
-  // Scores become exps under the new running maximum, 0 where they are dropped; t.rescale is what older sums have to be
-  // multiplied with. Rows come in pairs, whose exps are taken together.
+  // Replaces scores by E = exp2(S - running maximum), which is 0 for dropped weights, and adds E to the rows' sums
+  // before dropout. Sets t.rescale to the factor of older sums. The exps of two rows are computed together.
   template <bool kDropped, class Kept>
   TOB_INLINE void softmax_step(Block &t, int row, int rows, Range columns, Kept kept) const {
     static_assert(kTileRows % 2 == 0);
@@ -153,7 +153,7 @@ template <class Real, class Operand> class Forward {
     }
   }
 
-  // The panels from a key on.
+  // The packed keys and values, from a key on.
   Real *key_panels_at(int64_t head, int64_t key) const {
     return key_panels.get() + (head % slots * keys_padded + key) * chunks * kChunk;
   }
@@ -163,17 +163,18 @@ template <class Real, class Operand> class Forward {
 
   const tob_problem &p;
   const Outputs<Real> &outputs;
+  // Members are initialised in this order, so each may read only the members above it.
   const std::vector<Band> bands = bands_of(p);
   const BiasStrips<Real> strips{p, outputs.table};
   const GatheredBias<Real> gathered{p, outputs.table};
   const KeyMask<Real> mask{p};
   const Scale<Real, Operand> scale{p.scale};
   const int chunks = round_up(int(p.dim), kPanelWidth) / kPanelWidth,
-            chunks_v = round_up(int(p.dim_v), kPanelWidth) / kPanelWidth;  // dims in panels
+            chunks_v = round_up(int(p.dim_v), kPanelWidth) / kPanelWidth;  // dims, counted in panels
   const int keys_padded = round_up(int(p.len_k), kPanelWidth);
   const int task_queries = queries_per_task();
-  const int64_t group = p.heads_kv ? p.heads_q / p.heads_kv : 1;                 // query heads a key head
-  const int64_t blocks = group * ((p.len_q + task_queries - 1) / task_queries);  // tasks a key head
+  const int64_t group = p.heads_kv ? p.heads_q / p.heads_kv : 1;                 // query heads for each key head
+  const int64_t blocks = group * ((p.len_q + task_queries - 1) / task_queries);  // tasks for each key head
   const int64_t heads = p.batch * p.heads_kv;                                    // key heads
   const Schedule schedule{heads, 2, blocks, p.num_threads};
   const int64_t slots = schedule.slots;

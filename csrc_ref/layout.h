@@ -1,4 +1,4 @@
-// What a caller in another language repeats of engine.h, as a table that it can compare with its own.
+// The facts of engine.h that a caller in another language repeats, as a table that the caller compares with its own.
 #pragma once
 
 #include <cstddef>
@@ -8,7 +8,7 @@
 
 namespace tob {
 
-// The type as a letter of Python's `struct` module, or the name of a struct.
+// A field's type as a letter of Python's `struct` module, or the name of a struct.
 template <class Field> constexpr const char *type_name() {
   if constexpr (std::is_pointer_v<Field>) return "P";
   else if constexpr (std::is_same_v<Field, int64_t>) return "q";

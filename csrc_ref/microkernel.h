@@ -5,8 +5,8 @@
 
 namespace tob {
 
-// Rows of a register tile. Its accumulators, two panel vectors and a broadcast fill the registers: 15 of 16, or 27
-// of 32.
+// Rows of a register tile. Its accumulators, two vectors of a panel and one broadcast take 15 of 16 registers, or 27 of
+// 32 with AVX-512.
 inline constexpr int kTileRows = TOB_VECTOR_BYTES >= 64 ? 12 : 6;
 
 // Columns of a panel. A matrix B is stored as panels: B[k][0 .. kPanel) contiguous in k, which counts cells.

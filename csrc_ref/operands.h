@@ -1,10 +1,11 @@
-// What products multiply: reals, or bfloat16 numbers in cells, two in the room of a float, neighbours along the
-// product's depth. Their products are added up in float.
+// The numbers that products multiply, called operands: reals, or bfloat16 numbers. A cell has the size of a real. It
+// holds one real, or two bfloat16 numbers that are neighbours along the product's depth. Products are added up in
+// reals.
 #pragma once
 
 #include "dtypes.h"
 
-// Whether the products of bfloat16 problems are of bfloat16 numbers: where processors have an instruction for them.
+// Whether bfloat16 problems multiply bfloat16 numbers: if the processor has an instruction for it.
 #ifndef TOB_BFLOAT16_PRODUCTS
 #ifdef __AVX512BF16__
 #define TOB_BFLOAT16_PRODUCTS 1
@@ -15,14 +16,14 @@
 
 namespace tob {
 
-// What the products of bfloat16 problems multiply.
+// The operands of bfloat16 problems.
 using BFloat16Operand = std::conditional_t<TOB_BFLOAT16_PRODUCTS, BFloat16, float>;
 
-// Operands in a cell, which is as wide as a Real and stored as one.
+// The number of operands in a cell. A cell is stored as a Real.
 template <class Real, class Operand> inline constexpr int kOperandsPerCell = 1;
 template <> inline constexpr int kOperandsPerCell<float, BFloat16> = 2;
 
-// sum + a b in every lane.
+// sum + a b in every lane, where a and b hold a cell in each lane.
 template <class Operand, class Real>
 TOB_INLINE typename Simd<Real>::Vec add_product(typename Simd<Real>::Vec sum, typename Simd<Real>::Vec a,
                                                 typename Simd<Real>::Vec b) {
@@ -41,7 +42,7 @@ TOB_INLINE typename Simd<Real>::Vec add_product(typename Simd<Real>::Vec sum, ty
   }
 }
 
-// Vectors of 16-bit numbers: the cells of a vector.
+// Vectors of 16-bit numbers, two in each cell.
 struct Halves {
   static constexpr int kLanes = TOB_VECTOR_BYTES / 2;
   typedef uint16_t Vec __attribute__((vector_size(TOB_VECTOR_BYTES)));
@@ -67,14 +68,14 @@ struct Halves {
 #endif
   }
 
-  // a[0], b[0], a[1], b[1], ...: the first vector of it, or the second.
+  // The first vector, or the second, of the sequence a[0], b[0], a[1], b[1], ...
   static TOB_INLINE Vec interleaved_first(Vec a, Vec b) {
     return interleaved<0, kLanes>(a, b, std::make_integer_sequence<int, kLanes>());
   }
   static TOB_INLINE Vec interleaved_second(Vec a, Vec b) {
     return interleaved<kLanes / 2, kLanes>(a, b, std::make_integer_sequence<int, kLanes>());
   }
-  // The same of a vector's two halves.
+  // The sequence of v's first half and v's second half, interleaved in the same way.
   static TOB_INLINE Vec interleaved_halves(Vec v) {
     return interleaved<0, kLanes / 2>(v, v, std::make_integer_sequence<int, kLanes>());
   }
@@ -101,7 +102,7 @@ template <class Operand, class Real, class Stored> TOB_INLINE typename Simd<Real
   else return (typename Simd<Real>::Vec)Halves::load(from);
 }
 
-// Two vectors of neighbouring reals of a row, a and then b, as operands from `to` on.
+// Stores two vectors of neighbouring reals of a row, first a and then b, as operands.
 template <class Operand, class Real>
 TOB_INLINE void store_operands(Real *to, typename Simd<Real>::Vec a, typename Simd<Real>::Vec b) {
   if constexpr (std::is_same_v<Operand, Real>) {

@@ -1,4 +1,4 @@
-// What the forward pass leaves behind: rows of the output, and of the softmax's statistics.
+// The results of the forward pass: rows of the output, and the statistics of the softmax.
 #pragma once
 
 #include "bias_table.h"
@@ -19,8 +19,8 @@ template <class Real> struct Outputs {
         row_sum(static_cast<Real *>(stats.row_sum)),
         table(problem) {}
 
-  // The row of query i from acc, the sum of E V, where E = exp2(S - max) adds up to `sum`. A row whose sum is 0
-  // attended to nothing, and is 0 whatever the values are.
+  // Writes the row of query i. acc is the sum of E V, and sum is the sum of E, where E = exp2(S - max). A row whose sum
+  // is 0 attended to nothing, and is 0 whatever the values are.
   void write(int64_t b, int64_t h, int64_t i, Real max, Real sum, const Real *acc) const {
     const int64_t first = p.sequences[b].first_query;
     const int64_t index = b * p.row_stride_b + h * p.row_stride_h + first + i;

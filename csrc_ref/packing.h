@@ -1,4 +1,4 @@
-// Matrices as the factors of a product A B, in cells of operands. What a matrix lacks of whole panels is 0.
+// Packs matrices as the factors of a product A B, in cells of operands. The last panel is filled up with zeros.
 #pragma once
 
 #include "microkernel.h"
@@ -9,7 +9,7 @@ namespace tob {
 
 inline constexpr int kMaxDim = TOB_MAX_DIM;
 
-// Cells of a panel's width of operands.
+// The cells that hold as many operands as a panel has columns.
 template <class Real, class Operand> inline constexpr int kChunkCells = kPanel<Real> / kOperandsPerCell<Real, Operand>;
 
 // A[r][k] = m[first + r][k], at out[k / kPanel][r][k % kPanel], for `count` rows; up to `padded` they are 0.
@@ -66,7 +66,7 @@ void pack_right(const Matrix &m, int64_t first, int count, int padded, Real *out
   }
 }
 
-// One panel of B[k][c] = m[first + c][k], at out[k][c] where k counts cells, of whose columns `count` exist.
+// One panel of B[k][c] = m[first + c][k], at out[k][c] where k counts cells. Columns from `count` on are 0.
 template <class Operand, class Real> void pack_right_transposed(const Matrix &m, int64_t first, int count, Real *out) {
   using Lanes = Simd<Real>;
   constexpr int kPanelWidth = kPanel<Real>, W = Lanes::kLanes, kPerCell = kOperandsPerCell<Real, Operand>;
@@ -136,7 +136,7 @@ void dot_rows(const Matrix &a, const Matrix &b, int64_t first, int count, Real *
   }
 }
 
-// The rows of some matrices of one size, as left factors and as right ones; as reals they look the same.
+// The rows of several matrices of one size, packed as left factors and as right factors. For reals both are the same.
 template <class Real, class Operand> class RowFactors {
   static constexpr int kPanelWidth = kPanel<Real>, kPerCell = kOperandsPerCell<Real, Operand>;
 
@@ -148,13 +148,13 @@ template <class Real, class Operand> class RowFactors {
         left_(matrices * size_),
         right_(kPerCell == 1 ? 0 : matrices * size_) {}
 
-  // Rows [first, first + padded), of which `count` exist and the others are 0. Reals are multiplied with `factor`.
+  // Packs rows [first, first + padded). `count` of them exist, the others are 0. Reals are multiplied with `factor`.
   void pack(int64_t matrix, const Matrix &m, int64_t first, int count, int padded, Real factor) const {
     pack_left<Operand>(m, first, count, padded, factor, left_at(matrix, first), panel_stride);
     if constexpr (kPerCell > 1) pack_right<Operand>(m, first, count, padded, right_at(matrix, first), panel_stride);
   }
 
-  // Makes a row 0 that has been packed.
+  // Sets a packed row to 0.
   void clear(int64_t matrix, int64_t row) const {
     for (int64_t panel = 0; panel < size_; panel += panel_stride) {
       std::fill_n(left_at(matrix, row) + panel, kChunkCells<Real, Operand>, Real(0));

@@ -51,8 +51,8 @@ template <class Real> class Scratch {
   Real *data_;
 };
 
-// Spins until counter >= target: longer than a tile takes, since giving the core away to another process costs far
-// more.
+// Spins until counter >= target. It spins longer than a tile takes before it yields, because giving the core to another
+// process costs far more time.
 inline void wait_until(const std::atomic<int64_t> &counter, int64_t target) {
   constexpr int kSpins = 50000;
   for (int spins = 0; counter.load(std::memory_order_acquire) < target; ++spins)
@@ -65,8 +65,8 @@ inline std::unique_ptr<std::atomic<int64_t>[]> zero_counters(int64_t count) {
   return counters;
 }
 
-// Keeps sums in a fixed order across tasks that were started in order. Every task passes the same steps, 0, 1, ...;
-// task t may do step s once task t - 1 is past it. The first unfinished task never waits, so there is no deadlock.
+// Keeps sums in a fixed order across tasks that are started in order. Every task passes the same steps 0, 1, ... Task t
+// may do step s when task t - 1 has finished it. The first unfinished task never waits, so there is no deadlock.
 class OrderedSteps {
  public:
   explicit OrderedSteps(int64_t tasks) : done_(zero_counters(tasks)) {}
@@ -77,16 +77,17 @@ class OrderedSteps {
   std::unique_ptr<std::atomic<int64_t>[]> done_;
 };
 
-// One of the passes over a head: run(head, task, thread) for the tasks [0, tasks), at least one.
+// One pass over a head, as calls of run(head, task, thread) for the tasks [0, tasks). There is at least one task.
 struct Stage {
   int64_t tasks;
   std::function<void(int64_t head, int64_t task, int thread)> run;
 };
 
-// How heads pass through the stages. With many heads for every thread, a thread takes a whole head through all of
-// them, while it is in its caches. Else, in a step, each stage takes the next `heads` heads behind the stage before
-// it, so many that every thread has a few tasks in it: while some finish a step, the others are in the next. A head's
-// scratch memory is slot head % slots. Results are the same in every schedule.
+// The order in which heads pass through the stages. If there are many heads for every thread, a thread takes a whole
+// head through all stages, while the head is in its caches. Otherwise the schedule advances in steps. In each step
+// every stage takes the next `heads` heads that the stage before it has finished. `heads` gives every thread a few
+// tasks in a step, so threads that are done with a step work on the next one. The scratch memory of a head is slot head
+// % slots. Results are the same in every schedule.
 struct Schedule {
   Schedule(int64_t all_heads, int64_t stages, int64_t tasks_per_head, int64_t threads) {
     constexpr int64_t kTasksPerThread = 8;

@@ -6,8 +6,9 @@
 
 namespace tob {
 
-// Where the scale, in bits, meets the scores: in the queries as they are packed, which costs nothing for each score, or
-// in the products, where bfloat16 queries would be rounded. dK has to make up for what the queries hold.
+// The place where scores are multiplied with the scale, in bits. Packing multiplies the queries with it, which costs
+// nothing for each score. Queries in bfloat16 would be rounded again, so their products are multiplied instead. dK is
+// made from the packed queries, so its factor takes out what they hold.
 template <class Real, class Operand> struct Scale {
   static constexpr bool kInQueries = std::is_same_v<Operand, Real>;
   explicit Scale(double scale)
@@ -17,7 +18,7 @@ template <class Real, class Operand> struct Scale {
   Real query, products, dkey;
 };
 
-// What makes scores of products: scale * Q K^T + addends; the tile's corner is row 0, column 0 of each.
+// What turns a tile of products into scores: scale * Q K^T + bias + mask. Row 0 and column 0 are the tile's corner.
 template <class Real> struct ScoreTerms {
   Real scale;                          // of the products
   const Real *strip;                   // strip[column - row], or null: no bias, and the whole tile is inside the band
@@ -27,7 +28,7 @@ template <class Real> struct ScoreTerms {
 
 enum class Bias { kNone, kStrip, kGathered };
 
-// A register tile of A B, where pack_left and pack_right_transposed have put its rows and its columns.
+// A register tile of A B at (row, column). pack_left has packed the rows of A, pack_right_transposed the columns of B.
 template <class Operand, class Real>
 TOB_INLINE Tile<Real> product_tile(const Real *a, int64_t chunk_stride, const Real *panels, int chunks, int row,
                                    int column) {
@@ -77,7 +78,7 @@ TOB_INLINE void write_scores(const Tile<Real> &tile, const ScoreTerms<Real> &ter
 // Forward and backward both make their scores here, so that their roundings are the same.
 //
 // Scores of rows [0, rows) and the panels of columns [columns.begin, columns.end), multiples of kPanel.
-// `panels` are the keys' transposed panels from column 0; `valid_columns` of the columns exist, the rest become -inf.
+// `panels` are the keys' transposed panels from column 0 on. Columns from `valid_columns` on become -inf.
 template <class Operand, class Real>
 TOB_INLINE void score_block(const Real *a, int64_t chunk_stride, const Real *panels, int chunks, Real *out,
                             int64_t stride, const ScoreTerms<Real> &terms, int rows, Range columns, int valid_columns) {

@@ -59,7 +59,7 @@ template <class Real> struct Simd {
   static TOB_INLINE Vec load(const Real *p) { return *reinterpret_cast<const Unaligned *>(p); }
   static TOB_INLINE void store(Real *p, Vec v) { *reinterpret_cast<Unaligned *>(p) = v; }
   static TOB_INLINE Vec broadcast(Real x) { return x - Vec{}; }
-  // *p whatever its bits are.
+  // The same of *p, without arithmetic: *p may hold any bits.
   static TOB_INLINE Vec broadcast_bits(const Real *p) {
     typename Traits::Int bits;
     std::memcpy(&bits, p, sizeof bits);
@@ -104,8 +104,8 @@ template <class Real> struct Simd {
     return each[0];
   }
 
-  // The same of several vectors, in place, one step of all before the next step: a step waits for the one before it,
-  // and processors do not look far enough ahead to find another vector's.
+  // The same for several vectors, in place. Each step is done for all vectors before the next step: a step waits for
+  // the step before it, and processors do not look far enough ahead to start another vector's step meanwhile.
   template <int kCount> static TOB_INLINE void exp2(Vec (&x)[kCount]) {
     Vec shifted[kCount], power[kCount];
     for (int i = 0; i < kCount; ++i) {
@@ -124,10 +124,10 @@ template <class Real> struct Simd {
 
   static TOB_INLINE Vec reverse(Vec v) { return reverse(v, std::make_integer_sequence<int, kLanes>()); }
 
-  // Transposes a square of kLanes rows: blocks of 1, 2, 4, ... off the diagonal change places.
+  // Transposes a square of kLanes vectors. Blocks of 1, 2, 4, ... elements off the diagonal change places.
   static TOB_INLINE void transpose(Vec (&square)[kLanes]) { transpose_from<1>(square); }
 
-  // The sums of kLanes vectors, in a vector: what transposing and adding would give, with half of the exchanges.
+  // The sums of kLanes vectors, as one vector. It equals transposing and adding, with half of the exchanges.
   static TOB_INLINE Vec sum_each(Vec (&square)[kLanes]) {
     add_halves<1>(square);
     return square[0];

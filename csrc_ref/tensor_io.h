@@ -23,7 +23,7 @@ inline Matrix matrix_of(const tob_tensor &t, int64_t dtype, int dim, int64_t b, 
   return {data, dtype, t.stride_l, t.stride_d, dim};
 }
 
-// Calls visit(pointer to the stored type). What is stored becomes an Element: float of any but float64, else the same.
+// Calls visit with a pointer of the stored type, for tensors whose numbers are read as Elements.
 template <class Element, class Visit> TOB_INLINE void visit_stored(const Matrix &m, Visit visit) {
   if constexpr (std::is_same_v<Element, float>) {
     if (m.dtype == TOB_BFLOAT16) visit(static_cast<BFloat16 *>(m.data));
@@ -34,11 +34,11 @@ template <class Element, class Visit> TOB_INLINE void visit_stored(const Matrix 
   }
 }
 
-// Rows are brought into the caches so many before they are read: the hardware looks ahead within a page of memory,
-// which rows soon leave.
+// The number of rows by which prefetching runs ahead of reading. The hardware's own prefetching stays within a page of
+// memory, which rows soon leave.
 inline constexpr int kRowsAhead = 32;
 
-// Brings the element into the caches that lies so many rows behind *p, if there is one.
+// Brings the element that lies `rows` rows behind *p into the caches, if there is one.
 template <class Stored> TOB_INLINE void prefetch(const Stored *p, int rows, int64_t stride) {
   const uintptr_t distance = uintptr_t(stride) * uintptr_t(rows) * sizeof *p;  // may wrap where there is no such row
   __builtin_prefetch(reinterpret_cast<const void *>(reinterpret_cast<uintptr_t>(p) + distance));

@@ -1,5 +1,5 @@
-// The tiles of P and dS that the backward pass works on, and the same as left factors: of P^T and dS^T, whose depth are
-// the queries, and of dS, whose depth are the keys.
+// The tiles of P and dS that the backward pass works on, and their forms as left factors. The products with P^T and
+// dS^T sum over queries, the product with dS sums over keys.
 #pragma once
 
 #include <algorithm>
@@ -16,7 +16,7 @@ template <class Real, class Operand, int kQueries, int kKeys> class Tiles {
   static constexpr int64_t kStride = kKeys + 2 * W;  // from one row to the next, of reals or cells
   static_assert(kQueries % kPerCell == 0 && kTileRows % kPerCell == 0);
 
-  // With a vector of zeros before and after each row of dS, for `width` columns.
+  // Puts a vector of zeros before and after each row of dS, which is `width` wide.
   void clear_margins(int width) {
     for (int row = 0; row < kQueries; ++row) {
       std::fill_n(dscores(row) - W, W, Real(0));
@@ -27,12 +27,13 @@ template <class Real, class Operand, int kQueries, int kKeys> class Tiles {
   Real *probs(int row) { return probs_ + row * kStride; }
   Real *dscores(int row) { return dscores_ + W + row * kStride; }
 
-  // The factors, from a query on or all: reals are their own, others are made by `pack`.
+  // The left factors. Reals are multiplied as they lie in the tiles; `pack` makes the factors of bfloat16 numbers.
   const Real *transposed_probs() const { return kPerCell == 1 ? probs_ : cells_[0]; }
   const Real *transposed_dscores() const { return kPerCell == 1 ? dscores_ + W : cells_[1]; }
   const Real *dscores_factor() const { return kPerCell == 1 ? dscores_ + W : cells_[2]; }
 
-  // Makes the factors that are needed, of rows [row, row + rows) and `width` columns: whole cells and panels.
+  // Makes the factors that are needed from rows [row, row + rows) and `width` columns, which are whole cells and
+  // panels.
   void pack(int row, int rows, int width, bool for_dvalue, bool for_dkey, bool for_dquery) {
     if constexpr (kPerCell == 2) {
       for (int r = row; r < row + rows; r += 2)
@@ -49,7 +50,7 @@ template <class Real, class Operand, int kQueries, int kKeys> class Tiles {
   }
 
  private:
-  // Cells of a row's numbers and those below them.
+  // Stores cells of a row: each holds a number of the row and the number below it.
   static TOB_INLINE void store_pairs(const Real *from, Real *cells) {
     const auto pair = Halves::narrowed(Lanes::load(from), Lanes::load(from + kStride));
     Halves::store(cells, Halves::interleaved_halves(pair));

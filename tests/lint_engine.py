@@ -1,6 +1,6 @@
 """Checks the CPU engine with the compiler's warnings, in every build of `setup.py`, without making code.
 
-    python tests/lint_engine.py
+python tests/lint_engine.py
 """
 
 import os
