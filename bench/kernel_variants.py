@@ -11,11 +11,24 @@ from triton.compiler import ASTSource
 
 from triton_offset_bias import dropout
 from triton_offset_bias.backends.triton import configs
-from triton_offset_bias.backends.triton.backward import dquery_kernel
-from triton_offset_bias.backends.triton.backward_bias import dbias_kernel
-from triton_offset_bias.backends.triton.backward_keys import dkey_dvalue_kernel
-from triton_offset_bias.backends.triton.decode import decode_kernel
-from triton_offset_bias.backends.triton.forward import forward_kernel
+from triton_offset_bias.backends.triton.kernels.arguments import (
+    Bounds,
+    Form,
+    Inputs,
+    Loops,
+    Outputs,
+    Parts,
+    Rows,
+    SharedStrides,
+    Sizes,
+    Strides,
+    constants,
+)
+from triton_offset_bias.backends.triton.kernels.backward_bias import dbias_kernel
+from triton_offset_bias.backends.triton.kernels.backward_keys import dkey_dvalue_kernel
+from triton_offset_bias.backends.triton.kernels.backward_queries import dquery_kernel
+from triton_offset_bias.backends.triton.kernels.decode import decode_kernel
+from triton_offset_bias.backends.triton.kernels.forward import forward_kernel
 from triton_offset_bias.backends.triton.target import KIB, Target
 
 # KiB of shared memory that a program may have: by compute capability, "Technical Specifications per Compute Capability"
@@ -41,22 +54,16 @@ CONFIGS = {
     "dbias": configs.dquery_config,
     "decode": lambda target, dtype, block_d: configs.decode_config(target, dtype, block_d, DECODE_ROWS),
 }
-_FLOATS = ("scale", "scale_log2", "kept_scale")
-# Types of what pointers point at, where it is not the tensors' dtype.
-_POINTED_AT = {
-    **dict.fromkeys(("strip", "dstrip", "lse", "lse_bits", "log_sum", "delta"), "fp32"),
-    **dict.fromkeys(("row_max", "row_sum", "parts", "fixed_unit", "part_acc", "part_max", "part_sum"), "fp32"),
-    **dict.fromkeys(("query_positions", "key_positions", "seed"), "i64"),
-    **dict.fromkeys(("cu_seqlens_q", "cu_seqlens_k"), "i32"),
-    "key_mask": "u8",
-}
-# Which of the loops far left | near | far right a bias needs.
+# Types of arguments that are no tuples, where it is neither a tensor's pointer nor an int32.
+_FLOATS = dict.fromkeys(("scale", "scale_log2", "kept_scale"), "fp32")
+_SUMS = dict.fromkeys(("fixed_unit_ptr", "dstrip_ptr", "parts_ptr"), "*fp32")
+# Whether there is a bias, and which loops there are.
 SCHEDULES = {
-    "none": {"HAS_BIAS": False, "FAR_LEFT": True, "NEAR": False, "FAR_RIGHT": False},
-    "none, causal": {"HAS_BIAS": False, "FAR_LEFT": True, "NEAR": True, "FAR_RIGHT": False},
-    "covering": {"HAS_BIAS": True, "FAR_LEFT": False, "NEAR": True, "FAR_RIGHT": False},
-    "clamped": {"HAS_BIAS": True, "FAR_LEFT": True, "NEAR": True, "FAR_RIGHT": True},
-    "clamped, causal": {"HAS_BIAS": True, "FAR_LEFT": True, "NEAR": True, "FAR_RIGHT": False},
+    "none": (False, Loops(FAR_LEFT=True, NEAR=False, FAR_RIGHT=False)),
+    "none, causal": (False, Loops(FAR_LEFT=True, NEAR=True, FAR_RIGHT=False)),
+    "covering": (True, Loops(FAR_LEFT=False, NEAR=True, FAR_RIGHT=False)),
+    "clamped": (True, Loops(FAR_LEFT=True, NEAR=True, FAR_RIGHT=True)),
+    "clamped, causal": (True, Loops(FAR_LEFT=True, NEAR=True, FAR_RIGHT=False)),
 }
 
 
@@ -82,7 +89,8 @@ class Variant:
         dtype: of the tensors.
         head_dim: of queries, keys and values.
         schedule: key of `SCHEDULES`: which tiles there are, and whether they have a bias.
-        changes: constants that differ from the usual: all gradients, even lengths, no mask, nothing dropped.
+        changes: constants that differ from the usual: all gradients, no mask, nothing dropped; or IS_EVEN, whether
+            tiles fill the lengths.
         config: the launch configuration, if it is not the shipped one.
     """
 
@@ -121,75 +129,118 @@ class Variant:
         return max(16, triton.next_power_of_2(self.head_dim))
 
     @property
-    def _schedule(self) -> dict[str, bool]:
-        chosen = SCHEDULES[self.schedule]
-        if chosen["HAS_BIAS"] and configs.needs_far_loop(self.device) and not self.changes.get("HAS_POSITIONS"):
-            return {**chosen, "FAR_LEFT": True, "FAR_RIGHT": True}
-        return chosen
-
     def constants(self) -> dict[str, Any]:
-        """The kernel's constexprs, and what a launch compiles in as if it were one."""
+        """The values of the kernel's constexprs."""
         config = self.launch
+        has_bias = SCHEDULES[self.schedule][0]
         values = {
-            **{"HEAD_DIM": self.head_dim, "HEAD_DIM_V": self.head_dim, "BLOCK_D": self.block_d},
-            **{"BLOCK_DV": self.block_d, "EVEN_M": True, "EVEN_N": True, "HAS_MASK": False},
-            **{"HAS_DQ": True, "HAS_DK": True, "HAS_DV": True, "PRECISION": "ieee"},
-            **{"HAS_POSITIONS": False, "IS_PACKED": False, "DROPOUT_ROUNDS": 0},
-            "BIAS_IN_ACC": configs.is_bias_in_acc(self.device, self.dtype, self.head_dim**-0.5),
-            "SPLIT_LSE": self.dtype == torch.float32,
-            "USE_ASM": self.device.backend == "cuda",
-            "WAIT": configs.needs_wait(self.device, self.dtype),
-            "DBIAS": configs.DBIAS if SCHEDULES[self.schedule]["HAS_BIAS"] else "none",
-            **{"BLOCK": config.block_m, "BLOCK_M": config.block_m, "BLOCK_N": config.block_n},
-            **self._schedule,
+            "FORM": Form(*constants(self._form())),
+            "LOOPS": Loops(*constants(self._loops())),
+            **{"HAS_DQ": True, "HAS_DK": True, "HAS_DV": True},
+            "DBIAS": "diagonals" if has_bias else "none",
+            **config.sizes,
             **self.changes,
         }
-        parameters = KERNELS[self.kernel].params
-        row_strides = [p.name for p in parameters if p.name.startswith("stride_") and p.name[-1] in "mn"]
-        unit_strides = [p.name for p in parameters if p.name.startswith("stride_") and p.name[-1] == "d"]
-        return {
-            **{p.name: values[p.name] for p in parameters if p.is_constexpr},
-            **dict.fromkeys(row_strides, self.head_dim),
-            **dict.fromkeys(unit_strides, 1),
-            "group": 1,
+        return {p.name: values[p.name] for p in KERNELS[self.kernel].params if p.is_constexpr}
+
+    def _form(self) -> Form:
+        form = Form(
+            HEAD_DIM=self.head_dim,
+            HEAD_DIM_V=self.head_dim,
+            BLOCK_D=self.block_d,
+            BLOCK_DV=self.block_d,
+            HAS_BIAS=SCHEDULES[self.schedule][0],
+            BIAS_IN_ACC=configs.is_bias_in_acc(self.device, self.dtype, self.head_dim**-0.5),
+            HAS_MASK=False,
+            HAS_POSITIONS=False,
+            IS_PACKED=False,
+            DROPOUT_ROUNDS=0,
+            SPLIT_LSE=self.dtype == torch.float32,
+            USE_ASM=self.device.backend == "cuda",
+            PRECISION="ieee",
+            WAIT=configs.needs_wait(self.device, self.dtype),
+        )
+        return form._replace(**{name: x for name, x in self.changes.items() if name in Form._fields})
+
+    def _loops(self) -> Loops:
+        has_bias, loops = SCHEDULES[self.schedule]
+        loops = loops._replace(REST=not self.changes.get("IS_EVEN", True))
+        if has_bias and configs.needs_far_loop(self.device) and not self.changes.get("HAS_POSITIONS"):
+            return loops._replace(FAR_LEFT=True, FAR_RIGHT=True)
+        return loops
+
+    def _types(self) -> dict[str, Any]:
+        """The type of every argument, as a launch with aligned tensors has it; "constexpr" of what is compiled in."""
+        form, tensor = self._form(), f"*{DTYPES[self.dtype]}"
+        types = {
+            "inputs": Inputs(
+                q=tensor,
+                k=tensor,
+                v=tensor,
+                strip="*fp32" if form.HAS_BIAS else "constexpr",
+                key_mask="*u8" if form.HAS_MASK else "constexpr",
+                **dict.fromkeys(("query_positions", "key_positions"), "*i64" if form.HAS_POSITIONS else "constexpr"),
+                **dict.fromkeys(("cu_seqlens_q", "cu_seqlens_k"), "*i32" if form.IS_PACKED else "constexpr"),
+                seed="*i64" if form.DROPOUT_ROUNDS else "constexpr",
+            ),
+            "outputs": Outputs(tensor, "*fp32", "*fp32", "*fp32"),
+            "parts": Parts("*fp32", "*fp32", "*fp32"),
+            "row_ptrs": Rows("*fp32", "*fp32", "*fp32"),
+            "shared_strides": SharedStrides("i32", "i32", "i32", "i32"),
+            "sizes": Sizes(**{**dict.fromkeys(Sizes._fields, "i32"), "group": "constexpr"}),
+            "bounds": Bounds(*("i32" for _ in Bounds._fields)),
+            **_FLOATS,
+            **_SUMS,
         }
+        if self.kernel == "dquery" and self.constants["DBIAS"] != "fixed":
+            types["fixed_unit_ptr"] = "constexpr"
+        if self.constants.get("DBIAS") == "none":
+            types["dstrip_ptr"] = "constexpr"
+        return {p.name: self._type_of(p, types, tensor) for p in KERNELS[self.kernel].params}
 
-    def types(self) -> dict[str, str]:
-        """Type of every other argument."""
-        kernel, constants = KERNELS[self.kernel], self.constants()
-        return {p.name: self._type(p.name) for p in kernel.params if p.name not in constants}
+    @staticmethod
+    def _type_of(parameter: Any, types: dict[str, Any], tensor: str) -> Any:
+        if parameter.is_constexpr:
+            return "constexpr"
+        if parameter.name in types:
+            return types[parameter.name]
+        if parameter.name.endswith("_strides"):
+            return Strides("i32", "i32", "constexpr", "constexpr")
+        return tensor if parameter.name.endswith("_ptr") else "i32"
 
-    def _type(self, name: str) -> str:
-        if name.endswith("_ptr"):
-            return f"*{_POINTED_AT.get(name.removesuffix('_ptr'), DTYPES[self.dtype])}"
-        return "fp32" if name in _FLOATS else "i32"
+    def _divisible(self) -> set[str]:
+        """Members that are multiples of 16, as they are for even lengths and aligned tensors."""
+        queries, keys = {"len_q", "rows_q"}, {"len_k", "rows_k"}
+        if self.changes.get("IS_EVEN", True) or self.kernel == "dbias":
+            return {"b", "h"} | queries | keys
+        return {"b", "h"} | (keys if self.kernel == "dkey_dvalue" else queries)
 
-    def divisible(self) -> list[str]:
-        """Integer arguments that are multiples of 16, as they are for even lengths and aligned tensors."""
-        strides = [n for n in self.types() if n.startswith("stride_") and not n.startswith(("stride_s", "stride_p"))]
-        evens = {"EVEN_M": ["len_q", "rows_q"], "EVEN_N": ["len_k", "rows_k"]}
-        constants = self.constants()
-        return strides + [name for flag, names in evens.items() if constants.get(flag, True) for name in names]
+    def source(self) -> ASTSource:
+        """The kernel with the types of its arguments, as Triton's compiler takes it."""
+        kernel, types, divisible = KERNELS[self.kernel], self._types(), self._divisible()
+        compiled_in = {"row": self.head_dim, "d": 1, "group": 1}
+        values, attributes = {}, {}
+        for i, (name, x) in enumerate(types.items()):
+            members = x._asdict().items() if isinstance(x, tuple) else [(name, x)]
+            for j, (member, kind) in enumerate(members):
+                path = (i, j) if isinstance(x, tuple) else (i,)
+                if kind == "constexpr":
+                    values[path] = self.constants.get(name) if member == name else compiled_in.get(member)
+                elif kind.startswith("*") or member in divisible:
+                    attributes[path] = [["tt.divisibility", 16]]
+        return ASTSource(kernel, types, values, attributes)
 
     def compile(self):
         """Compiles it, and gives Triton's compiled kernel."""
-        kernel, constants, types, even = KERNELS[self.kernel], self.constants(), self.types(), self.divisible()
-        signature, attributes = {}, {}
-        for i, parameter in enumerate(kernel.params):
-            name = parameter.name
-            signature[name] = "constexpr" if name in constants else types[name]
-            if name.endswith("_ptr") or name in even:
-                attributes[(i,)] = [["tt.divisibility", 16]]
-        source = ASTSource(kernel, signature, constants, attributes)
-        return triton.compile(source, target=gpu_target(self.target), options=self.launch.options)
+        return triton.compile(self.source(), target=gpu_target(self.target), options=self.launch.options)
 
 
 def shipped_variants(target: str) -> Iterator[Variant]:
     """The variants that are held against the budget: every kernel, dtype, size of head dim and kind of schedule."""
-    ragged = {"EVEN_M": False, "EVEN_N": False, "HAS_MASK": True}
-    packed = {"EVEN_M": False, "EVEN_N": False, "IS_PACKED": True}
+    ragged = {"IS_EVEN": False, "HAS_MASK": True}
+    packed = {"IS_EVEN": False, "IS_PACKED": True}
     dropping = {"DROPOUT_ROUNDS": dropout.ROUNDS}
-    gathered = {"EVEN_M": False, "EVEN_N": False, "HAS_POSITIONS": True, "DBIAS": "elements"}
+    gathered = {"IS_EVEN": False, "HAS_POSITIONS": True, "DBIAS": "elements"}
     for kernel in KERNELS:
         for head_dim in (64, 128, 256):
             yield Variant(kernel, target, torch.bfloat16, head_dim)

@@ -6,6 +6,7 @@ a table that is being trained asks for. `sdpa_index` is what models do, a causal
 peers put -inf into the table instead, which is faster.
 """
 
+import os
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
@@ -68,13 +69,13 @@ def _band(inputs: Inputs) -> dict[str, Any]:
 
 @contextmanager
 def _atomics_of_scores() -> Iterator[None]:
-    from triton_offset_bias.backends.triton import configs
+    from triton_offset_bias.backends.triton.configs import GATHERING_VARIABLE
 
-    configs.DBIAS, before = "elements", configs.DBIAS
+    os.environ[GATHERING_VARIABLE] = "elements"
     try:
         yield
     finally:
-        configs.DBIAS = before
+        del os.environ[GATHERING_VARIABLE]
 
 
 def flash_attn(inputs: Inputs) -> Run:

@@ -7,9 +7,10 @@ triton = pytest.importorskip("triton", reason="Triton is not installed")
 from triton.compiler import ASTSource  # noqa: E402
 
 from bench.kernel_variants import TARGETS, gpu_target  # noqa: E402
-from triton_offset_bias.backends.triton.backward import prepare_kernel  # noqa: E402
-from triton_offset_bias.backends.triton.decode import combine_kernel  # noqa: E402
-from triton_offset_bias.backends.triton.strip_kernels import (  # noqa: E402
+from triton_offset_bias.backends.triton.kernels.arguments import Outputs, Parts, Rows, Strides  # noqa: E402
+from triton_offset_bias.backends.triton.kernels.decode import combine_kernel  # noqa: E402
+from triton_offset_bias.backends.triton.kernels.prepare import prepare_kernel  # noqa: E402
+from triton_offset_bias.backends.triton.kernels.strip import (  # noqa: E402
     BLOCK,
     constants_kernel,
     fold_kernel,
@@ -42,12 +43,16 @@ FLOATS = ("unit", "limit")
 def test_a_small_kernel_compiles_for_every_target(name, target):
     """For bfloat16 tensors and tables; for tables of float64 with bounds that take 64 bits."""
     kernel, constants = FORMS[name]
+    of_rows = ("*fp32", "*fp32", "*fp32")
+    tuples = {"rows": Rows(*of_rows), "parts": Parts(*of_rows), "outputs": Outputs("*bf16", *of_rows)}
     for dtype, integer in (("bf16", "i32"), ("fp64", "i64"))[: 2 if name.startswith(("strip", "fold")) else 1]:
         signature = {parameter.name: integer if parameter.name == "first" else "i32" for parameter in kernel.params}
         signature |= dict.fromkeys((x for x in signature if x.endswith("_ptr")), "*fp32")
         signature |= {x: f"*{dtype}" for x in OF_INPUTS if x in signature}
         signature |= {x: "fp32" for x in FLOATS if x in signature}
         signature |= {x: "*i32" for x in ("cu_seqlens_q_ptr",) if x in signature}
+        signature |= {x: Strides("i32", "i32", "i32", "i32") for x in signature if x.endswith("_strides")}
+        signature |= {x: tuples[x] for x in tuples if x in signature}
         signature |= dict.fromkeys(constants, "constexpr")
         source = ASTSource(kernel, signature, constants, {})
         compiled = triton.compile(source, target=gpu_target(target), options={"enable_fp_fusion": True})

@@ -71,15 +71,20 @@ def _biases_in_bits(problem, options):
     return found
 
 
+def _filled(problem, unit=1.0):
+    made = strip.Strip(problem, unit)
+    made.fill()
+    return made
+
+
 @needs_kernels
 @pytest.mark.parametrize("name", TABLES)
 def test_the_strip_is_the_table_at_every_offset(name):
     """What a kernel reads for a pair is its bias, with the constant that it is counted from."""
     problem = _problem(*PROBLEMS[name])
-    expected, bounds = _biases_in_bits(problem, PROBLEMS[name][-1]), strip.bounds_of(problem)
-    constants = strip.constants_of(problem)
-    values = strip.build_strip(problem, bounds, math.log2(math.e), constants)
-    added = 0.0 if constants is None else math.log2(math.e) * constants[0, :, 0]
+    expected, made = _biases_in_bits(problem, PROBLEMS[name][-1]), _filled(problem, math.log2(math.e))
+    values, bounds = made.values, made.bounds
+    added = 0.0 if made.constants is None else math.log2(math.e) * made.constants[0, :, 0]
     for offset, bias in expected.items():
         within = min(max(offset, bounds.near_lo - strip.PAD // 2), bounds.near_hi + strip.PAD // 2)
         torch.testing.assert_close(values[0, :, bounds.zero + within] + added, bias)
@@ -92,7 +97,7 @@ def test_beyond_the_bounds_the_bias_is_constant(len_q, len_k, columns, options):
     expected, bounds = _biases_in_bits(problem, options), strip.bounds_of(problem)
     for offset, bias in expected.items():
         assert (bounds.band_lo <= offset <= bounds.band_hi) == bool((bias > -math.inf).all())
-    parts = strip.loops(problem, bounds)
+    parts = strip.Strip(problem, 1.0).loops._asdict()
     for name, is_far, end in (
         ("FAR_LEFT", lambda offset: bounds.near_hi <= offset <= bounds.band_hi, max(bounds.near_hi, 1 - len_k)),
         ("FAR_RIGHT", lambda offset: bounds.band_lo <= offset <= bounds.near_lo, min(bounds.near_lo, len_q - 1)),
@@ -110,11 +115,12 @@ def test_a_strips_gradient_folds_back_into_the_table(name, dtype):
     """<strip of b, g> = <b, fold of g>, in the table's shape and dtype."""
     problem = _problem(*PROBLEMS[name])
     problem = problem._replace(bias=problem.bias.to(dtype))
-    bounds = strip.bounds_of(problem)
-    values = strip.build_strip(problem, bounds, 1.0)
+    made = _filled(problem, 1.0)
+    # A table less its constants, so that the sum of the products is known to be of the table alone.
+    values = made.values + (0.0 if made.constants is None else made.constants)
     is_inside = values.isfinite()
     grad = torch.randint(-4, 5, values.shape).float() * is_inside  # sums that every dtype holds
-    folded = strip.fold_strip(problem, bounds, grad)
+    folded = made.fold(grad)
     assert folded.dtype == dtype
     assert folded.shape == problem.bias.shape
     spread = (values.masked_fill(~is_inside, 0.0).double() * grad).sum()
@@ -152,9 +158,9 @@ def test_strips_of_several_blocks_are_the_table(shape):
     """Rows of any stride, more columns than a program of the kernel has."""
     bias = torch.randn(*shape[:-1], 2 * shape[-1])[..., ::2]
     problem = _problem(1300, 1200, 3, {})._replace(bias=bias, bias_origin=shape[-1] // 2)
-    bounds = strip.bounds_of(problem)
-    values = strip.build_strip(problem, bounds, 2.0)[..., strip.PAD : -strip.PAD]
-    lo = max(problem.reachable_offsets[0], bounds.near_lo - strip.PAD + problem.query_start)
+    made = _filled(problem, 2.0)
+    values = made.values[..., strip.PAD : -strip.PAD]
+    lo = max(problem.reachable_offsets[0], made.bounds.near_lo - strip.PAD + problem.query_start)
     expected = 2.0 * table.per_offset(bias, lo, lo + values.shape[-1] - 1, problem.bias_origin)
     assert torch.equal(values, expected.expand_as(values))
 
@@ -165,8 +171,8 @@ def test_finite_numbers_stay_finite_in_a_strip():
     largest = torch.finfo(torch.float32).max
     bias = torch.tensor([largest, -largest, math.inf, -math.inf, math.nan, 1.0, 0.0])
     problem = _problem(7, 1, 3, {})._replace(bias=bias, bias_origin=0, query_start=0)
-    bounds = strip.bounds_of(problem)
-    values = strip.build_strip(problem, bounds, 1.5)[0, 0, bounds.zero : bounds.zero + 7]
+    made = _filled(problem, 1.5)
+    values = made.values[0, 0, made.bounds.zero : made.bounds.zero + 7]
     expected = torch.tensor([largest, -largest, math.inf, -math.inf, math.nan, 1.5, 0.0])
     torch.testing.assert_close(values, expected, rtol=1e-6, atol=0, equal_nan=True)
 
@@ -189,12 +195,12 @@ def test_a_row_is_counted_from_one_of_its_numbers_where_that_is_exact(bias, expe
     """Whatever other rows are like. Zeros beyond the table are numbers too; inputs of 16 bits have no use for it."""
     problem = _problem(20, 24, 3, {})
     bias = torch.tensor([bias, [1.0, -1.0, 0.0]])
-    constants = strip.constants_of(problem._replace(bias=bias))
+    constants = _filled(problem._replace(bias=bias)).constants
     assert torch.equal(constants, torch.tensor([[[expected], [0.0]]]))
-    constants = strip.constants_of(problem._replace(bias=bias.expand(5, -1, -1)))
+    constants = _filled(problem._replace(bias=bias.expand(5, -1, -1))).constants
     assert torch.equal(constants, torch.tensor([[[expected], [0.0]]]).expand(5, -1, -1))
-    assert strip.constants_of(problem._replace(bias=bias, beyond="zero")) is None
-    assert strip.constants_of(problem._replace(bias=bias, query=problem.query.bfloat16())) is None
+    assert _filled(problem._replace(bias=bias, beyond="zero")).constants is None
+    assert _filled(problem._replace(bias=bias, query=problem.query.bfloat16())).constants is None
 
 
 @needs_kernels
@@ -203,5 +209,5 @@ def test_a_row_of_several_blocks_is_counted_from_the_lowest_of_all():
     problem = _problem(20, 24, 3, {})
     bias = 100.0 + torch.rand(2, 5000)
     bias[0, 3], bias[1, 4990] = 99.0, 98.0
-    constants = strip.constants_of(problem._replace(bias=bias))
+    constants = _filled(problem._replace(bias=bias)).constants
     assert torch.equal(constants, torch.tensor([[[99.0], [98.0]]]))

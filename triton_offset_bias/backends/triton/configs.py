@@ -3,6 +3,7 @@
 `block_d` is the head dim padded to a power of two. Chosen by modelled cycles of the compiled code, see docs/gpu.md.
 """
 
+import os
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,8 +14,12 @@ from triton_offset_bias.backends.triton.target import KIB, Target
 
 _TRITON = tuple(map(int, triton.__version__.split(".")[:2]))
 
-# How dbias is gathered: one atomic add for each diagonal of a tile ("diagonals"), or for each score ("elements").
-DBIAS = "diagonals"
+# How the table's gradient is added up: one atomic add for each diagonal of a tile ("diagonals"), or for each score
+# ("elements"), with which benchmarks show what the diagonals are worth.
+GATHERING_VARIABLE = "TRITON_OFFSET_BIAS_DBIAS"
+
+# The kernels' constants that are block sizes; BLOCK is the size of square tiles.
+BLOCKS = ("BLOCK", "BLOCK_M", "BLOCK_N")
 
 
 @dataclass(frozen=True)
@@ -25,6 +30,11 @@ class Config:
     block_n: int
     num_warps: int
     num_stages: int
+
+    @property
+    def sizes(self) -> dict[str, int]:
+        """The values of `BLOCKS`."""
+        return {"BLOCK": self.block_m, "BLOCK_M": self.block_m, "BLOCK_N": self.block_n}
 
     @property
     def options(self) -> dict[str, Any]:
@@ -48,6 +58,11 @@ CANDIDATES = {
     "dquery": _SQUARE,
     "dkey_dvalue": [*_SQUARE, Config(32, 64, 4, 3), Config(32, 128, 8, 3), Config(64, 128, 8, 2)],
 }
+
+
+def gathering() -> str:
+    """How the table's gradient is added up where offsets are contiguous."""
+    return os.environ.get(GATHERING_VARIABLE, "diagonals")
 
 
 def is_bias_in_acc(target: Target, dtype: torch.dtype, scale_log2: float) -> bool:

@@ -18,28 +18,29 @@ class DbiasSum:
     Attributes:
         how: the kernel's DBIAS.
         sums: as the strip, zeros.
-        unit: () float32, of "fixed" sums.
+        unit: () float32, of "fixed" sums; else None.
         poison: of "fixed" sums, as the strip but for the offsets: NaN where scores were, which integers cannot hold.
     """
 
     def __init__(self, call: Call, row_sum: Tensor, dout: Tensor, dlse: Tensor | None) -> None:
-        assert call.strip is not None
-        problem = call.problem
-        self.how, self.unit = configs.DBIAS, call.strip
+        assert call.strip.values is not None
+        problem, strip = call.problem, call.strip.values
+        self.how = configs.gathering()
+        self.unit: Tensor | None = None
         if problem.query_positions is not None:
             self.how = "fixed" if problem.deterministic else "elements"
         if self.how == "fixed":
-            self.poison = 0.0 * row_sum.amax(-1).sum_to_size(call.strip.shape[:2])
+            self.poison = 0.0 * row_sum.amax(-1).sum_to_size(strip.shape[:2])
             largest = _largest_row(dout) * _largest_row(problem.value) * dropout.kept_scale(problem.dropout_p)
             largest = 2.1 * largest + (0.0 if dlse is None else dlse.abs().amax())
             bits = torch.floor(61.0 - torch.log2(largest * (dout.numel() // dout.shape[3])))
             self.unit = torch.exp2(bits.clamp(-120.0, 120.0)).float()
         dtype = torch.int64 if self.how == "fixed" else torch.float32
-        self.sums = torch.zeros_like(call.strip, dtype=dtype)
+        self.sums = torch.zeros_like(strip, dtype=dtype)
 
     def total(self) -> Tensor:
         """The gradient, float32."""
-        if self.how != "fixed":
+        if self.unit is None:
             return self.sums
         return (self.sums.double() / self.unit).float() + self.poison.unsqueeze(-1)
 

@@ -6,34 +6,34 @@ a head dim, dtype and kind of bias; Triton's cache on disk remembers the result.
 
 import functools
 import os
-from collections.abc import Callable
 from typing import Any
 
 import triton
+import triton.language as tl
 
 from triton_offset_bias.backends.triton import configs
+from triton_offset_bias.backends.triton.kernels.arguments import Form, Loops
 
 AUTOTUNE_VARIABLE = "TRITON_OFFSET_BIAS_AUTOTUNE"
-
-# Constants that say whether blocks fill a length, and that length.
-_EVEN = {"EVEN_M": "len_q", "EVEN_N": "len_k"}
 
 
 def run_kernel(
     kernel: Any,
     config: configs.Config,
     blocks: tuple[int, int, str],
+    others: str,
     arguments: tuple[Any, ...],
     constants: dict[str, Any],
 ) -> None:
     """One program for each block of rows of each head.
 
     Args:
-        kernel: a jitted function, whose constants EVEN_*, BLOCK_* come from `config`.
+        kernel: a jitted function, whose BLOCK_* come from `config`.
         config: what is used unless the user asks for tuning.
         blocks: the number of heads, the rows of each, and the name of the constant that says how many a program has.
-        arguments: by position.
-        constants: the kernel's other constants.
+        others: the size that a program loops over, in tiles that may leave a rest: "len_q" | "len_k".
+        arguments: by position, one of them `Sizes`.
+        constants: the kernel's other constants, `FORM` and `LOOPS` among them.
     """
     heads, rows, axis = blocks
 
@@ -41,47 +41,60 @@ def run_kernel(
         return (heads * -(-rows // meta[axis]),)
 
     if os.environ.get(AUTOTUNE_VARIABLE) == "1" and _name(kernel) in configs.CANDIDATES:
-        _tuned(kernel)[grid](*arguments, **constants, enable_fp_fusion=True)
+        _tuned(kernel, others)[grid](*arguments, **constants, enable_fp_fusion=True)
     else:
-        _evenness(kernel)[grid](*arguments, **constants, **_blocks(kernel, config), **config.options)
+        sizes = {name: config.sizes[name] for name in configs.BLOCKS if name in kernel.arg_names}
+        named = {**dict(zip(kernel.arg_names, arguments, strict=False)), **constants, **sizes}
+        constants = {**constants, "LOOPS": _loops(named, others)}
+        kernel[grid](*arguments, **constants, **sizes, **config.options)
+
+
+def _loops(arguments: dict[str, Any], others: str) -> Loops:
+    """The loops, with the one over what whole tiles leave; of packed sequences nobody knows."""
+    block = arguments["BLOCK"] if "BLOCK" in arguments else arguments[{"len_q": "BLOCK_M", "len_k": "BLOCK_N"}[others]]
+    has_rest = arguments["FORM"].IS_PACKED.value or getattr(arguments["sizes"], others) % block != 0
+    return arguments["LOOPS"]._replace(REST=tl.constexpr(has_rest))
 
 
 def _name(kernel: Any) -> str:
     return kernel.__name__.removesuffix("_kernel")
 
 
-def _blocks(kernel: Any, config: configs.Config) -> dict[str, int]:
-    """The kernel's constants that are block sizes; BLOCK is that of square tiles."""
-    sizes = {"BLOCK": config.block_m, "BLOCK_M": config.block_m, "BLOCK_N": config.block_n}
-    return {name: size for name, size in sizes.items() if name in kernel.arg_names}
-
-
 @functools.cache
-def _evenness(kernel: Any) -> Any:
-    """The kernel, with its EVEN_* filled in."""
-
-    def is_even(flag: str) -> Callable[[dict[str, Any]], bool]:
-        block = "BLOCK" if "BLOCK" in kernel.arg_names else flag.replace("EVEN", "BLOCK")
-        return lambda arguments: not arguments["IS_PACKED"] and arguments[_EVEN[flag]] % arguments[block] == 0
-
-    rules = {flag: is_even(flag) for flag in _EVEN if flag in kernel.arg_names}
-    return triton.heuristics(rules)(kernel)
-
-
-@functools.cache
-def _tuned(kernel: Any) -> Any:
+def _tuned(kernel: Any, others: str) -> Any:
     """The kernel, with its BLOCK_*, warps and stages measured."""
+    blocks = [name for name in configs.BLOCKS if name in kernel.arg_names]
     candidates = [
-        triton.Config(_blocks(kernel, config), num_warps=config.num_warps, num_stages=config.num_stages)
+        triton.Config(
+            {name: config.sizes[name] for name in blocks}, num_warps=config.num_warps, num_stages=config.num_stages
+        )
         for config in configs.CANDIDATES[_name(kernel)]
     ]
-    chosen = ("BLOCK", "BLOCK_M", "BLOCK_N", *_EVEN)
-    key = [constant for constant in kernel.arg_names if constant.isupper() and constant not in chosen]
-    tune = triton.autotune(candidates, key, pre_hook=_forget_dbias, cache_results=True)
-    return tune(_evenness(kernel))
+    key = [constant for constant in kernel.arg_names if constant.isupper() and constant not in configs.BLOCKS]
+    written = "dstrip_ptr" if "dstrip_ptr" in kernel.arg_names else None
+    rules = {"LOOPS": functools.partial(_loops, others=others)}
+    hook = None if written is None else functools.partial(_forget, written)
+    tuner = triton.autotune(candidates, key, pre_hook=hook, cache_results=True)(triton.heuristics(rules)(kernel))
+    look_up = tuner.check_disk_cache
+
+    def check_disk_cache(tuning_key: tuple[Any, ...], *rest: Any) -> bool:
+        """As the tuner's own, whose file on disk is JSON, which has no constexprs."""
+        plain = tuple(_plain(x) for x in tuning_key)
+        is_known: bool = look_up(plain, *rest)
+        if is_known:
+            tuner.cache[tuning_key] = tuner.cache[plain]
+        return is_known
+
+    tuner.check_disk_cache = check_disk_cache
+    return tuner
 
 
-def _forget_dbias(arguments: dict[str, Any], reset_only: bool = False) -> None:
-    """Before each run of a candidate: what the last one has added to dbias goes."""
-    if arguments.get("DBIAS", "none") != "none":
-        arguments["dstrip_ptr"].zero_()
+def _plain(x: Any) -> Any:
+    """The values of `FORM` and `LOOPS`, and others as they are."""
+    return tuple(member.value for member in x) if isinstance(x, Form | Loops) else x
+
+
+def _forget(written: str, arguments: dict[str, Any], reset_only: bool = False) -> None:
+    """Before each run of a candidate: what the last one has added up goes."""
+    if arguments.get(written) is not None:
+        arguments[written].zero_()

@@ -1,35 +1,88 @@
 """The host's side of the strip: the bias of every offset, laid out for the kernels, and where it stops changing."""
 
-from typing import NamedTuple
-
 import torch
 from torch import Tensor
 
-from triton_offset_bias.backends.triton.scores import STRIP_PAD
-from triton_offset_bias.backends.triton.strip_kernels import BLOCK, LARGEST, constants_kernel, fold_kernel, strip_kernel
+from triton_offset_bias.backends.triton.kernels.arguments import Bounds, Loops
+from triton_offset_bias.backends.triton.kernels.scores import STRIP_PAD
+from triton_offset_bias.backends.triton.kernels.strip import BLOCK, LARGEST, constants_kernel, fold_kernel, strip_kernel
 from triton_offset_bias.problem import Problem
 
 _OPTIONS = {"BLOCK": BLOCK, "enable_fp_fusion": True}
 PAD: int = STRIP_PAD.value  # tiles overhang the score matrix by less than this
 
 
-class Bounds(NamedTuple):
-    """Ranges of offsets, in the order in which the kernels take them.
-
-    Offsets count from the first query and key; of packed sequences, and where tensors give the positions, as the
-    caller counts them.
+class Strip:
+    """The bias of a problem as kernels read it. The constructor launches nothing.
 
     Attributes:
-        zero: the strip's column of offset 0.
-        band_lo, band_hi: pairs outside are not attended to.
-        near_lo, near_hi: at offsets <= near_lo the bias does not change any more, nor at offsets >= near_hi.
+        bounds: see `Bounds`.
+        loops: which of the kernels' loops over whole tiles have work.
+        values: once filled, (1 or B, 1 or H, columns) float32: the table less `constants` at every offset, in `unit`s,
+            -inf outside the band. Offsets in which no tile looks it up are left out; with positions it is the table
+            alone. Finite numbers stay finite: only -inf forbids. None without a table.
+        constants: once filled, (1 or B, 1 or H, 1) float32: what each row of the table is counted from; None: from 0.
+            Where the numbers of a row, but for -inf, have one sign and lie within a factor 2 of one another it is one
+            of them: subtracting that is exact (Sterbenz 1974), and scores keep the digits that its size would take.
+            Elsewhere it is 0. Inputs of 16 bits have no such digits; with zeros beyond the table the numbers are not
+            near one another.
     """
 
-    zero: int
-    band_lo: int
-    band_hi: int
-    near_lo: int
-    near_hi: int
+    def __init__(self, problem: Problem, unit: float) -> None:
+        self._problem = problem
+        self._unit = unit
+        self.bounds = bounds_of(problem)
+        self.loops = _loops(problem, self.bounds)
+        self.values: Tensor | None = None
+        self.constants: Tensor | None = None
+
+    def fill(self) -> None:
+        """Launches the kernels that make it of the table."""
+        problem = self._problem
+        if problem.bias is None:
+            return
+        bias = _with_heads(problem.bias)
+        if problem.query.dtype == torch.float32 and problem.beyond != "zero":
+            self.constants = bias.new_empty(*bias.shape[:2], 1, dtype=torch.float32)
+            rows = self.constants.numel()
+            constants_kernel[(rows,)](bias, self.constants, *bias.stride(), *bias.shape[1:], **_OPTIONS)
+        first, width = _columns(problem, self.bounds)
+        begin, end = 0, width
+        if problem.query_positions is None:
+            lo, hi = _strip_offsets(problem, self.bounds)
+            begin = PAD + min(max(problem.min_offset - lo, 0), width)
+            end = width - PAD - min(max(hi - problem.max_offset, 0), width)
+        self.values = bias.new_empty(*bias.shape[:2], width, dtype=torch.float32)
+        strip_kernel[(bias.shape[0] * bias.shape[1] * -(-width // BLOCK),)](
+            bias, bias if self.constants is None else self.constants, self.values,
+            *bias.stride(), *bias.shape[1:], width, first, begin, end, self._unit, _limit(self._unit),
+            HAS_CONSTANTS=self.constants is not None, IS_ZERO_BEYOND=problem.beyond == "zero", **_OPTIONS,
+        )  # fmt: skip
+
+    def add_constants(self, lse: Tensor) -> None:
+        """Gives a (B, H, M) log-sum-exp back what the table was counted from."""
+        bounds_q = self._problem.cu_seqlens_q
+        if self.constants is None:
+            return
+        constants = self.constants
+        if bounds_q is not None and len(constants) > 1:  # of each token's sequence
+            tokens = torch.arange(lse.shape[2], dtype=bounds_q.dtype, device=lse.device)
+            constants = constants[torch.searchsorted(bounds_q[1:-1].contiguous(), tokens, right=True), :, 0].mT
+        lse += constants
+
+    def may_leave_rows_empty(self) -> bool:
+        """Whether some query may have no key to attend to; a table of -inf, which nobody looks at, left aside."""
+        problem, bounds = self._problem, self.bounds
+        tensors = (problem.key_padding_mask, problem.query_positions, problem.cu_seqlens_q)
+        if any(x is not None for x in tensors):
+            return True
+        return bounds.band_lo > 0 or bounds.band_hi < problem.query.shape[2] - problem.key.shape[2]
+
+    def fold(self, dvalues: Tensor) -> Tensor:
+        """The gradient of `values` as the table's, in its shape and dtype."""
+        first, width = _columns(self._problem, self.bounds)
+        pad = PAD if self._problem.query_positions is None else 0
+        return _fold(self._problem, dvalues, first, pad, width - pad)
 
 
 def bounds_of(problem: Problem) -> Bounds:
@@ -64,80 +117,16 @@ def counted_reach(problem: Problem) -> tuple[int, int]:
     return lowest - problem.query_start, highest - problem.query_start
 
 
-def loops(problem: Problem, bounds: Bounds) -> dict[str, bool]:
-    """Which of the kernels' loops over whole tiles have work: far left | near | far right."""
+def _loops(problem: Problem, bounds: Bounds) -> Loops:
     if problem.query_positions is not None:
-        return {"FAR_LEFT": False, "NEAR": True, "FAR_RIGHT": False}
+        return Loops(FAR_LEFT=False, NEAR=True, FAR_RIGHT=False)
     lowest, highest = counted_reach(problem)
     is_flat = bounds.near_hi < lowest  # one bias for all pairs: all of them are far left
-    return {
-        "FAR_LEFT": bounds.near_hi <= min(highest, bounds.band_hi),
-        "NEAR": not is_flat,
-        "FAR_RIGHT": not is_flat and bounds.near_lo >= max(lowest, bounds.band_lo),
-    }
-
-
-def may_leave_rows_empty(problem: Problem, bounds: Bounds) -> bool:
-    """Whether some query may have no key to attend to; a table of -inf, which nobody looks at, left aside."""
-    tensors = (problem.key_padding_mask, problem.query_positions, problem.cu_seqlens_q)
-    if any(x is not None for x in tensors):
-        return True
-    return bounds.band_lo > 0 or bounds.band_hi < problem.query.shape[2] - problem.key.shape[2]
-
-
-def constants_of(problem: Problem) -> Tensor | None:
-    """(1 or B, 1 or H, 1) float32: what each row of the table is counted from; None: from 0.
-
-    Where the numbers of a row, but for -inf, have one sign and lie within a factor 2 of one another it is one of them:
-    subtracting that is exact (Sterbenz 1974), and scores keep the digits that its size would take. Elsewhere it is 0.
-    Inputs of 16 bits have no such digits; with zeros beyond the table the numbers are not near one another.
-    """
-    if problem.bias is None or problem.query.dtype != torch.float32 or problem.beyond == "zero":
-        return None
-    bias = _with_heads(problem.bias)
-    constants = bias.new_empty(*bias.shape[:2], 1, dtype=torch.float32)
-    constants_kernel[(constants.numel(),)](bias, constants, *bias.stride(), *bias.shape[1:], **_OPTIONS)
-    return constants
-
-
-def add_constants(problem: Problem, constants: Tensor, lse: Tensor) -> None:
-    """Gives a (B, H, M) log-sum-exp back what the table was counted from."""
-    if problem.cu_seqlens_q is not None and len(constants) > 1:  # of each token's sequence
-        tokens = torch.arange(lse.shape[2], dtype=problem.cu_seqlens_q.dtype, device=lse.device)
-        sequences = torch.searchsorted(problem.cu_seqlens_q[1:-1].contiguous(), tokens, right=True)
-        constants = constants[sequences, :, 0].mT
-    lse += constants
-
-
-def build_strip(problem: Problem, bounds: Bounds, unit: float, constants: Tensor | None = None) -> Tensor | None:
-    """(1 or B, 1 or H, columns) float32: the table less `constants` at every offset, in `unit`s, -inf outside the band.
-
-    Offsets in which no tile looks it up are left out. With positions, the table alone. Finite numbers stay finite: only
-    -inf forbids.
-    """
-    if problem.bias is None:
-        return None
-    bias = _with_heads(problem.bias)
-    first, width = _columns(problem, bounds)
-    begin, end = 0, width
-    if problem.query_positions is None:
-        lo, hi = _strip_offsets(problem, bounds)
-        begin = PAD + min(max(problem.min_offset - lo, 0), width)
-        end = width - PAD - min(max(hi - problem.max_offset, 0), width)
-    strip = bias.new_empty(*bias.shape[:2], width, dtype=torch.float32)
-    strip_kernel[(bias.shape[0] * bias.shape[1] * -(-width // BLOCK),)](
-        bias, bias if constants is None else constants, strip,
-        *bias.stride(), *bias.shape[1:], width, first, begin, end, unit, _limit(unit),
-        HAS_CONSTANTS=constants is not None, IS_ZERO_BEYOND=problem.beyond == "zero", **_OPTIONS,
-    )  # fmt: skip
-    return strip
-
-
-def fold_strip(problem: Problem, bounds: Bounds, dstrip: Tensor) -> Tensor:
-    """The gradient of a strip as the table's, in its shape and dtype."""
-    first, width = _columns(problem, bounds)
-    pad = PAD if problem.query_positions is None else 0
-    return _fold(problem, dstrip, first, pad, width - pad)
+    return Loops(
+        FAR_LEFT=bounds.near_hi <= min(highest, bounds.band_hi),
+        NEAR=not is_flat,
+        FAR_RIGHT=not is_flat and bounds.near_lo >= max(lowest, bounds.band_lo),
+    )
 
 
 def fold_offsets(problem: Problem, doffsets: Tensor, lo: int) -> Tensor:

@@ -15,7 +15,8 @@ product starts from, which costs nothing more. Else the strip is in bits (bias t
 import triton
 import triton.language as tl
 
-from triton_offset_bias.backends.triton.tiles import product, started_from
+from triton_offset_bias.backends.triton.kernels.arguments import Rows, Scoring
+from triton_offset_bias.backends.triton.kernels.tiles import product, started_from
 
 LN_2 = tl.constexpr(0.6931471805599453)
 LARGEST_BLOCK = tl.constexpr(128)
@@ -25,26 +26,39 @@ NO_SCORE = tl.constexpr(-3.4028234663852886e38)
 
 
 @triton.jit
-def strip_of_head(strip_ptr, b, h, stride_sb, stride_sh, zero, HAS_STRIP: tl.constexpr):
+def strip_of_head(strip_ptr, b, h, strides, zero, HAS_STRIP: tl.constexpr):
     """Pointer to offset 0, the column `zero`, in the strip of a head."""
     if HAS_STRIP:
-        strip_ptr += b * stride_sb + h * stride_sh + zero
-    return strip_ptr
-
-
-@triton.jit
-def shift_in_strip(shift, near_lo, near_hi):
-    """The distance of a tile from the diagonal, or one in the strip's reach at which its bias is the same."""
-    return tl.minimum(tl.maximum(shift, near_lo - LARGEST_BLOCK), near_hi + LARGEST_BLOCK)
-
-
-@triton.jit
-def position_rows(positions_ptr, b, stride_pb, offs, length, HAS_POSITIONS: tl.constexpr):
-    """The positions of rows, int64."""
-    if HAS_POSITIONS:
-        return tl.load(positions_ptr + b * stride_pb + offs, mask=offs < length, other=0).to(tl.int64)
+        return strip_ptr + (b * strides.strip_b + h * strides.strip_h + zero)
     else:
-        return offs
+        return 0  # nobody reads it; Triton 3.6 cannot return None
+
+
+@triton.jit
+def scoring_of(inputs, b, h, strides, bounds, scale_log2, FORM: tl.constexpr):
+    """How the scores of a head, or of each row's head, are made."""
+    return Scoring(strip_of_head(inputs.strip, b, h, strides, bounds.zero, FORM.HAS_BIAS), bounds, scale_log2)
+
+
+@triton.jit
+def shift_in_strip(shift, bounds):
+    """The distance of a tile from the diagonal, or one in the strip's reach at which its bias is the same."""
+    return tl.minimum(tl.maximum(shift, bounds.near_lo - LARGEST_BLOCK), bounds.near_hi + LARGEST_BLOCK)
+
+
+@triton.jit
+def of_sequence(ptr, offset, EXISTS: tl.constexpr):
+    """Pointer to a sequence's numbers, if there are any."""
+    if EXISTS:
+        return ptr + offset
+    else:
+        return 0
+
+
+@triton.jit
+def position_rows(positions_ptr, offs, length):
+    """The positions of the rows `offs` of a sequence, int64."""
+    return tl.load(positions_ptr + offs, mask=offs < length, other=0).to(tl.int64)
 
 
 @triton.jit
@@ -64,83 +78,83 @@ def bias_tile(ptrs, USE_ASM: tl.constexpr):
 
 @triton.jit
 def score_tile(
-    a, b, strip_ptr, shift, rows, columns, keep, scale_log2, band_lo, band_hi, near_lo, near_hi,
-    HAS_BIAS: tl.constexpr, BIAS_IN_ACC: tl.constexpr, IS_NEAR: tl.constexpr, HAS_KEEP: tl.constexpr,
-    HAS_POSITIONS: tl.constexpr, USE_ASM: tl.constexpr, PRECISION: tl.constexpr, WAIT: tl.constexpr,
-):  # fmt: skip
+    a, b, scoring, shift, rows, columns, keep, FORM: tl.constexpr, IS_NEAR: tl.constexpr, HAS_KEEP: tl.constexpr
+):
     """Scores, (R, C), to be multiplied by score_unit, and with the bias if near and there is one.
 
-    The offset of an element is shift + rows + columns, all int64. strip_ptr: one for all rows, or one for each. `keep`
-    says which keys to attend to, where HAS_KEEP.
+    The offset of an element is shift + rows + columns, all int64. scoring.strip_ptr: one for all rows, or one for each.
+    `keep` says which keys to attend to, where HAS_KEEP.
     """
+    bounds = scoring.bounds
     acc = None
-    if IS_NEAR and HAS_BIAS:
-        if HAS_POSITIONS:
-            offset = tl.minimum(tl.maximum(rows[:, None] + columns[None, :], near_lo), near_hi)
-            ptrs = (strip_ptr + tl.zeros_like(rows))[:, None] + offset
+    if IS_NEAR and FORM.HAS_BIAS:
+        if FORM.HAS_POSITIONS:
+            offset = tl.minimum(tl.maximum(rows[:, None] + columns[None, :], bounds.near_lo), bounds.near_hi)
+            ptrs = (scoring.strip_ptr + tl.zeros_like(rows))[:, None] + offset
         else:
-            ptrs = (strip_ptr + shift + rows)[:, None] + columns[None, :]
-        if BIAS_IN_ACC:
-            acc = started_from(bias_tile(ptrs, USE_ASM), WAIT)
-    s = product(a, b, acc, PRECISION)
-    if IS_NEAR and HAS_BIAS and not BIAS_IN_ACC:
-        s = s * scale_log2 + bias_tile(ptrs, USE_ASM)
-    if HAS_POSITIONS:
+            ptrs = (scoring.strip_ptr + shift + rows)[:, None] + columns[None, :]
+        if FORM.BIAS_IN_ACC:
+            acc = started_from(bias_tile(ptrs, FORM.USE_ASM), FORM.WAIT)
+    s = product(a, b, acc, FORM.PRECISION)
+    if IS_NEAR and FORM.HAS_BIAS and not FORM.BIAS_IN_ACC:
+        s = s * scoring.scale_log2 + bias_tile(ptrs, FORM.USE_ASM)
+    if FORM.HAS_POSITIONS:
         offset = rows[:, None] + columns[None, :]
-        s = tl.where((offset >= band_lo) & (offset <= band_hi), s, float("-inf"))
-    elif IS_NEAR and not HAS_BIAS:
+        s = tl.where((offset >= bounds.band_lo) & (offset <= bounds.band_hi), s, float("-inf"))
+    elif IS_NEAR and not FORM.HAS_BIAS:
         offset = (rows[:, None] + columns[None, :]).to(tl.int32)
-        s = tl.where((offset >= band_lo - shift) & (offset <= band_hi - shift), s, float("-inf"))
+        s = tl.where((offset >= bounds.band_lo - shift) & (offset <= bounds.band_hi - shift), s, float("-inf"))
     if HAS_KEEP:
         s = tl.where(keep, s, float("-inf"))
     return s
 
 
 @triton.jit
-def score_unit(scale_log2, HAS_BIAS: tl.constexpr, BIAS_IN_ACC: tl.constexpr, IS_NEAR: tl.constexpr):
+def score_unit(scale_log2, FORM: tl.constexpr, IS_NEAR: tl.constexpr):
     """Bits in one of what score_tile gives."""
-    if IS_NEAR and HAS_BIAS and not BIAS_IN_ACC:
+    if IS_NEAR and FORM.HAS_BIAS and not FORM.BIAS_IN_ACC:
         return 1.0
     else:
         return scale_log2
 
 
 @triton.jit
-def far_bias(ptrs, scale_log2, HAS_BIAS: tl.constexpr, BIAS_IN_ACC: tl.constexpr):
-    """The one bias of far tiles, in bits, from where the strip holds it."""
-    if not HAS_BIAS:
+def far_bias(scoring, offset, FORM: tl.constexpr, IS_NEAR: tl.constexpr):
+    """The one bias of far tiles, in bits, which the strip holds at `offset`; near tiles look up theirs."""
+    if IS_NEAR or not FORM.HAS_BIAS:
         return 0.0
-    elif BIAS_IN_ACC:
-        return tl.load(ptrs) * scale_log2
+    elif FORM.BIAS_IN_ACC:
+        return tl.load(scoring.strip_ptr + offset) * scoring.scale_log2
     else:
-        return tl.load(ptrs)
+        return tl.load(scoring.strip_ptr + offset)
 
 
 @triton.jit
-def load_rows(
-    lse_bits_ptr, log_sum_ptr, delta_ptr, offs, length, IS_EVEN: tl.constexpr, SPLIT_LSE: tl.constexpr
-):  # fmt: skip
-    """Of queries, the log-sum-exp in bits, of which SPLIT_LSE keeps the log of the sum apart, and delta.
+def rows_of_head(rows, first):
+    """Pointers to the numbers of a head's first row."""
+    return Rows(rows.lse + first, rows.log_sum + first, rows.delta + first)
 
-    Past the `length` the log-sum-exp is +inf: P and dS are 0 there.
-    """
+
+@triton.jit
+def load_rows(rows, offs, length, IS_EVEN: tl.constexpr, FORM: tl.constexpr):
+    """The numbers of the queries `offs`. Past the `length` the log-sum-exp is +inf: P and dS are 0 there."""
     if IS_EVEN:
-        lse = tl.load(lse_bits_ptr + offs)
-        log_sum = tl.load(log_sum_ptr + offs) if SPLIT_LSE else lse
-        delta = tl.load(delta_ptr + offs)
+        lse = tl.load(rows.lse + offs)
+        log_sum = tl.load(rows.log_sum + offs) if FORM.SPLIT_LSE else lse
+        delta = tl.load(rows.delta + offs)
     else:
         mask = offs < length
-        lse = tl.load(lse_bits_ptr + offs, mask=mask, other=float("inf"))
-        log_sum = tl.load(log_sum_ptr + offs, mask=mask, other=0.0) if SPLIT_LSE else lse
-        delta = tl.load(delta_ptr + offs, mask=mask, other=0.0)
-    return lse, log_sum, delta
+        lse = tl.load(rows.lse + offs, mask=mask, other=float("inf"))
+        log_sum = tl.load(rows.log_sum + offs, mask=mask, other=0.0) if FORM.SPLIT_LSE else lse
+        delta = tl.load(rows.delta + offs, mask=mask, other=0.0)
+    return Rows(lse, log_sum, delta)
 
 
 @triton.jit
-def probabilities(s, unit, bias, lse, log_sum, IS_NEAR: tl.constexpr, HAS_BIAS: tl.constexpr, SPLIT_LSE: tl.constexpr):
+def probabilities(s, unit, bias, lse, log_sum, FORM: tl.constexpr, IS_NEAR: tl.constexpr):
     """P from score_tile's scores, which far tiles' bias is missing in; SPLIT_LSE: `lse` lacks the log of the sum."""
-    if SPLIT_LSE:
-        return tl.math.exp2((rounded_scores(s, unit, bias, IS_NEAR, HAS_BIAS) - lse) - log_sum)
+    if FORM.SPLIT_LSE:
+        return tl.math.exp2((rounded_scores(s, unit, bias, FORM, IS_NEAR) - lse) - log_sum)
     elif IS_NEAR:
         return tl.math.exp2(s * unit - lse)
     else:
@@ -148,25 +162,25 @@ def probabilities(s, unit, bias, lse, log_sum, IS_NEAR: tl.constexpr, HAS_BIAS: 
 
 
 @triton.jit
-def rounded_scores(s, unit, bias, IS_NEAR: tl.constexpr, HAS_BIAS: tl.constexpr):
+def rounded_scores(s, unit, bias, FORM: tl.constexpr, IS_NEAR: tl.constexpr):
     """Float32's scores in bits, whose maximum less itself is exactly 0: a multiplication by the unit would be fused."""
-    if IS_NEAR and HAS_BIAS:
+    if IS_NEAR and FORM.HAS_BIAS:
         return s
     else:
         return s * unit + bias
 
 
 @triton.jit
-def slope_weights(lse, log_sum, SPLIT_LSE: tl.constexpr):
+def slope_weights(stats, FORM: tl.constexpr):
     """What a query's dP is multiplied with: 1, or 0 where one key has all the weight, as `prepare_kernel` marked it.
 
     There dP and <dO, O> are one sum in two orders, and their difference is exactly 0. Of 16-bit inputs the mark is the
     last bit of the log-sum-exp; of others, the log of the sum is 0.
     """
-    if SPLIT_LSE:
-        return tl.where(log_sum == 0.0, 0.0, 1.0)
+    if FORM.SPLIT_LSE:
+        return tl.where(stats.log_sum == 0.0, 0.0, 1.0)
     else:
-        return tl.where((lse.to(tl.int32, bitcast=True) & 1) == 0, 0.0, 1.0)
+        return tl.where((stats.lse.to(tl.int32, bitcast=True) & 1) == 0, 0.0, 1.0)
 
 
 @triton.jit
@@ -179,7 +193,7 @@ def kept_keys(key_mask_ptr, offs_n, len_k, HAS_MASK: tl.constexpr):
 
 
 @triton.jit
-def dropout_factors(seed, head, start_m, start_n, offs_m, offs_n, largest_dropped, kept_scale, ROUNDS: tl.constexpr):
+def dropout_factors(dropping, start_m, start_n, offs_m, offs_n, FORM: tl.constexpr):
     """What dropout multiplies P with: 0, or `kept_scale`; the bits are those of `triton_offset_bias.dropout`.
 
     The weights' places are start_m + offs_m and start_n + offs_n, where the offs_ have the shape of rows and columns of
@@ -188,7 +202,7 @@ def dropout_factors(seed, head, start_m, start_n, offs_m, offs_n, largest_droppe
     """
     rows = start_m // 2 + (offs_m // 16 * 8 + offs_m % 8)
     columns = start_n // 2 + (offs_n // 16 * 8 + offs_n % 8)
-    word_0, word_1, word_2, word_3 = tl.philox(seed, rows, columns, head, 0, ROUNDS)
+    word_0, word_1, word_2, word_3 = tl.philox(dropping.seed, rows, columns, dropping.head, 0, FORM.DROPOUT_ROUNDS)
     is_right, is_lower = (offs_n & 8) != 0, (offs_m & 8) != 0
     word = tl.where(is_lower, tl.where(is_right, word_3, word_2), tl.where(is_right, word_1, word_0))
-    return tl.where(word > largest_dropped.to(tl.uint32, bitcast=True), kept_scale, 0.0)
+    return tl.where(word > dropping.largest_dropped.to(tl.uint32, bitcast=True), dropping.kept_scale, 0.0)

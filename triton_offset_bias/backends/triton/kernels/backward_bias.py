@@ -1,0 +1,101 @@
+"""The table's gradient without atomic adds: one program owns a diagonal of tiles and adds them in a fixed order.
+
+dbias[offset] = sum of dS along the offset's diagonal, over batch and over the heads that share the table
+"""
+
+import triton
+import triton.language as tl
+
+from triton_offset_bias.backends.triton.kernels.arguments import Dropping
+from triton_offset_bias.backends.triton.kernels.blocks import sequence_rows
+from triton_offset_bias.backends.triton.kernels.scores import (
+    dropout_factors,
+    kept_keys,
+    load_rows,
+    of_sequence,
+    probabilities,
+    rows_of_head,
+    score_tile,
+    score_unit,
+    scoring_of,
+    shift_in_strip,
+    slope_weights,
+)
+from triton_offset_bias.backends.triton.kernels.tiles import load_tile, product, sum_diagonals, tile_ptrs
+
+
+@triton.jit(do_not_specialize=["largest_dropped"])
+def dbias_kernel(
+    inputs, dout_ptr, row_ptrs, parts_ptr,
+    q_strides, k_strides, v_strides, dout_strides, shared_strides,
+    sizes, bounds, scale_log2, largest_dropped, kept_scale,
+    batch, bias_batch, bias_heads, first_distance, num_distances,
+    FORM: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """One diagonal of tiles of one row of the table: the sums along its diagonals, in a fixed order.
+
+    The tiles lie `distance` blocks from the strip's offset 0, from first_distance on. So that this is the same diagonal
+    in all packed sequences, their tiles begin up to BLOCK - 1 rows above the first query. parts (bias_batch,
+    bias_heads, num_distances, 2, BLOCK): the offsets from there minus BLOCK, and those from there on.
+    """
+    distance = first_distance + tl.program_id(0) % num_distances
+    bias_row = tl.program_id(0) // num_distances
+    first_b = bias_row // bias_heads  # 0 if all sequences share the table; so with heads
+    first_h = bias_row % bias_heads
+    num_h = sizes.num_heads // bias_heads
+    rows = tl.arange(0, BLOCK)
+    total = tl.zeros([BLOCK, BLOCK], tl.float32)
+    scoring = scoring_of(inputs, first_b.to(tl.int64), first_h.to(tl.int64), shared_strides, bounds, scale_log2, FORM)
+    unit = score_unit(scale_log2, FORM, True)
+    seed = tl.load(inputs.seed) if FORM.DROPOUT_ROUNDS > 0 else 0
+    for index in range(0, batch // bias_batch):
+        b = (first_b + index).to(tl.int64)
+        first_q, seq_q = sequence_rows(inputs.cu_seqlens_q, b, sizes.len_q, sizes.rows_q, FORM.IS_PACKED)
+        first_k, seq_k = sequence_rows(inputs.cu_seqlens_k, b, sizes.len_k, sizes.rows_k, FORM.IS_PACKED)
+        first = 0  # position of the first query
+        first_row = b * sizes.num_heads * sizes.rows_q
+        if FORM.IS_PACKED:
+            first = seq_k - seq_q
+            first_row = first_q
+        above = (first % BLOCK + BLOCK) % BLOCK  # rows that the first tile begins above the first query
+        blocks = distance - (first - above) // BLOCK  # that the tiles lie from the sequence's first one
+        shift = blocks * BLOCK - above
+        first_m = tl.maximum(blocks, 0)
+        tiles = tl.minimum(tl.cdiv(seq_q + above, BLOCK) - first_m, tl.cdiv(seq_k, BLOCK) - (first_m - blocks))
+        if (shift + first + BLOCK - 1 < bounds.band_lo) | (shift + first - BLOCK + 1 > bounds.band_hi):
+            tiles = 0
+        tiles = tl.maximum(tiles, 0)
+        for i in range(0, num_h * tiles):
+            h = (first_h + i // tiles).to(tl.int64)
+            h_kv = h // sizes.group
+            start_m = (first_m + i % tiles) * BLOCK - above
+            offs_n = start_m - shift + rows
+            offs_m = tl.where(start_m + rows < 0, seq_q, start_m + rows)  # those above do not exist either
+            q_head = inputs.q + b * q_strides.b + h * q_strides.h + first_q * q_strides.row
+            k_head = inputs.k + b * k_strides.b + h_kv * k_strides.h + first_k * k_strides.row
+            v_head = inputs.v + b * v_strides.b + h_kv * v_strides.h + first_k * v_strides.row
+            dout_head = dout_ptr + b * dout_strides.b + h * dout_strides.h + first_q * dout_strides.row
+            q_ptrs = tile_ptrs(q_head, offs_m, q_strides.row, q_strides.d, FORM.BLOCK_D)
+            k_ptrs = tile_ptrs(k_head, offs_n, k_strides.row, k_strides.d, FORM.BLOCK_D)
+            v_ptrs = tile_ptrs(v_head, offs_n, v_strides.row, v_strides.d, FORM.BLOCK_DV)
+            dout_ptrs = tile_ptrs(dout_head, offs_m, dout_strides.row, dout_strides.d, FORM.BLOCK_DV)
+            q = load_tile(q_ptrs, offs_m, seq_q, False, FORM.HEAD_DIM, FORM.BLOCK_D)  # (BLOCK, BLOCK_D)
+            k = load_tile(k_ptrs, offs_n, seq_k, False, FORM.HEAD_DIM, FORM.BLOCK_D)
+            v = load_tile(v_ptrs, offs_n, seq_k, False, FORM.HEAD_DIM_V, FORM.BLOCK_DV)  # (BLOCK, BLOCK_DV)
+            dout = load_tile(dout_ptrs, offs_m, seq_q, False, FORM.HEAD_DIM_V, FORM.BLOCK_DV)
+            stats = load_rows(rows_of_head(row_ptrs, first_row + h * sizes.rows_q), offs_m, seq_q, False, FORM)
+            mask_ptr = of_sequence(inputs.key_mask, b * sizes.len_k, FORM.HAS_MASK)
+            keep = kept_keys(mask_ptr, offs_n, seq_k, FORM.HAS_MASK)[None, :]
+            strip_shift = shift_in_strip(shift + first, bounds)
+            offsets = rows.to(tl.int64)
+            s = score_tile(q, k.T, scoring, strip_shift, offsets, -offsets, keep, FORM, True, True)  # (BLOCK, BLOCK)
+            p = probabilities(s, unit, 0.0, stats.lse[:, None], stats.log_sum[:, None], FORM, True)
+            dp = product(dout, v.T, None, FORM.PRECISION)
+            if FORM.DROPOUT_ROUNDS > 0:
+                dropping = Dropping(seed, (b * sizes.num_heads + h).to(tl.int32), largest_dropped, kept_scale)
+                dp *= dropout_factors(dropping, 0, 0, offs_m[:, None], offs_n[None, :], FORM)
+            total += p * (dp * slope_weights(stats, FORM)[:, None] - stats.delta[:, None])
+    none = tl.zeros([BLOCK, BLOCK], tl.float32)
+    parts_ptr += tl.program_id(0).to(tl.int64) * (2 * BLOCK)
+    tl.store(parts_ptr + rows, sum_diagonals(total, none, BLOCK))
+    tl.store(parts_ptr + BLOCK + rows, sum_diagonals(none, total, BLOCK))

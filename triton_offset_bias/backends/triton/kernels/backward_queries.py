@@ -1,0 +1,185 @@
+"""The backward pass, with the scores recomputed:
+
+    P = exp(S - lse)      dP = Z * dO V^T      delta = <dO, O> - dlse      dS = P * (dP - delta)
+    dQ = scale dS K      dK = scale dS^T Q      dV = (Z * P)^T dO
+    dbias[offset] = sum of dS along the offset's diagonal
+
+Z is dropout's factor, 1 without it. FlashAttention-2 (Dao 2023, arXiv:2307.08691), algorithm 2, as one kernel a block
+of queries (dQ and dbias, here) and one a block of keys (dK and dV, `backward_keys`), so that only dbias is shared
+between programs. `prepare` comes before both. The sums of dbias are atomic, or, to be deterministic, made by a third
+kernel with one program a diagonal of tiles (`backward_bias`).
+"""
+
+import triton
+import triton.language as tl
+
+from triton_offset_bias.backends.triton.kernels.arguments import (
+    Dropping,
+    KeyTiles,
+    QueryBlock,
+    StripGradient,
+)
+from triton_offset_bias.backends.triton.kernels.blocks import (
+    FAR_LEFT,
+    FAR_RIGHT,
+    NEAR,
+    REST,
+    edges_of,
+    far_offset,
+    head_of,
+    sequence_of,
+)
+from triton_offset_bias.backends.triton.kernels.scores import (
+    dropout_factors,
+    far_bias,
+    kept_keys,
+    load_rows,
+    of_sequence,
+    position_rows,
+    probabilities,
+    rows_of_head,
+    score_tile,
+    score_unit,
+    scoring_of,
+    shift_in_strip,
+    slope_weights,
+    strip_of_head,
+)
+from triton_offset_bias.backends.triton.kernels.tiles import (
+    add_elements,
+    load_tile,
+    product,
+    store_tile,
+    sum_diagonals,
+    tile_ptrs,
+    waited_for,
+)
+
+
+@triton.jit
+def sweep_keys(
+    dq, far_sum, queries, keys, scoring, dstrip, begin, end, dropping,
+    FORM: tl.constexpr, DBIAS: tl.constexpr, BLOCK: tl.constexpr, PART: tl.constexpr,
+):  # fmt: skip
+    """dQ of a block of queries from the keys [begin, end); near, their diagonals go to dstrip, else into far_sum."""
+    IS_NEAR: tl.constexpr = PART != FAR_LEFT and PART != FAR_RIGHT
+    EVEN_N: tl.constexpr = PART != REST
+    columns = -tl.arange(0, BLOCK).to(tl.int64)
+    unit = score_unit(scoring.scale_log2, FORM, IS_NEAR)
+    bias = far_bias(scoring, far_offset(scoring.bounds, PART), FORM, IS_NEAR)  # bits
+    previous = tl.zeros([BLOCK, BLOCK], tl.float32)
+    for start_n in range(begin, end, BLOCK):
+        start_n = tl.multiple_of(start_n, BLOCK)
+        offs_n = start_n + tl.arange(0, BLOCK)
+        shift = queries.start - start_n
+        if FORM.HAS_BIAS and not EVEN_N:
+            shift = shift_in_strip(shift, scoring.bounds)
+        step = start_n.to(tl.int64)
+        k_ptrs = keys.k_ptrs + step * keys.stride_k
+        k = load_tile(k_ptrs, offs_n, keys.length, EVEN_N, FORM.HEAD_DIM, FORM.BLOCK_D)  # (BLOCK, BLOCK_D)
+        v_ptrs = keys.v_ptrs + step * keys.stride_v
+        v = load_tile(v_ptrs, offs_n, keys.length, EVEN_N, FORM.HEAD_DIM_V, FORM.BLOCK_DV)  # (BLOCK, BLOCK_DV)
+        keep = kept_keys(keys.mask_ptr, offs_n, keys.length, FORM.HAS_MASK)[None, :]
+        if FORM.HAS_POSITIONS:
+            columns = -position_rows(keys.positions_ptr, offs_n, keys.length)
+        s = score_tile(
+            queries.q, k.T, scoring, shift, queries.rows, columns, keep, FORM, IS_NEAR, FORM.HAS_MASK or not EVEN_N
+        )  # (BLOCK, BLOCK)
+        p = probabilities(s, unit, bias, queries.stats.lse[:, None], queries.stats.log_sum[:, None], FORM, IS_NEAR)
+        dp = product(queries.dout, v.T, None, FORM.PRECISION)
+        if FORM.DROPOUT_ROUNDS > 0:
+            m, n = tl.arange(0, BLOCK)[:, None], tl.arange(0, BLOCK)[None, :]
+            dp *= dropout_factors(dropping, queries.start, start_n, m, n, FORM)
+        ds = p * (dp * queries.weights[:, None] - queries.stats.delta[:, None])
+        if DBIAS != "none" and not IS_NEAR:
+            far_sum += ds
+        elif DBIAS == "diagonals":
+            diagonals = sum_diagonals(previous, ds, BLOCK)
+            tl.atomic_add(dstrip.ptr + shift + tl.arange(0, BLOCK), diagonals, sem="relaxed")
+            previous = ds
+        elif DBIAS != "none":
+            offset = queries.rows[:, None] + columns[None, :]
+            if FORM.HAS_POSITIONS:
+                offset = tl.minimum(tl.maximum(offset, scoring.bounds.near_lo), scoring.bounds.near_hi)
+            else:
+                offset += shift
+            add_elements(dstrip.ptr + offset, ds, dstrip.fixed_unit, DBIAS)
+        dq = waited_for(product(ds.to(k.dtype), k, dq, FORM.PRECISION), FORM.WAIT)
+    if DBIAS == "diagonals" and IS_NEAR:
+        diagonals = sum_diagonals(previous, tl.zeros([BLOCK, BLOCK], tl.float32), BLOCK)
+        shift = shift_in_strip(queries.start - end + BLOCK, scoring.bounds) - BLOCK
+        tl.atomic_add(dstrip.ptr + shift + tl.arange(0, BLOCK), diagonals, sem="relaxed")
+    return dq, far_sum
+
+
+@triton.jit(do_not_specialize=["largest_dropped"])
+def dquery_kernel(
+    inputs, dout_ptr, row_ptrs, fixed_unit_ptr, dq_ptr, dstrip_ptr,
+    q_strides, k_strides, v_strides, dout_strides, dq_strides, shared_strides,
+    sizes, bounds, scale, scale_log2, largest_dropped, kept_scale,
+    FORM: tl.constexpr, LOOPS: tl.constexpr, HAS_DQ: tl.constexpr, DBIAS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):  # fmt: skip
+    """A block of queries of one head: dQ, and its part of dbias. Tensors as in forward_kernel, dout and dq as q.
+
+    DBIAS: "none" | "diagonals", BLOCK atomic adds a near tile | "elements", one for every score | "fixed", the same in
+    int64 that count 1 / fixed_unit, whose sum has no order.
+    """
+    BLOCK_D: tl.constexpr = FORM.BLOCK_D
+    num_blocks = tl.cdiv(sizes.len_q, BLOCK)
+    start_m = (num_blocks - 1 - tl.program_id(0) % num_blocks) * BLOCK
+    head = head_of(tl.program_id(0) // num_blocks, sizes.num_heads)
+    offs_m = start_m + tl.arange(0, BLOCK)
+    offs_n = tl.arange(0, BLOCK)
+    row = head.index.to(tl.int64) * sizes.rows_q
+    sequence = sequence_of(inputs, head.b, sizes, bounds, FORM)
+    len_k = sequence.len_k
+    if FORM.IS_PACKED:
+        row = head.h * sizes.rows_q + sequence.first_q
+        len_k = tl.where(start_m < sequence.len_q, len_k, 0)
+    h_kv = head.h // sizes.group
+    q_ptr = inputs.q + (head.b * q_strides.b + head.h * q_strides.h + sequence.first_q * q_strides.row)
+    k_ptr = inputs.k + (head.b * k_strides.b + h_kv * k_strides.h + sequence.first_k * k_strides.row)
+    v_ptr = inputs.v + (head.b * v_strides.b + h_kv * v_strides.h + sequence.first_k * v_strides.row)
+    dout_ptr += head.b * dout_strides.b + head.h * dout_strides.h + sequence.first_q * dout_strides.row
+    scoring = scoring_of(inputs, head.b, head.h, shared_strides, sequence.bounds, scale_log2, FORM)
+    dstrip_ptr = strip_of_head(dstrip_ptr, head.b, head.h, shared_strides, sequence.bounds.zero, DBIAS != "none")
+    rows = tl.arange(0, BLOCK).to(tl.int64)
+    if FORM.HAS_POSITIONS:
+        positions_ptr = inputs.query_positions + head.b * shared_strides.query_positions_b
+        rows = position_rows(positions_ptr, offs_m, sequence.len_q)
+    keys = KeyTiles(
+        tile_ptrs(k_ptr, offs_n, k_strides.row, k_strides.d, FORM.BLOCK_D),
+        tile_ptrs(v_ptr, offs_n, v_strides.row, v_strides.d, FORM.BLOCK_DV),
+        k_strides.row,
+        v_strides.row,
+        of_sequence(inputs.key_mask, head.b * len_k, FORM.HAS_MASK),
+        of_sequence(inputs.key_positions, head.b * shared_strides.key_positions_b, FORM.HAS_POSITIONS),
+        len_k,
+    )
+    q_ptrs = tile_ptrs(q_ptr, offs_m, q_strides.row, q_strides.d, FORM.BLOCK_D)
+    dout_ptrs = tile_ptrs(dout_ptr, offs_m, dout_strides.row, dout_strides.d, FORM.BLOCK_DV)
+    q = load_tile(q_ptrs, offs_m, sequence.len_q, False, FORM.HEAD_DIM, FORM.BLOCK_D)  # (BLOCK, BLOCK_D)
+    dout = load_tile(dout_ptrs, offs_m, sequence.len_q, False, FORM.HEAD_DIM_V, FORM.BLOCK_DV)  # (BLOCK, BLOCK_DV)
+    stats = load_rows(rows_of_head(row_ptrs, row), offs_m, sequence.len_q, False, FORM)
+    queries = QueryBlock(q, dout, rows, stats, slope_weights(stats, FORM), start_m)
+    dq = tl.zeros([BLOCK, BLOCK_D], tl.float32)
+    seed = tl.load(inputs.seed) if FORM.DROPOUT_ROUNDS > 0 else 0
+    dropping = Dropping(seed, head.index, largest_dropped, kept_scale)
+    dstrip = StripGradient(dstrip_ptr, tl.load(fixed_unit_ptr) if DBIAS == "fixed" else 0.0)
+    edges = edges_of(start_m, len_k, sequence.bounds, BLOCK, BLOCK, FORM)
+    for part in tl.static_range(4):
+        if LOOPS[part]:
+            far_sum = tl.zeros([BLOCK, BLOCK], tl.float32)  # a sum for every element: no exchange between threads
+            dq, far_sum = sweep_keys(
+                dq, far_sum, queries, keys, scoring, dstrip, edges[part], edges[part + 1], dropping,
+                FORM, DBIAS, BLOCK, part,
+            )  # fmt: skip
+            if DBIAS != "none" and (part != NEAR and part != REST):
+                far_ptr = dstrip.ptr + far_offset(sequence.bounds, part)
+                tl.atomic_add(far_ptr, tl.sum(tl.sum(far_sum, 1), 0), sem="relaxed")
+
+    if HAS_DQ:
+        dq_ptr += head.b * dq_strides.b + head.h * dq_strides.h + sequence.first_q * dq_strides.row
+        dq_ptrs = tile_ptrs(dq_ptr, offs_m, dq_strides.row, dq_strides.d, FORM.BLOCK_D)
+        store_tile(dq_ptrs, dq * scale, offs_m, sequence.len_q, FORM.HEAD_DIM, FORM.BLOCK_D)

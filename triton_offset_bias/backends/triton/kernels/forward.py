@@ -1,0 +1,157 @@
+"""The forward pass: for each block of queries, one sweep over the keys with a running softmax.
+
+    S = scale Q K^T + bias      m = max S      l = sum exp(S - m)      O = exp(S - m) V / l      lse = m + log l
+
+Dropout multiplies exp(S - m) by Z on its way to V. FlashAttention-2 (Dao 2023, arXiv:2307.08691), algorithm 1, with
+exponentials of base 2.
+"""
+
+import triton
+import triton.language as tl
+
+from triton_offset_bias.backends.triton.kernels.arguments import Dropping, KeyTiles
+from triton_offset_bias.backends.triton.kernels.blocks import (
+    FAR_LEFT,
+    FAR_RIGHT,
+    REST,
+    edges_of,
+    far_offset,
+    head_of,
+    sequence_of,
+)
+from triton_offset_bias.backends.triton.kernels.scores import (
+    LN_2,
+    NO_SCORE,
+    dropout_factors,
+    far_bias,
+    kept_keys,
+    of_sequence,
+    position_rows,
+    rounded_scores,
+    score_tile,
+    score_unit,
+    scoring_of,
+    shift_in_strip,
+)
+from triton_offset_bias.backends.triton.kernels.tiles import load_tile, product, store_tile, tile_ptrs, waited_for
+
+
+@triton.jit
+def attend(
+    acc, l_i, m_i, q, rows, keys, scoring, begin, end, start_m, dropping,
+    FORM: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, PART: tl.constexpr,
+):  # fmt: skip
+    """Adds the keys [begin, end) of one part to the running softmax.
+
+    rows: (BLOCK_M,) int64, the queries' positions, or their distances from the query at start_m. `acc` is not yet
+    multiplied by what dropout multiplies kept weights with.
+    """
+    IS_NEAR: tl.constexpr = PART != FAR_LEFT and PART != FAR_RIGHT
+    EVEN_N: tl.constexpr = PART != REST
+    columns = -tl.arange(0, BLOCK_N).to(tl.int64)
+    unit = score_unit(scoring.scale_log2, FORM, IS_NEAR)
+    bias = far_bias(scoring, far_offset(scoring.bounds, PART), FORM, IS_NEAR)  # bits
+    for start_n in range(begin, end, BLOCK_N):
+        start_n = tl.multiple_of(start_n, BLOCK_N)
+        offs_n = start_n + tl.arange(0, BLOCK_N)
+        step = start_n.to(tl.int64)
+        k_ptrs = keys.k_ptrs + step * keys.stride_k
+        k = load_tile(k_ptrs, offs_n, keys.length, EVEN_N, FORM.HEAD_DIM, FORM.BLOCK_D)  # (BLOCK_N, BLOCK_D)
+        keep = kept_keys(keys.mask_ptr, offs_n, keys.length, FORM.HAS_MASK)[None, :]
+        if FORM.HAS_POSITIONS:
+            columns = -position_rows(keys.positions_ptr, offs_n, keys.length)
+        shift = start_m - start_n
+        if FORM.HAS_BIAS and not EVEN_N:
+            shift = shift_in_strip(shift, scoring.bounds)
+        s = score_tile(
+            q, k.T, scoring, shift, rows, columns, keep, FORM, IS_NEAR, FORM.HAS_MASK or not EVEN_N
+        )  # (BLOCK_M, BLOCK_N)
+        if q.dtype == tl.float32:
+            s = rounded_scores(s, unit, (tl.zeros_like(m_i) + bias)[:, None], FORM, IS_NEAR)
+            m_new = tl.maximum(m_i, tl.max(s, 1))
+            p = tl.math.exp2(s - m_new[:, None])
+        else:
+            row_max = tl.max(s, 1) * unit
+            m_new = tl.maximum(m_i, row_max if IS_NEAR else row_max + bias)
+            p = tl.math.exp2(s * unit - (m_new if IS_NEAR else m_new - bias)[:, None])
+        alpha = tl.math.exp2(m_i - m_new)
+        l_i = l_i * alpha + tl.sum(p, 1)
+        acc = acc * alpha[:, None]
+        if FORM.DROPOUT_ROUNDS > 0:
+            m, n = tl.arange(0, BLOCK_M)[:, None], tl.arange(0, BLOCK_N)[None, :]
+            p *= dropout_factors(dropping, start_m, start_n, m, n, FORM)
+        v_ptrs = keys.v_ptrs + step * keys.stride_v
+        v = load_tile(v_ptrs, offs_n, keys.length, EVEN_N, FORM.HEAD_DIM_V, FORM.BLOCK_DV)  # (BLOCK_N, BLOCK_DV)
+        acc = waited_for(product(p.to(v.dtype), v, acc, FORM.PRECISION), FORM.WAIT)
+        m_i = m_new
+    return acc, l_i, m_i
+
+
+@triton.jit(do_not_specialize=["largest_dropped"])
+def forward_kernel(
+    inputs, outputs,
+    q_strides, k_strides, v_strides, out_strides, shared_strides,
+    sizes, bounds, scale_log2, largest_dropped, kept_scale,
+    FORM: tl.constexpr, LOOPS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """A block of queries of one head.
+
+    Packed, B is 1 for the tensors, whose rows hold sequences of up to len_q and len_k. The longest rows of causal
+    attention start first.
+    """
+    BLOCK_DV: tl.constexpr = FORM.BLOCK_DV
+    num_blocks = tl.cdiv(sizes.len_q, BLOCK_M)
+    block = num_blocks - 1 - tl.program_id(0) % num_blocks
+    head = head_of(tl.program_id(0) // num_blocks, sizes.num_heads)
+    start_m = block * BLOCK_M
+    offs_m = start_m + tl.arange(0, BLOCK_M)
+    offs_n = tl.arange(0, BLOCK_N)
+    row = head.index.to(tl.int64) * sizes.rows_q
+    sequence = sequence_of(inputs, head.b, sizes, bounds, FORM)
+    len_k = sequence.len_k
+    if FORM.IS_PACKED:
+        row = head.h * sizes.rows_q + sequence.first_q
+        len_k = tl.where(start_m < sequence.len_q, len_k, 0)
+    q_ptr = inputs.q + (head.b * q_strides.b + head.h * q_strides.h + sequence.first_q * q_strides.row)
+    k_ptr = inputs.k + (head.b * k_strides.b + head.h // sizes.group * k_strides.h + sequence.first_k * k_strides.row)
+    v_ptr = inputs.v + (head.b * v_strides.b + head.h // sizes.group * v_strides.h + sequence.first_k * v_strides.row)
+    keys = KeyTiles(
+        tile_ptrs(k_ptr, offs_n, k_strides.row, k_strides.d, FORM.BLOCK_D),
+        tile_ptrs(v_ptr, offs_n, v_strides.row, v_strides.d, FORM.BLOCK_DV),
+        k_strides.row,
+        v_strides.row,
+        of_sequence(inputs.key_mask, head.b * len_k, FORM.HAS_MASK),
+        of_sequence(inputs.key_positions, head.b * shared_strides.key_positions_b, FORM.HAS_POSITIONS),
+        len_k,
+    )
+    scoring = scoring_of(inputs, head.b, head.h, shared_strides, sequence.bounds, scale_log2, FORM)
+    rows = tl.arange(0, BLOCK_M).to(tl.int64)
+    if FORM.HAS_POSITIONS:
+        rows = position_rows(inputs.query_positions + head.b * shared_strides.query_positions_b, offs_m, sequence.len_q)
+    q_ptrs = tile_ptrs(q_ptr, offs_m, q_strides.row, q_strides.d, FORM.BLOCK_D)
+    q = load_tile(q_ptrs, offs_m, sequence.len_q, False, FORM.HEAD_DIM, FORM.BLOCK_D)  # (BLOCK_M, BLOCK_D)
+    m_i = tl.full([BLOCK_M], NO_SCORE, tl.float32)  # bits
+    l_i = tl.zeros([BLOCK_M], tl.float32)
+    acc = tl.zeros([BLOCK_M, BLOCK_DV], tl.float32)
+    seed = tl.load(inputs.seed) if FORM.DROPOUT_ROUNDS > 0 else 0
+    dropping = Dropping(seed, head.index, largest_dropped, 1.0)
+    edges = edges_of(start_m, len_k, sequence.bounds, BLOCK_M, BLOCK_N, FORM)
+    for part in tl.static_range(4):
+        if LOOPS[part]:
+            acc, l_i, m_i = attend(
+                acc, l_i, m_i, q, rows, keys, scoring, edges[part], edges[part + 1], start_m, dropping,
+                FORM, BLOCK_M, BLOCK_N, part,
+            )  # fmt: skip
+
+    is_empty = l_i == 0.0
+    acc = tl.where(is_empty[:, None], 0.0, acc / tl.where(is_empty, 1.0, l_i)[:, None])
+    if FORM.DROPOUT_ROUNDS > 0:
+        acc *= kept_scale
+    out_ptr = outputs.out + (head.b * out_strides.b + head.h * out_strides.h + sequence.first_q * out_strides.row)
+    out_ptrs = tile_ptrs(out_ptr, offs_m, out_strides.row, out_strides.d, FORM.BLOCK_DV)
+    store_tile(out_ptrs, acc, offs_m, sequence.len_q, FORM.HEAD_DIM_V, FORM.BLOCK_DV)
+    mask_m = offs_m < sequence.len_q
+    tl.store(outputs.row_max + row + offs_m, m_i, mask=mask_m)
+    tl.store(outputs.row_sum + row + offs_m, l_i, mask=mask_m)
+    lse = (m_i + tl.math.log2(tl.where(is_empty, 1.0, l_i))) * LN_2
+    tl.store(outputs.lse + row + offs_m, tl.where(is_empty, float("-inf"), lse), mask=mask_m)

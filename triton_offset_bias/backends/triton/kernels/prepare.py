@@ -1,0 +1,65 @@
+"""What the backward pass wants to know of every row, before its sweeps: one small kernel.
+
+delta = <dO, O> - dlse
+"""
+
+import triton
+import triton.language as tl
+
+from triton_offset_bias.backends.triton.kernels.blocks import head_of
+from triton_offset_bias.backends.triton.kernels.tiles import load_tile, store_tile, tile_ptrs
+
+# The weights of a row sum to 1 within so much if it has one key: a score times its unit is rounded in one place, and
+# fused with a subtraction in another. The second is for each bit of the row's maximum.
+ONE_KEY = tl.constexpr(2.0**-15)
+ONE_KEY_PER_BIT = tl.constexpr(2.0**-22)
+
+
+@triton.jit
+def prepare_kernel(
+    out_ptr, dout_ptr, dlse_ptr, row_max_ptr, row_sum_ptr,
+    rows, clean_dout_ptr,
+    out_strides, dout_strides, clean_strides,
+    num_heads, rows_q,
+    HEAD_DIM_V: tl.constexpr, BLOCK_DV: tl.constexpr, HAS_DLSE: tl.constexpr, CLEAN_DOUT: tl.constexpr,
+    SPLIT_LSE: tl.constexpr, BLOCK_M: tl.constexpr,
+):  # fmt: skip
+    """The numbers of `rows`: delta, and the log-sum-exp, +inf for a row that attends to nothing: its P and dS are 0.
+
+    A row whose weight lies on one key, but for ONE_KEY, has dS = P dlse: its delta is without <dO, O>, and a mark tells
+    the sweeps to leave dP out (`scores.slope_weights`). Keys that are dropped so weigh less than 16-bit numbers round.
+    SPLIT_LSE: rows.lse holds the maximum alone, and log_sum the rest, which float32 would lose in adding them.
+    CLEAN_DOUT: clean_dout becomes dO with 0 in those rows, where a loss may well have no finite slope.
+    """
+    num_blocks = tl.cdiv(rows_q, BLOCK_M)
+    head = head_of(tl.program_id(0) // num_blocks, num_heads)
+    offs_m = tl.program_id(0) % num_blocks * BLOCK_M + tl.arange(0, BLOCK_M)
+    mask_m = offs_m < rows_q
+    out_ptr += head.b * out_strides.b + head.h * out_strides.h
+    dout_ptr += head.b * dout_strides.b + head.h * dout_strides.h
+    out_ptrs = tile_ptrs(out_ptr, offs_m, out_strides.row, out_strides.d, BLOCK_DV)
+    dout_ptrs = tile_ptrs(dout_ptr, offs_m, dout_strides.row, dout_strides.d, BLOCK_DV)
+    out = load_tile(out_ptrs, offs_m, rows_q, False, HEAD_DIM_V, BLOCK_DV).to(tl.float32)  # (BLOCK_M, BLOCK_DV)
+    dout = load_tile(dout_ptrs, offs_m, rows_q, False, HEAD_DIM_V, BLOCK_DV).to(tl.float32)
+    row = head.index.to(tl.int64) * rows_q + offs_m
+    row_sum = tl.load(row_sum_ptr + row, mask=mask_m, other=0.0)
+    is_empty = row_sum == 0.0
+    dout = tl.where(is_empty[:, None], 0.0, dout)
+    log_sum = tl.math.log2(tl.where(is_empty, 1.0, row_sum))
+    lse_bits = tl.load(row_max_ptr + row, mask=mask_m, other=0.0)
+    if SPLIT_LSE:
+        has_one_key = log_sum == 0.0
+        tl.store(rows.log_sum + row, log_sum, mask=mask_m)
+    else:
+        has_one_key = tl.abs(row_sum - 1.0) <= ONE_KEY + ONE_KEY_PER_BIT * tl.abs(lse_bits)
+        bits = (lse_bits + log_sum).to(tl.int32, bitcast=True)
+        lse_bits = tl.where(has_one_key, bits & -2, bits | 1).to(tl.float32, bitcast=True)
+    delta = tl.where(has_one_key, 0.0, tl.sum(out * dout, 1))
+    if HAS_DLSE:
+        delta -= tl.load(dlse_ptr + row, mask=mask_m, other=0.0)
+    tl.store(rows.lse + row, tl.where(is_empty, float("inf"), lse_bits), mask=mask_m)
+    tl.store(rows.delta + row, tl.where(is_empty, 0.0, delta), mask=mask_m)
+    if CLEAN_DOUT:
+        clean_dout_ptr += head.b * clean_strides.b + head.h * clean_strides.h
+        clean_ptrs = tile_ptrs(clean_dout_ptr, offs_m, clean_strides.row, clean_strides.d, BLOCK_DV)
+        store_tile(clean_ptrs, dout, offs_m, rows_q, HEAD_DIM_V, BLOCK_DV)
