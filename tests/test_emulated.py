@@ -148,16 +148,21 @@ def test_tuning_picks_the_cheapest_configuration_and_changes_no_result(monkeypat
     launch._tuned.cache_clear()
     call = build(case)
     assert_matches_oracle(call, results_of(call, "triton"))
-    for kernel, others in ((forward_kernel, "len_k"), (dquery_kernel, "len_k"), (dkey_dvalue_kernel, "len_q")):
-        tuned = launch._tuned(kernel, others)
+    tuned_kernels = (
+        (forward_kernel, "len_k", None),
+        (dquery_kernel, "len_k", "dstrip_ptr"),
+        (dkey_dvalue_kernel, "len_q", None),
+    )
+    for arguments in tuned_kernels:
+        tuned = launch._tuned(*arguments)
         timings = tuned.configs_timings
         assert len(timings) == len(square)
         best = tuned.best_config
         assert timings[best] == min(timings.values())
     assert list(tmp_path.rglob("*.autotune.json"))
-    best = launch._tuned(forward_kernel, "len_k").best_config
+    best = launch._tuned(*tuned_kernels[0]).best_config
     launch._tuned.cache_clear()  # as in another process, which finds the results on disk
     monkeypatch.setattr(triton.runtime.Autotuner, "_bench", None)
     assert_matches_oracle(call, results_of(call, "triton"))
-    assert launch._tuned(forward_kernel, "len_k").best_config == best
+    assert launch._tuned(*tuned_kernels[0]).best_config == best
     launch._tuned.cache_clear()

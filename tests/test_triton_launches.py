@@ -29,9 +29,9 @@ def test_only_what_is_asked_for_is_launched(monkeypatch, needed, options, expect
     """By the kernels' names, and how the dQ kernel adds up the table's gradient."""
     launched = {}
 
-    def record(kernel, config, blocks, others, arguments, constants):
+    def record(kernel, config, blocks, others, arguments, constants, **named):
         launched[kernel.__name__.removesuffix("_kernel")] = constants.get("DBIAS")
-        return launch(kernel, config, blocks, others, arguments, constants)
+        return launch(kernel, config, blocks, others, arguments, constants, **named)
 
     call = build(Case("launches", (40, 40), columns=9))
     for name in ("q", "k", "v", "bias"):

@@ -11,9 +11,12 @@ from triton_offset_bias.backends.triton.call import Call
 class DbiasSum:
     """The strip's gradient while it is summed by atomic adds.
 
-    A deterministic sum of gathered biases is one of integers, which has no order: dS counts 1 / unit, a power of two
-    for which no sum of |dS| overflows, and still far finer than float32. For |dS| <= P (|dP| + |delta|), where |dP| is
-    at most Z times the norms of dO's and V's rows, and the rows of P sum to 1.
+    A deterministic sum of gathered biases is a sum of integers, which has no order: dS counts 1 / unit, a power of two.
+
+    No sum may pass 2^63. |dS| <= P (|dP| + |delta|). By Cauchy-Schwarz |dP| <= Z |dO| |V|, with the largest norms of
+    rows; delta = sum of P dP - dlse, so |delta| <= Z |dO| |V| + |dlse|. The rows of P sum to 1. So the sum of |dS| over
+    a row is at most 2 Z |dO| |V| + |dlse|, and over all rows as many times that; 2.1 leaves room for rounding. The
+    largest power of two below 2^61 over this bound is the unit. It is far finer than float32 of the same sum.
 
     Attributes:
         how: the kernel's DBIAS.

@@ -24,6 +24,7 @@ def run_kernel(
     others: str,
     arguments: tuple[Any, ...],
     constants: dict[str, Any],
+    added_to: str | None = None,
 ) -> None:
     """One program for each block of rows of each head.
 
@@ -34,6 +35,7 @@ def run_kernel(
         others: the size that a program loops over, in tiles that may leave a rest: "len_q" | "len_k".
         arguments: by position, one of them `Sizes`.
         constants: the kernel's other constants, `FORM` and `LOOPS` among them.
+        added_to: the name of the argument that the kernel adds to, if it does: tuning runs it several times.
     """
     heads, rows, axis = blocks
 
@@ -41,7 +43,7 @@ def run_kernel(
         return (heads * -(-rows // meta[axis]),)
 
     if os.environ.get(AUTOTUNE_VARIABLE) == "1" and _name(kernel) in configs.CANDIDATES:
-        _tuned(kernel, others)[grid](*arguments, **constants, enable_fp_fusion=True)
+        _tuned(kernel, others, added_to)[grid](*arguments, **constants, enable_fp_fusion=True)
     else:
         sizes = {name: config.sizes[name] for name in configs.BLOCKS if name in kernel.arg_names}
         named = {**dict(zip(kernel.arg_names, arguments, strict=False)), **constants, **sizes}
@@ -61,7 +63,7 @@ def _name(kernel: Any) -> str:
 
 
 @functools.cache
-def _tuned(kernel: Any, others: str) -> Any:
+def _tuned(kernel: Any, others: str, added_to: str | None) -> Any:
     """The kernel, with its BLOCK_*, warps and stages measured."""
     blocks = [name for name in configs.BLOCKS if name in kernel.arg_names]
     candidates = [
@@ -71,9 +73,8 @@ def _tuned(kernel: Any, others: str) -> Any:
         for config in configs.CANDIDATES[_name(kernel)]
     ]
     key = [constant for constant in kernel.arg_names if constant.isupper() and constant not in configs.BLOCKS]
-    written = "dstrip_ptr" if "dstrip_ptr" in kernel.arg_names else None
     rules = {"LOOPS": functools.partial(_loops, others=others)}
-    hook = None if written is None else functools.partial(_forget, written)
+    hook = None if added_to is None else functools.partial(_forget, added_to)
     tuner = triton.autotune(candidates, key, pre_hook=hook, cache_results=True)(triton.heuristics(rules)(kernel))
     look_up = tuner.check_disk_cache
 
@@ -94,7 +95,7 @@ def _plain(x: Any) -> Any:
     return tuple(member.value for member in x) if isinstance(x, Form | Loops) else x
 
 
-def _forget(written: str, arguments: dict[str, Any], reset_only: bool = False) -> None:
+def _forget(added_to: str, arguments: dict[str, Any], reset_only: bool = False) -> None:
     """Before each run of a candidate: what the last one has added up goes."""
-    if arguments.get(written) is not None:
-        arguments[written].zero_()
+    if arguments.get(added_to) is not None:
+        arguments[added_to].zero_()

@@ -133,7 +133,7 @@ def _launch_dquery(call: Call, dout: Tensor, rows: Rows, dquery: Tensor | None, 
     outputs = {"HAS_DQ": dquery is not None, "DBIAS": "none" if added is None else added.how}
     constants = {"FORM": call.form, "LOOPS": call.loops, **outputs}
     blocks = (call.batch * call.num_heads, call.len_q, "BLOCK")
-    run_kernel(dquery_kernel, config, blocks, "len_k", arguments, constants)
+    run_kernel(dquery_kernel, config, blocks, "len_k", arguments, constants, added_to="dstrip_ptr")
     if dquery is not None and call.query_factor != 1.0:
         dquery.mul_(call.query_factor)
 

@@ -15,7 +15,6 @@ import triton.language as tl
 
 from triton_offset_bias.backends.triton.kernels.arguments import (
     Dropping,
-    KeyTiles,
     QueryBlock,
     StripGradient,
 )
@@ -33,8 +32,8 @@ from triton_offset_bias.backends.triton.kernels.scores import (
     dropout_factors,
     far_bias,
     kept_keys,
+    key_tiles,
     load_rows,
-    of_sequence,
     position_rows,
     probabilities,
     rows_of_head,
@@ -137,10 +136,7 @@ def dquery_kernel(
     if FORM.IS_PACKED:
         row = head.h * sizes.rows_q + sequence.first_q
         len_k = tl.where(start_m < sequence.len_q, len_k, 0)
-    h_kv = head.h // sizes.group
     q_ptr = inputs.q + (head.b * q_strides.b + head.h * q_strides.h + sequence.first_q * q_strides.row)
-    k_ptr = inputs.k + (head.b * k_strides.b + h_kv * k_strides.h + sequence.first_k * k_strides.row)
-    v_ptr = inputs.v + (head.b * v_strides.b + h_kv * v_strides.h + sequence.first_k * v_strides.row)
     dout_ptr += head.b * dout_strides.b + head.h * dout_strides.h + sequence.first_q * dout_strides.row
     scoring = scoring_of(inputs, head.b, head.h, shared_strides, sequence.bounds, scale_log2, FORM)
     dstrip_ptr = strip_of_head(dstrip_ptr, head.b, head.h, shared_strides, sequence.bounds.zero, DBIAS != "none")
@@ -148,14 +144,8 @@ def dquery_kernel(
     if FORM.HAS_POSITIONS:
         positions_ptr = inputs.query_positions + head.b * shared_strides.query_positions_b
         rows = position_rows(positions_ptr, offs_m, sequence.len_q)
-    keys = KeyTiles(
-        tile_ptrs(k_ptr, offs_n, k_strides.row, k_strides.d, FORM.BLOCK_D),
-        tile_ptrs(v_ptr, offs_n, v_strides.row, v_strides.d, FORM.BLOCK_DV),
-        k_strides.row,
-        v_strides.row,
-        of_sequence(inputs.key_mask, head.b * len_k, FORM.HAS_MASK),
-        of_sequence(inputs.key_positions, head.b * shared_strides.key_positions_b, FORM.HAS_POSITIONS),
-        len_k,
+    keys = key_tiles(
+        inputs, sequence, len_k, head.b, head.h // sizes.group, offs_n, k_strides, v_strides, shared_strides, FORM
     )
     q_ptrs = tile_ptrs(q_ptr, offs_m, q_strides.row, q_strides.d, FORM.BLOCK_D)
     dout_ptrs = tile_ptrs(dout_ptr, offs_m, dout_strides.row, dout_strides.d, FORM.BLOCK_DV)

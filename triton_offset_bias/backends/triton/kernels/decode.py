@@ -9,13 +9,13 @@ share a key head are rows of one block, so that keys and values are read once.
 import triton
 import triton.language as tl
 
-from triton_offset_bias.backends.triton.kernels.arguments import Dropping, KeyTiles
+from triton_offset_bias.backends.triton.kernels.arguments import Dropping
 from triton_offset_bias.backends.triton.kernels.blocks import edges_of, head_of, sequence_of, sequence_rows
 from triton_offset_bias.backends.triton.kernels.forward import attend
 from triton_offset_bias.backends.triton.kernels.scores import (
     LN_2,
     NO_SCORE,
-    of_sequence,
+    key_tiles,
     position_rows,
     scoring_of,
 )
@@ -40,17 +40,7 @@ def decode_kernel(
     part_rows = ((split * batch + b) * sizes.num_heads + h) * sizes.len_q + offs_m
     sequence = sequence_of(inputs, b, sizes, bounds, FORM)
     offs_n = tl.arange(0, BLOCK_N)
-    k_ptr = inputs.k + (b * k_strides.b + head_kv.h * k_strides.h + sequence.first_k * k_strides.row)
-    v_ptr = inputs.v + (b * v_strides.b + head_kv.h * v_strides.h + sequence.first_k * v_strides.row)
-    keys = KeyTiles(
-        tile_ptrs(k_ptr, offs_n, k_strides.row, k_strides.d, FORM.BLOCK_D),
-        tile_ptrs(v_ptr, offs_n, v_strides.row, v_strides.d, FORM.BLOCK_DV),
-        k_strides.row,
-        v_strides.row,
-        of_sequence(inputs.key_mask, b * sizes.len_k, FORM.HAS_MASK),
-        of_sequence(inputs.key_positions, b * shared_strides.key_positions_b, FORM.HAS_POSITIONS),
-        sequence.len_k,
-    )
+    keys = key_tiles(inputs, sequence, sequence.len_k, b, head_kv.h, offs_n, k_strides, v_strides, shared_strides, FORM)
     scoring = scoring_of(inputs, b, h, shared_strides, sequence.bounds, scale_log2, FORM)  # of each row
     rows = offs_m.to(tl.int64)
     if FORM.HAS_POSITIONS:

@@ -9,7 +9,7 @@ exponentials of base 2.
 import triton
 import triton.language as tl
 
-from triton_offset_bias.backends.triton.kernels.arguments import Dropping, KeyTiles
+from triton_offset_bias.backends.triton.kernels.arguments import Dropping
 from triton_offset_bias.backends.triton.kernels.blocks import (
     FAR_LEFT,
     FAR_RIGHT,
@@ -25,7 +25,7 @@ from triton_offset_bias.backends.triton.kernels.scores import (
     dropout_factors,
     far_bias,
     kept_keys,
-    of_sequence,
+    key_tiles,
     position_rows,
     rounded_scores,
     score_tile,
@@ -113,16 +113,8 @@ def forward_kernel(
         row = head.h * sizes.rows_q + sequence.first_q
         len_k = tl.where(start_m < sequence.len_q, len_k, 0)
     q_ptr = inputs.q + (head.b * q_strides.b + head.h * q_strides.h + sequence.first_q * q_strides.row)
-    k_ptr = inputs.k + (head.b * k_strides.b + head.h // sizes.group * k_strides.h + sequence.first_k * k_strides.row)
-    v_ptr = inputs.v + (head.b * v_strides.b + head.h // sizes.group * v_strides.h + sequence.first_k * v_strides.row)
-    keys = KeyTiles(
-        tile_ptrs(k_ptr, offs_n, k_strides.row, k_strides.d, FORM.BLOCK_D),
-        tile_ptrs(v_ptr, offs_n, v_strides.row, v_strides.d, FORM.BLOCK_DV),
-        k_strides.row,
-        v_strides.row,
-        of_sequence(inputs.key_mask, head.b * len_k, FORM.HAS_MASK),
-        of_sequence(inputs.key_positions, head.b * shared_strides.key_positions_b, FORM.HAS_POSITIONS),
-        len_k,
+    keys = key_tiles(
+        inputs, sequence, len_k, head.b, head.h // sizes.group, offs_n, k_strides, v_strides, shared_strides, FORM
     )
     scoring = scoring_of(inputs, head.b, head.h, shared_strides, sequence.bounds, scale_log2, FORM)
     rows = tl.arange(0, BLOCK_M).to(tl.int64)

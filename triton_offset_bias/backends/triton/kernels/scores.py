@@ -15,8 +15,8 @@ product starts from, which costs nothing more. Else the strip is in bits (bias t
 import triton
 import triton.language as tl
 
-from triton_offset_bias.backends.triton.kernels.arguments import Rows, Scoring
-from triton_offset_bias.backends.triton.kernels.tiles import product, started_from
+from triton_offset_bias.backends.triton.kernels.arguments import KeyTiles, Rows, Scoring
+from triton_offset_bias.backends.triton.kernels.tiles import product, started_from, tile_ptrs
 
 LN_2 = tl.constexpr(0.6931471805599453)
 LARGEST_BLOCK = tl.constexpr(128)
@@ -181,6 +181,24 @@ def slope_weights(stats, FORM: tl.constexpr):
         return tl.where(stats.log_sum == 0.0, 0.0, 1.0)
     else:
         return tl.where((stats.lse.to(tl.int32, bitcast=True) & 1) == 0, 0.0, 1.0)
+
+
+@triton.jit
+def key_tiles(
+    inputs, sequence, length, b, h_kv, offs_n, k_strides, v_strides, shared_strides, FORM: tl.constexpr
+):  # fmt: skip
+    """The first `length` keys of a sequence and key head; the first tile has the keys `offs_n`."""
+    k_ptr = inputs.k + (b * k_strides.b + h_kv * k_strides.h + sequence.first_k * k_strides.row)
+    v_ptr = inputs.v + (b * v_strides.b + h_kv * v_strides.h + sequence.first_k * v_strides.row)
+    return KeyTiles(
+        tile_ptrs(k_ptr, offs_n, k_strides.row, k_strides.d, FORM.BLOCK_D),
+        tile_ptrs(v_ptr, offs_n, v_strides.row, v_strides.d, FORM.BLOCK_DV),
+        k_strides.row,
+        v_strides.row,
+        of_sequence(inputs.key_mask, b * length, FORM.HAS_MASK),
+        of_sequence(inputs.key_positions, b * shared_strides.key_positions_b, FORM.HAS_POSITIONS),
+        length,
+    )
 
 
 @triton.jit
