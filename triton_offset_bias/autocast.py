@@ -1,4 +1,4 @@
-"""Whether a type of device has autocast, asked so that `torch.compile` can trace it."""
+"""A question about autocast that `torch.compile` can trace."""
 
 import torch
 

@@ -1,12 +1,12 @@
-"""Which attention weights are dropped: a function of the seed and of a weight's place alone, the same on all backends.
+"""Dropout's choice of weights: a function of the seed and of a weight's place alone, the same on all backends.
 
 The weight of query i and key j, in head h of H of sequence b, has 32 random bits:
 
     word 2 (i / 8 % 2) + (j / 8 % 2) of the four of Philox4x32-7, with the seed as its key and the counter
     (i / 16 * 8 + i % 8, j / 16 * 8 + j % 8, b H + h, 0)        (integer divisions)
 
-It is dropped where they are at most `largest_dropped(p)`. One Philox thus serves the four weights whose places differ
-in bit 3, which a GPU's matrix layouts and a CPU's vectors keep together.
+The weight is dropped where its bits are at most `largest_dropped(p)`. One Philox thus serves the four weights whose
+places differ in bit 3, which a GPU's matrix layouts and a CPU's vectors keep together.
 
 Salmon, Moraes, Dror, Shaw 2011, "Parallel random numbers: as easy as 1, 2, 3": seven rounds pass all of its tests.
 """
@@ -23,24 +23,24 @@ _WORD = 0xFFFFFFFF
 
 
 def new_seed(device: torch.device) -> Tensor:
-    """A seed from torch's generator of the device: () int64. No wait for the device."""
+    """A seed from torch's generator of the device, () int64, without waiting for the device."""
     return torch.randint(-(2**63), 2**63 - 1, (), dtype=torch.int64, device=device)
 
 
 def largest_dropped(dropout_p: float) -> int:
-    """A weight is dropped where its 32 bits are at most this; `dropout_p` is above 0."""
+    """The largest 32 bits with which a weight is dropped; `dropout_p` is above 0."""
     return max(math.ceil(dropout_p * 2**32) - 1, 0)
 
 
 def kept_scale(dropout_p: float) -> float:
-    """What the kept weights are multiplied with, so that the expected output stays the same."""
+    """The factor on the kept weights, with which the expected output stays the same."""
     return 0.0 if dropout_p == 1.0 else 1.0 / (1.0 - dropout_p)
 
 
 def kept(
     seed: Tensor, dropout_p: float, sequence: int, num_sequences: int, heads: int, len_q: int, len_k: int
 ) -> Tensor:
-    """Which weights stay of the sequences from `sequence` on: (num_sequences, heads, len_q, len_k) bool."""
+    """True where a weight is kept: (num_sequences, heads, len_q, len_k) bool, for the sequences from `sequence` on."""
     device = seed.device
     blocks_q, blocks_k = -(-len_q // 16), -(-len_k // 16)
     row = torch.arange(8 * blocks_q, device=device).view(-1, 1)
@@ -53,7 +53,7 @@ def kept(
 
 
 def _philox(seed: Tensor, *counter: Tensor) -> tuple[Tensor, ...]:
-    """Four words, in int64, of every counter of three words."""
+    """The four random words, in int64, for every counter of three words."""
     key_0, key_1 = seed & _WORD, (seed >> 32) & _WORD
     c0, c1, c2 = torch.broadcast_tensors(*counter)
     c3 = torch.zeros_like(c0)

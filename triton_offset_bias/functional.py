@@ -11,7 +11,7 @@ from triton_offset_bias.checks.call import Options, checked_attention, checked_v
 from triton_offset_bias.dispatch import select_backend
 
 
-# The keywords but `return_lse`, for the overloads alone, which would repeat all of them three times.
+# All keywords but `return_lse`. The overloads would otherwise repeat them three times.
 class _SharedOptions(Options, total=False):
     backend: str
 
@@ -65,10 +65,11 @@ def offset_bias_attention(
 
         S[b,h,i,j] = scale * <query[b,h,i], key[b,h,j]> + bias[h, offset]        out = softmax(S) @ value
 
-    A query with no key to attend to gives output 0, log-sum-exp -inf and zero gradients, whatever the incoming ones
-    are there. Elsewhere NaN and +inf are never hidden: a row whose attended scores hold one has a NaN output and
-    log-sum-exp, and a NaN or infinity in an attended value reaches the output; never another head or sequence. Keys and
-    values that are masked for a row must be finite, since 0 * NaN is NaN: whether theirs reach it is not specified.
+    A query with no key to attend to gives output 0, log-sum-exp -inf and zero gradients, whatever its incoming
+    gradients are. Elsewhere NaN and +inf are never hidden. A row with one of them among its attended scores has a NaN
+    output and log-sum-exp. A NaN or infinity in an attended value reaches the output. Neither reaches another head or
+    sequence. Keys and values that are masked for a row must be finite: as 0 * NaN is NaN, a NaN in them may reach the
+    row or not.
 
     Args:
         query: (B, Hq, Lq, D), float16, bfloat16, float32 or float64. Any strides.
@@ -83,19 +84,21 @@ def offset_bias_attention(
         enable_gqa: allow Hkv to be a divisor of Hq; head h of `query` then uses head ``h // (Hq // Hkv)`` of `key`.
         bias_origin: column of `bias` that holds offset 0; default ``(N - 1) // 2``, a symmetric table. May lie outside
             the table.
-        beyond: what offsets outside the table see: "clamp" its nearest end, "zero" no bias, "error" raises if any such
-            offset is attended to.
+        beyond: the bias of offsets outside the table: "clamp" takes the table's nearest end, "zero" no bias; "error"
+            raises if any such offset is attended to.
         query_start: position of query 0 counted from key 0; default ``Lk - Lq``: the last query is on the last key.
         window_size: (left, right): attend only where -right <= offset <= left; -1 is unlimited (as in flash-attn).
         key_padding_mask: (B, Lk) bool, True = attend.
-        query_positions: (Lq,) or (B, Lq) integers; offset is then ``query_positions[i] - key_positions[j]``. Then no
-            tile is skipped for causality or a window, but on a CPU that finds them contiguous; say ``query_start``.
+        query_positions: (Lq,) or (B, Lq) integers. The offset is then ``query_positions[i] - key_positions[j]``. With
+            positions a GPU computes every tile, also tiles that causality or a window masks as a whole. The CPU engine
+            skips such tiles if the positions are contiguous. For contiguous positions, pass ``query_start`` instead.
         key_positions: (Lk,) or (B, Lk) integers.
-        deterministic: bitwise equal gradients in repeated runs; None follows
-            ``torch.are_deterministic_algorithms_enabled()``. The CPU engine always is. On a GPU it costs two more
-            matrix products; without it the table's gradient, alone, may differ in rounding.
+        deterministic: bitwise equal gradients in repeated runs. None follows
+            ``torch.are_deterministic_algorithms_enabled()``. The CPU engine is always deterministic. On a GPU,
+            determinism costs two more matrix products in the backward pass. Without it the table's gradient may
+            differ from run to run by rounding; all other results are equal.
         return_lse: also return the log-sum-exp of every row of scores.
-        backend: "auto", "triton", "cpp" or "reference". A named backend serves the call or raises; it never falls back.
+        backend: "auto", "triton", "cpp" or "reference". A named backend serves the call or raises an error.
 
     Returns:
         The output, (B, Hq, Lq, Dv), in `query`'s dtype (the autocast dtype under autocast). With `return_lse` a pair:
@@ -190,9 +193,9 @@ def offset_bias_attention_varlen(
         cu_seqlens_q: (B + 1,) int32 or int64: 0, then the running sum of the sequences' query lengths.
         cu_seqlens_k: (B + 1,) int32 or int64: the same for keys.
         max_seqlen_q: the longest query length, or more: an int, or a tensor with one integer such as ``lengths.max()``.
-            The call reads a tensor's number: on a GPU it waits for the device, and under `torch.compile` the graph
-            breaks there, but with ``fullgraph=True`` or ``torch._dynamo.config.capture_scalar_outputs``.
-        max_seqlen_k: the longest key length, or more, likewise.
+            The call reads a tensor's number. On a GPU it waits for the device. Under `torch.compile` the graph breaks
+            there, unless ``fullgraph=True`` or ``torch._dynamo.config.capture_scalar_outputs`` is set.
+        max_seqlen_k: the longest key length, or more: an int or a tensor, as `max_seqlen_q`.
         return_lse: also return the log-sum-exp, (Hq, total_q).
 
     The other keywords are those of `offset_bias_attention`.
@@ -203,7 +206,7 @@ def offset_bias_attention_varlen(
     Raises:
         TypeError, ValueError, NotImplementedError: as in `offset_bias_attention`.
     """
-    # First: compiled code may break its graph there, and goes on with nothing but the caller's tensors.
+    # This comes first: compiled code may break its graph here, and goes on with nothing but the caller's tensors.
     longest_q, longest_k = checked_length("max_seqlen_q", max_seqlen_q), checked_length("max_seqlen_k", max_seqlen_k)
     query, key, value = with_autocast(query, key, value)
     problem = checked_varlen(

@@ -1,6 +1,6 @@
-"""`python -m triton_offset_bias.info`: every backend, what it serves, what it is built for, and why it cannot serve.
+"""`python -m triton_offset_bias.info`: a report of every backend: what it serves, its build, and why it cannot serve.
 
-With `--features`: a table of what every backend serves, on the machines it is made for.
+With `--features` it prints a table of what every backend serves on the machines that it is made for.
 """
 
 import argparse
@@ -29,7 +29,7 @@ def report() -> str:
 
 
 def features() -> str:
-    """What every backend serves, as a table of Markdown with a column for each backend."""
+    """A Markdown table of what every backend serves, with a column for each backend."""
     columns = {name: backend.PROPERTIES for name, backend in BACKENDS.items()}
     rows = [[key, *(column[key] for column in columns.values())] for key in next(iter(columns.values()))]
     header, *body = (f"| {' | '.join(row)} |" for row in (["", *(f"`{name}`" for name in columns)], *rows))

@@ -1,4 +1,4 @@
-"""What a backend is, and the one registry of backends.
+"""The contract of a backend, and the one registry of backends.
 
 A backend is a module, or a package, with the names of one of the protocols below; mypy compares them. It reads from a
 `Problem` what it needs, and imports no other backend. Lists of reasons hold one sentence fragment per reason, such as
@@ -24,7 +24,7 @@ class Backend(Protocol):
     PROPERTIES: dict[str, str]
 
     def build_description(self) -> str:
-        """What the backend is built for on this machine, for people."""
+        """A text for people: what the backend is built for on this machine."""
 
     def unavailable_reasons(self) -> list[str]:
         """Why the backend cannot serve any call on this machine."""
@@ -40,10 +40,11 @@ class FusedBackend(Backend, Protocol):
     """
 
     def forward(self, problem: Problem, out: Tensor, lse: Tensor, row_max: Tensor, row_sum: Tensor) -> None:
-        """Writes the output (B, Hq, Lq, Dv), and three numbers of every row, each (B, Hq, Lq).
+        """Writes the output (B, Hq, Lq, Dv), and three numbers for every row, each (B, Hq, Lq).
 
-        They are the log-sum-exp in nats, and two that `backward` is given again: the largest score in bits, counted
-        from a constant of the backend's choice, and the sum of ``2 ** (score - row_max)``. `out` may have strides.
+        `lse` is the log-sum-exp in nats. `row_max` is the largest score in bits, counted from a constant of the
+        backend's choice. `row_sum` is the sum of ``2 ** (score - row_max)``. `backward` gets the last two again.
+        `out` may have any strides.
         """
 
     def backward(
@@ -61,8 +62,8 @@ class FusedBackend(Backend, Protocol):
     ) -> Tensor | None:
         """Writes the gradients that are not None, and returns the table's gradient, or None where it is not needed.
 
-        `row_max`, `row_sum` and `dlse` are contiguous; all other tensors may have any strides. The rows' tensors may
-        come from more keys than `problem` holds.
+        `row_max`, `row_sum` and `dlse` are contiguous; all other tensors may have any strides. `out`, `row_max` and
+        `row_sum` may come from a call with more keys than `problem` holds.
         """
 
 
@@ -75,5 +76,5 @@ class TorchBackend(Backend, Protocol):
 
 FUSED_BACKENDS: dict[str, FusedBackend] = {"cpp": cpp, "triton": triton}
 TORCH_BACKENDS: dict[str, TorchBackend] = {"reference": reference}
-# In the order in which "auto" asks them.
+# "auto" asks the backends in this order.
 BACKENDS: dict[str, Backend] = {**FUSED_BACKENDS, **TORCH_BACKENDS}

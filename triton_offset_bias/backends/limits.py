@@ -1,4 +1,4 @@
-"""What the fused backends have in common: the sizes that they serve."""
+"""The sizes that all fused backends serve."""
 
 import torch
 
@@ -11,7 +11,7 @@ MAX_LENGTH = 2**30
 def exceeded_limits(problem: Problem) -> list[str]:
     """Reasons not to serve `problem` that hold for every fused backend.
 
-    Lengths are not asked for in tracing, which would bind them: the operator asks again.
+    Asking for a length while tracing would bind it, so lengths are checked when the operator runs.
     """
     reasons = []
     if problem.query.shape[3] > MAX_HEAD_DIM or problem.value.shape[3] > MAX_HEAD_DIM:

@@ -28,17 +28,17 @@ PROPERTIES = {
 
 
 def build_description() -> str:
-    """What this backend is built for here, for people."""
+    """A text for people: what this backend is built for here."""
     return "plain PyTorch, wherever torch runs"
 
 
 def unavailable_reasons() -> list[str]:
-    """Why this backend cannot serve any call here: it always can."""
+    """No reasons: this backend serves calls on every machine."""
     return []
 
 
 def unsupported_reasons(problem: Problem) -> list[str]:
-    """Why this backend cannot serve `problem` here: it serves everything, anywhere."""
+    """No reasons: this backend serves every problem."""
     return []
 
 
@@ -52,7 +52,7 @@ def attention(problem: Problem) -> tuple[Tensor, Tensor]:
 
 
 def _packed_attention(problem: Problem) -> tuple[Tensor, Tensor]:
-    """Every sequence by itself."""
+    """Output and log-sum-exp of packed sequences, computed one sequence at a time."""
     bias, results = problem.bias, []
     for index, (first_q, first_k, len_q, len_k) in enumerate(sequences(problem)):
         sequence = problem._replace(
@@ -72,7 +72,7 @@ def _packed_attention(problem: Problem) -> tuple[Tensor, Tensor]:
 
 
 def _attention(problem: Problem, sequence: int = 0) -> tuple[Tensor, Tensor]:
-    """Of the sequences from `sequence` on, as dropout counts them."""
+    """Output and log-sum-exp of one batch of sequences; dropout counts them from `sequence` on."""
     compute = torch.promote_types(problem.query.dtype, torch.float32)
     batch, heads, len_q, _ = problem.query.shape
     groups = heads // max(problem.key.shape[1], 1)

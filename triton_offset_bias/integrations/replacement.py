@@ -1,4 +1,4 @@
-"""Classes that take the place of other libraries' classes, in modules that exist already.
+"""Classes that take the place of other libraries' classes in modules that exist already.
 
 A module changes its class and keeps its parameters, hooks and name. Other code changes modules as well: accelerate's
 hooks and many wrappers put a `forward` on the instance, which calls the `forward` that it found there; `fully_shard`
@@ -67,7 +67,7 @@ class ReplacedAttention(Replacement):
         """
         before = self._last_attention
         result = super().__call__(*args, **kwargs)  # type: ignore[misc]
-        # An object that another thread leaves is as new as this thread's. What is compiled is not watched.
+        # The object is new in every call, whichever thread leaves it. Compiled calls are not watched.
         if self._last_attention is before and not torch.compiler.is_compiling():
             raise RuntimeError(
                 f"{self.replaced.__name__} must attend through triton_offset_bias until it is disabled, but a "
@@ -89,7 +89,7 @@ def replacement_for(module: nn.Module, replacements: dict[type, type[Replacement
 
 
 def unreplaceable_reason(module: nn.Module, replacement: type[Replacement]) -> str | None:
-    """Why `replace` would not do what it should; None if it would."""
+    """The reason why `replace` would not work on a module; None if it would."""
     own = replacement.replaced
     lines = [cls.__mro__[: cls.__mro__.index(own)] for cls in (type(module), replacement)]
     derived, added = ({name for cls in line if cls is not Replacement for name in vars(cls)} for line in lines)
@@ -140,7 +140,7 @@ def _exchanged(cls: type, old: type, new: type) -> type:
 
 
 def _places(module: nn.Module, own: Callable, ours: Callable) -> Iterator[Callable[[], None]]:
-    """What puts `ours` in each place that wrappers on the instance keep the function `own` in."""
+    """Functions of which each puts `ours` into one place where a wrapper on the instance keeps the function `own`."""
     seen: set[int] = set()
     for name, x in vars(module).items():
         yield from _places_in(x, functools.partial(_put_attribute, vars(module), name), own, ours, seen)
@@ -149,7 +149,7 @@ def _places(module: nn.Module, own: Callable, ours: Callable) -> Iterator[Callab
 def _places_in(
     x: object, put: Callable[[object], None], own: Callable, ours: Callable, seen: set[int]
 ) -> Iterator[Callable[[], None]]:
-    """The same in one object, which `put` replaces, and in what it holds: methods, partials, closures, callables."""
+    """The functions of `_places` for one object, which `put` replaces, and for the callables that it holds."""
     function = x.__func__ if isinstance(x, MethodType) else x
     if function is own or function is ours:
         yield lambda: put(MethodType(ours, x.__self__) if isinstance(x, MethodType) else ours)
@@ -160,7 +160,7 @@ def _places_in(
 
 
 def _held_by(x: object) -> Iterator[tuple[object, Callable[[object], None]]]:
-    """What a callable holds, each with what puts something else in its place."""
+    """The objects that a callable holds, each with a function that puts another object in its place."""
     if isinstance(x, MethodType):
         yield from _held_by(x.__func__)
         if not isinstance(x.__self__, nn.Module | type):
@@ -182,6 +182,6 @@ def _put_attribute(attributes: dict[str, object], name: str, x: object) -> None:
 
 
 def _put_part(partial: functools.partial, index: int, x: object) -> None:
-    """Makes `x` the function of a partial object, index 0, or one of its arguments."""
+    """Makes `x` the function of a partial object (index 0) or one of its arguments (index 1 and up)."""
     function, *args = (x if place == index else part for place, part in enumerate((partial.func, *partial.args)))
     partial.__setstate__((function, tuple(args), partial.keywords, vars(partial)))  # type: ignore[attr-defined]

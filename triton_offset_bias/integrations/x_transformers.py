@@ -16,12 +16,12 @@ ASTRAY = "`Attend` must run through triton_offset_bias, as `use_offset_bias` has
 
 
 class OffsetTable:
-    """What `RelativePositionTable` gives, and `TableAttend` alone can read: no attention of another kind works with it.
+    """The bias that `RelativePositionTable` gives. `TableAttend` alone can read it; any other attention raises.
 
     Args:
         table: (H, offsets).
         origin: the column of offset 0.
-        positions: (len_k,) or (B, len_k) integers, the last of which are the queries'; None: positions that count up.
+        positions: (len_k,) or (B, len_k) integers. The last of them are the queries'. None: positions count up.
     """
 
     def __init__(self, table: Tensor, origin: int, positions: Tensor | None = None) -> None:
@@ -31,18 +31,18 @@ class OffsetTable:
 
     @classmethod
     def __torch_function__(cls, func: Callable, types: object, args: tuple = (), kwargs: object = None) -> object:
-        """Itself where `Attention` pads it for no memory keys; else an error."""
+        """The table itself where `Attention` pads it by 0 memory keys; any other use raises TypeError."""
         if func is pad and not any(args[1]):
             return args[0]
         raise TypeError(f"{ASTRAY} the table of offsets in `{getattr(func, '__name__', func)}`")
 
     def __getattr__(self, name: str) -> object:
-        """What another attention asks a tensor for."""
+        """Raises AttributeError for any attribute that another attention asks a tensor for."""
         raise AttributeError(f"{ASTRAY} `{name}` of the table of offsets")
 
 
 class TableAttend(Attend):
-    """x-transformers' `Attend`, whose `attn_bias` is an `OffsetTable` instead of (H, len_q, len_k)."""
+    """x-transformers' `Attend` with an `OffsetTable` as its `attn_bias` instead of (H, len_q, len_k)."""
 
     def flash_attn(
         self,
@@ -61,15 +61,15 @@ class TableAttend(Attend):
             k, v: (B, Hkv, len_k, D), or (B, len_k, D) for one head that all queries share.
             mask: (B or 1, 1, 1, len_k) bool, True = attend, or None.
             attn_bias: the table, or None.
-            flash_pack_seq_kwargs, causal: not used; packed layers are refused, and a layer knows what it is.
+            flash_pack_seq_kwargs, causal: not used. Packed layers are refused, and a layer knows whether it is causal.
 
         Returns:
             (B, H, len_q, D), and no intermediate results.
 
         Raises:
             TypeError: `attn_bias` is no table.
-            ValueError: `mask` says something else of different queries, there is not one column per offset or one
-                position per key, or positions do not rise in causal attention.
+            ValueError: `mask` differs between queries; there is not one column per offset, or not one position per key;
+                or positions do not rise in causal attention.
         """
         if mask is not None and mask.shape[1:3] != (1, 1):
             raise ValueError(f"`mask` must mask keys alone, (B, 1, 1, len_k), got shape {shape(mask)}")
@@ -112,12 +112,13 @@ class TableAttend(Attend):
 
 
 class RelativePositionTable(AlibiPositionalBias):
-    """Stands for x-transformers' `rel_pos`, with the parameter under its name there.
+    """A module in the place of x-transformers' `rel_pos`. Its parameters have their names there.
 
-    By its type a kind of ALiBi, for which alone x-transformers allows custom positions. It shares no more with it.
+    Its type is a kind of ALiBi, because x-transformers allows custom positions for ALiBi alone. It shares nothing else
+    with ALiBi.
 
     Args:
-        bias: gives a table, ``bias(min_offset, max_offset) -> (H, offsets)``.
+        bias: a module that gives a table, ``bias(min_offset, max_offset) -> (H, offsets)``.
         scale: factor on the table.
     """
 
@@ -127,13 +128,13 @@ class RelativePositionTable(AlibiPositionalBias):
         self.scale = scale
 
     def forward(self, len_q: int, len_k: int) -> OffsetTable:
-        """The table of `len_q` queries, the last of which is on the last of `len_k` keys."""
+        """The table for `len_q` queries and `len_k` keys; the last query is on the last key."""
         return OffsetTable(self.scale * self.relative_attention_bias(1 - len_q, len_k - 1), len_q - 1)
 
     def forward_custom_pos(self, pos_i: Tensor) -> OffsetTable:
-        """The table of tokens at the positions `pos_i`, (L,) or (B, L) integers.
+        """The table for tokens at the positions `pos_i`, (L,) or (B, L) integers.
 
-        It looks at the positions, for which it waits on a GPU, and has a column for each offset that they span.
+        The table has a column for each offset that the positions span. On a GPU, reading them waits for the device.
 
         Raises:
             TypeError: `pos_i` holds no integers.
@@ -150,20 +151,21 @@ class RelativePositionTable(AlibiPositionalBias):
 def use_offset_bias(layers: AttentionLayers, bias: nn.Module, scale: float = 1.0) -> None:
     """Makes an Encoder or a Decoder attend through `offset_bias_attention`, with a bias module as its `rel_pos`.
 
-    Key padding masks, key and value heads that queries share, rotary and polar embeddings, dropout and decoding with a
-    cache work as before, and so do the positions of ``layers(x, pos=...)``, if they rise in a Decoder. As in
-    x-transformers' own flash attention, ``layers(x, causal=...)`` has no effect. What wraps the `forward` of a module,
-    before or afterwards, stays: an attention that does not get here then cannot read its bias, and raises.
+    Key padding masks, grouped key and value heads, rotary and polar embeddings, dropout and decoding with a cache work
+    as before. So do the positions of ``layers(x, pos=...)``; in a Decoder they must rise. As in x-transformers' own
+    flash attention, ``layers(x, causal=...)`` has no effect. Wrappers around the `forward` of a module stay, whether
+    they come before this call or after it. If a wrapper leads a call past `TableAttend`, the call raises.
 
     Args:
         layers: built with ``attn_flash=True``, for plain softmax attention without a position bias of its own.
         bias: such as `T5Bias` (``rel_pos_bias=True`` in x-transformers) or `ALiBiBias` (``alibi_pos_bias=True``).
-        scale: factor on its table; x-transformers multiplies that of ``rel_pos_bias`` by ``dim_head ** 0.5``.
+        scale: factor on the bias's table. For ``rel_pos_bias``, x-transformers has a factor of ``dim_head ** 0.5``.
 
     Raises:
         TypeError: `layers` is no Encoder, Decoder or CrossAttender, but for example a whole TransformerWrapper.
-        ValueError: the layers are built in another way, have a position bias, as after a first call of this, or have
-            memory keys, which are at no position; or one of them attends by code of its own.
+        ValueError: the layers are built in another way; or they have a position bias, for example from an earlier call
+            of this function; or they have memory keys, which are at no position; or one of them attends by code of its
+            own.
     """
     if not isinstance(layers, AttentionLayers):
         raise TypeError(f"`layers` must be an Encoder or a Decoder of x-transformers, got {type(layers).__name__}")
@@ -207,7 +209,7 @@ def _check_attend(name: str, attend: Attend) -> None:
 
 
 class _Reached(Exception):
-    """`TableAttend` has asked a `_Probe` for its table."""
+    """Raised when `TableAttend` asks a `_Probe` for its table."""
 
 
 class _Probe(OffsetTable):
@@ -219,7 +221,7 @@ class _Probe(OffsetTable):
 
 
 def _reaches_the_table(attend: Attend) -> bool:
-    """Whether a `forward` that was put on the module itself, as hooks do, goes on to the module's class."""
+    """Whether a `forward` on the module itself, where hooks put one, goes on to the `forward` of the module's class."""
     if "forward" in vars(attend):
         try:
             attend(*torch.zeros(3, 1, 1, 1, 1), attn_bias=_Probe())
@@ -229,9 +231,9 @@ def _reaches_the_table(attend: Attend) -> bool:
 
 
 def _with_embeddings(layers: AttentionLayers, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
-    """Before a call without `pos`: rotary or polar embeddings of positions that count up, as `layers` would make them.
+    """Adds, before a call without `pos`, the rotary or polar embeddings that `layers` would make.
 
-    It would hand the positions on to `rel_pos`, where nobody knows that these count up.
+    `layers` would also hand its positions, which count up, to `rel_pos`, which cannot know that they do.
     """
     if len(args) > 1 or kwargs.get("pos") is not None:
         return None

@@ -1,6 +1,6 @@
 """The compiled CPU engine (`csrc_ref/`), called through ctypes; the contract is in `csrc_ref/engine.h`.
 
-Which build of it is called, `library` decides. A process that was forked after the import works on one thread.
+`library` decides which build is called. A process that was forked after the import works on one thread.
 """
 
 import ctypes
@@ -33,7 +33,7 @@ _PROCESS = os.getpid()
 
 
 def build_description() -> str:
-    """What this backend is built for here and why it was chosen, for people."""
+    """A text for people: what the engine here is built for, and why this build was chosen."""
     if _ENGINE is None:
         return "not built"
     found = ", ".join(build for build in BUILDS if library.path_of(build))
@@ -72,7 +72,7 @@ def backward(
     dvalue: Tensor | None,
     needs_dbias: bool,
 ) -> Tensor | None:
-    """Writes the gradients that are not None, and returns that of the table if it is needed; see `tob_backward`.
+    """Writes the gradients that are not None, and returns the table's gradient if it is needed; see `tob_backward`.
 
     The rows' statistics and `dlse` are contiguous.
     """
@@ -88,7 +88,7 @@ def backward(
 
 
 class _Call:
-    """The C struct of a problem, and what its pointers need alive."""
+    """The C struct of a problem, and the tensors that its pointers point into."""
 
     def __init__(self, problem: Problem) -> None:
         self._source = problem
@@ -119,7 +119,7 @@ class _Call:
         )
 
     def _clamped_table(self) -> tuple[Tensor | None, int]:
-        """The table as the engine has it, contiguous reals, and the offset of its first column."""
+        """The table as the engine takes it (contiguous, of type `real`), and the offset of its first column."""
         bias = self._source.bias
         if bias is None:
             return None, 0
@@ -132,14 +132,14 @@ class _Call:
         return structs.TENSOR.pack(*self._tensor(tensor))
 
     def _tensor(self, tensor: Tensor | None) -> tuple[int, ...]:
-        """Address and strides. Packed sequences lie in one batch element."""
+        """The tensor's address and strides. Packed sequences lie in one batch element."""
         if tensor is None:
             return 0, 0, 0, 0, 0
         batch, *strides = tensor.stride()
         return tensor.data_ptr(), 0 if self._source.cu_seqlens_q is not None else batch, *strides
 
     def fold(self, dbias: Tensor) -> Tensor:
-        """The gradient of that table as the caller's."""
+        """The gradient of the caller's table, made from the gradient of the engine's table."""
         bias = self._source.bias
         assert bias is not None
         return table.trimmed(dbias, self._source.beyond).to(bias.dtype)
@@ -151,7 +151,10 @@ def _engine() -> ctypes.CDLL:
 
 
 def _num_threads() -> int:
-    """Threads do not survive a fork, and GCC's OpenMP runtime waits for those that the parent had for ever."""
+    """The number of threads: torch's, or 1 in a forked process.
+
+    Threads do not survive a fork, and GCC's OpenMP runtime would wait for the parent's threads for ever.
+    """
     return torch.get_num_threads() if os.getpid() == _PROCESS else 1
 
 
@@ -160,7 +163,7 @@ def _address(tensor: Tensor | None) -> int:
 
 
 def _stride_between(positions: Tensor | None) -> int:
-    """From one sequence's positions to the next's: 0 where they share them."""
+    """The stride from one sequence's positions to the next's; 0 where all sequences share them."""
     return 0 if positions is None or positions.dim() == 1 else positions.stride(0)
 
 

@@ -1,7 +1,7 @@
-"""The engine's builds, one for each instruction set, and which of them is loaded: the fastest on this processor.
+"""The engine's builds, one for each instruction set. The fastest one on this processor is loaded.
 
-`TRITON_OFFSET_BIAS_BUILD=portable` (or another of `BUILDS`) asks for one by name, `TRITON_OFFSET_BIAS_FOLDER` for those
-in a folder instead of the package's.
+`TRITON_OFFSET_BIAS_BUILD=portable` (or another of `BUILDS`) asks for a build by name. `TRITON_OFFSET_BIAS_FOLDER` names
+a folder whose builds take the place of the package's.
 """
 
 import ctypes
@@ -20,14 +20,14 @@ FOLDER_VARIABLE = "TRITON_OFFSET_BIAS_FOLDER"
 
 
 def path_of(build: str) -> Path | None:
-    """Where a build lies, if it was compiled."""
+    """The path of a build; None if it was not compiled."""
     folder = Path(os.environ.get(FOLDER_VARIABLE) or Path(__file__).parents[2])
     candidates = (folder / f"_engine_{build}{suffix}" for suffix in importlib.machinery.EXTENSION_SUFFIXES)
     return next((path for path in candidates if path.exists()), None)
 
 
 def fastest_builds(runnable: tuple[str, ...], is_intel: bool) -> tuple[str, ...]:
-    """Of the builds that a processor can run, those to choose from, the fastest first.
+    """The builds to choose from, the fastest first, where a processor can run those in `runnable`.
 
     Intel's processors multiply bfloat16 numbers (VDPBF16PS) at half the rate of float32 ones.
     """
@@ -35,7 +35,7 @@ def fastest_builds(runnable: tuple[str, ...], is_intel: bool) -> tuple[str, ...]
 
 
 class Engine(NamedTuple):
-    """The engine, or why there is none."""
+    """The loaded engine, or the reason why there is none."""
 
     library: ctypes.CDLL | None
     reason: str  # why this build was chosen, or why there is none
@@ -77,11 +77,11 @@ def load() -> Engine:
 
 
 def _declare(library: ctypes.CDLL) -> None:
-    """Declares its functions.
+    """Declares the library's functions.
 
     Raises:
-        AttributeError: it lacks one.
-        ImportError: it reads other structs than this package writes.
+        AttributeError: the library lacks a function.
+        ImportError: the library reads other structs than this package writes.
     """
     library.tob_build_description.restype = ctypes.c_char_p
     if difference := structs.difference(library):
@@ -91,7 +91,7 @@ def _declare(library: ctypes.CDLL) -> None:
 
 
 def _why(build: str, runnable: tuple[str, ...], fastest: tuple[str, ...]) -> str:
-    """Why a build was chosen that nobody asked for."""
+    """The reason why a build was chosen when nobody asked for one by name."""
     if build != fastest[0]:
         return f"{fastest[0]} would be faster and was not compiled"
     if build != runnable[0]:

@@ -1,4 +1,7 @@
-"""Where queries and keys lie on a CPU: contiguous positions by a start for each sequence, others by tensors."""
+"""The places of queries and keys as the CPU engine takes them.
+
+A sequence with contiguous positions has a start; other positions are tensors.
+"""
 
 import itertools
 from array import array
@@ -18,8 +21,8 @@ class Placed(NamedTuple):
     """The sequences of a problem, and their positions where these are not contiguous.
 
     Attributes:
-        sequences: five int64 of each: first query row, first key row, number of queries, of keys, and the first query's
-            position counted from the first key.
+        sequences: five int64 for each sequence: first query row, first key row, number of queries, number of keys, and
+            the first query's position counted from the first key.
         query_positions, key_positions: (L,) or (B, L) contiguous int32; None where the sequences tell.
     """
 
@@ -82,7 +85,7 @@ def _narrowed(problem: Problem) -> tuple[Tensor, Tensor]:
 
 
 def _reach(problem: Problem) -> int:
-    """From this offset on, and from minus this offset down, bias and mask do not change any more."""
+    """The distance from offset 0, to either side, from which on bias and mask do not change any more."""
     limits = [x for x in (problem.min_offset, problem.max_offset) if abs(x) != table.UNLIMITED]
     if problem.bias is not None:
         limits += [-problem.bias_origin, problem.bias.shape[-1] - 1 - problem.bias_origin]
@@ -90,7 +93,7 @@ def _reach(problem: Problem) -> int:
 
 
 def _moved_together(queries: Tensor, keys: Tensor, reach: int) -> tuple[Tensor, Tensor]:
-    """Positions from 0 on that give every pair the same bias and mask: gaps longer than `reach` are made that long."""
+    """Positions from 0 on that give every pair the same bias and mask: longer gaps are shortened to `reach`."""
     points, point_of = torch.cat([queries.flatten(), keys.flatten()]).unique(return_inverse=True)
     gaps = points.diff().clamp(max=min(reach, LARGEST_SPREAD))
     places = torch.cat([gaps.new_zeros(1), gaps.cumsum(0)])

@@ -13,7 +13,7 @@ from triton_offset_bias import table
 from triton_offset_bias.backends.cpp.positions import LARGEST_SPREAD
 from triton_offset_bias.backends.limits import MAX_HEAD_DIM, MAX_LENGTH
 
-# As in C: a type, which is a letter of `struct` or the name of a struct above, and the fields that have it.
+# Declarations as in C: a type, which is a letter of Python's `struct` or the name of a struct above, and its fields.
 STRUCTS = {
     "tob_tensor": "P data, q stride_b stride_h stride_l stride_d",
     "tob_sequence": "q first_query first_key len_q len_k query_start",
@@ -49,7 +49,7 @@ def _fields(name: str) -> list[tuple[str, str]]:
 
 
 def _format(kind: str) -> str:
-    """A type as `struct` has it."""
+    """The format that Python's `struct` has for a type."""
     return "".join(_format(field_kind) for _, field_kind in _fields(kind)) if kind in STRUCTS else kind
 
 
@@ -57,7 +57,7 @@ TENSOR, ROW_STATS, PROBLEM = (struct.Struct(_format(f"tob_{name}")) for name in 
 
 
 class LayoutEntry(ctypes.Structure):
-    """`tob_layout_entry` of `engine.h`."""
+    """The struct `tob_layout_entry` of `engine.h`."""
 
     _fields_ = (("name", ctypes.c_char_p), ("type", ctypes.c_char_p), ("value", ctypes.c_int64))
 
@@ -80,7 +80,7 @@ def layout_of(engine: ctypes.CDLL) -> list[str]:
     """The layout that an engine was compiled with.
 
     Raises:
-        AttributeError: the engine does not tell.
+        AttributeError: the engine does not tell its layout.
     """
     engine.tob_layout.restype = ctypes.POINTER(LayoutEntry)
     entries = itertools.takewhile(lambda entry: entry.name is not None, engine.tob_layout())

@@ -39,7 +39,7 @@ _DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
 
 def build_description() -> str:
-    """What this backend is built for here, for people."""
+    """A text for people: what this backend is built for here."""
     if _WHY_NOT:
         return "not built"
     return f"Triton {triton.__version__}, {target() or 'no device'}"
@@ -75,9 +75,9 @@ def unsupported_reasons(problem: Problem) -> list[str]:
 
 
 def forward(problem: Problem, out: Tensor, lse: Tensor, row_max: Tensor, row_sum: Tensor) -> None:
-    """Writes the output, the log-sum-exp in nats, and the rows' maximum in bits and sum, which backward wants again.
+    """Writes the output, the log-sum-exp in nats, the rows' maximum in bits, and the rows' sum.
 
-    The last two are of the table less `Strip.constants`.
+    `backward` takes the last two again. Their scores have the table less `Strip.constants` as their bias.
     """
     with _device_of(out):
         passes.forward(problem, out, lse, row_max, row_sum)
@@ -95,7 +95,7 @@ def backward(
     dvalue: Tensor | None,
     needs_dbias: bool,
 ) -> Tensor | None:
-    """Writes the gradients that are not None, and returns that of the table if it is needed."""
+    """Writes the gradients that are not None, and returns the table's gradient if it is needed."""
     with _device_of(out):
         return passes.backward(
             problem, out, row_max, row_sum, dout, dlse, dquery, dkey, dvalue, needs_dbias=needs_dbias

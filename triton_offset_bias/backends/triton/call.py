@@ -1,4 +1,4 @@
-"""What the launches of one problem share."""
+"""`Call`: the arguments that all launches for one problem share."""
 
 import math
 
@@ -27,8 +27,8 @@ class Call:
     """The arguments of every kernel that works on `problem`. The constructor launches nothing; `start` does.
 
     Attributes:
-        query_factor: the kernels want a positive scale: its sign, or the 0 that it is, goes into the queries.
-        inputs: once started.
+        query_factor: factor on the queries. The kernels want a positive scale, so its sign, or a scale of 0, goes here.
+        inputs: the kernels' `Inputs`, once started.
         block_d: the larger of the padded head dims.
     """
 
@@ -73,12 +73,12 @@ class Call:
 
     @property
     def input_strides(self) -> tuple[Strides, Strides, Strides]:
-        """Of queries, keys and values."""
+        """The strides of queries, keys and values."""
         return self.strides(self.inputs.q), self.strides(self.inputs.k), self.strides(self.inputs.v)
 
     @property
     def shared_strides(self) -> SharedStrides:
-        """Of what heads or sequences may share."""
+        """The strides of the strip and the positions, which heads or sequences may share."""
         strip, query_positions, key_positions = (
             self.strip.values,
             self.inputs.query_positions,
@@ -90,8 +90,8 @@ class Call:
     def strides(self, x: Tensor) -> Strides:
         """Strides of a (B, H, L, D) tensor for a launch; all packed sequences lie in one batch element.
 
-        The rows' is compiled into the kernel, where it comes from heads and head dim and not from lengths or batch: it
-        saves the registers that hold pointers.
+        The stride of rows is compiled into the kernel where it depends on heads and head dim, but not on lengths or
+        batch. This saves the registers that hold pointers.
         """
         b, h, row, d = x.stride()
         row = tl.constexpr(row) if row <= 4 * x.shape[1] * x.shape[3] else row
@@ -126,7 +126,7 @@ class Call:
 
 
 def padded(x: Tensor) -> int:
-    """The head dim as the kernels' tiles have it: a power of two, at least 16."""
+    """The head dim of the kernels' tiles: the next power of two, at least 16."""
     return max(16, triton.next_power_of_2(x.shape[3]))
 
 
@@ -139,7 +139,7 @@ def _batch_stride(positions: Tensor | None) -> int:
 
 
 def _dropout_numbers(problem: Problem) -> tuple[int, float]:
-    """The largest dropped word, as int32 of the same bits, and what kept weights are multiplied with."""
+    """The largest dropped word, as an int32 of the same bits, and the factor on kept weights."""
     if problem.seed is None:
         return 0, 1.0
     word = dropout.largest_dropped(problem.dropout_p)

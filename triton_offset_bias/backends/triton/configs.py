@@ -1,6 +1,7 @@
-"""How kernels are launched, by target, dtype and head dim.
+"""Launch configurations of the kernels, by target, dtype and head dim.
 
-`block_d` is the head dim padded to a power of two. Chosen by modelled cycles of the compiled code, see docs/gpu.md.
+`block_d` is the head dim padded to a power of two. Modelled cycles of the compiled code decided between configurations,
+see docs/gpu.md.
 """
 
 import os
@@ -14,17 +15,17 @@ from triton_offset_bias.backends.triton.target import KIB, Target
 
 _TRITON = tuple(map(int, triton.__version__.split(".")[:2]))
 
-# How the table's gradient is added up: one atomic add for each diagonal of a tile ("diagonals"), or for each score
-# ("elements"), with which benchmarks show what the diagonals are worth.
+# The variable selects how the table's gradient is added up: "diagonals" is one atomic add for each diagonal of a tile;
+# "elements" is one for each score, and shows in benchmarks how much time the diagonals save.
 GATHERING_VARIABLE = "TRITON_OFFSET_BIAS_DBIAS"
 
-# The kernels' constants that are block sizes; BLOCK is the size of square tiles.
+# Names of the kernels' constants that are block sizes; BLOCK is the size of square tiles.
 BLOCKS = ("BLOCK", "BLOCK_M", "BLOCK_N")
 
 
 @dataclass(frozen=True)
 class Config:
-    """A kernel's shape: rows and columns of a tile of scores, warps a program, stages of the pipeline."""
+    """A launch configuration: rows and columns of a tile of scores, warps a program, stages of the pipeline."""
 
     block_m: int
     block_n: int
@@ -38,7 +39,7 @@ class Config:
 
     @property
     def options(self) -> dict[str, Any]:
-        """What the compiler takes."""
+        """The options that Triton's compiler takes."""
         return {"num_warps": self.num_warps, "num_stages": self.num_stages, "enable_fp_fusion": True}
 
 
@@ -47,7 +48,7 @@ _MIN_DECODE_KEYS = 512
 _MIN_KEYS_PER_SPLIT, _MAX_SPLITS = 256, 128
 
 _SQUARE = [Config(size, size, 4, stages) for size in (32, 64) for stages in (1, 2, 3)]
-# What tuning on the user's machine tries, by kernel; those that the device has no room for lose.
+# The configurations that tuning on the user's machine tries, by kernel. One that the device has no room for loses.
 CANDIDATES = {
     "forward": [
         Config(block_m, block_n, warps, stages)
@@ -61,22 +62,22 @@ CANDIDATES = {
 
 
 def gathering() -> str:
-    """How the table's gradient is added up where offsets are contiguous."""
+    """The way in which the table's gradient is added up where offsets are contiguous: "diagonals" or "elements"."""
     return os.environ.get(GATHERING_VARIABLE, "diagonals")
 
 
 def is_bias_in_acc(target: Target, dtype: torch.dtype, scale_log2: float) -> bool:
-    """Whether the matrix product starts from the bias, instead of the bias being added to it.
+    """Whether the matrix product starts from the bias. Otherwise the bias is added to the product.
 
-    It saves an addition a score. But float32 is summed more exactly from 0, a tiny scale would overflow the strip,
-    products in Blackwell's tensor memory are started by copies, and without inline assembly the bias would be loaded in
-    another layout.
+    Starting from the bias saves one addition a score. Four cases start from 0: float32, whose sum is then more exact;
+    a tiny scale, by which the strip would overflow; Blackwell, where copies start a product in tensor memory; and other
+    vendors' GPUs, where without inline assembly the bias would be loaded in another layout.
     """
     return target.backend == "cuda" and not target.is_blackwell and dtype != torch.float32 and scale_log2 > 1e-6
 
 
 def needs_far_loop(target: Target) -> bool:
-    """Whether kernels with a bias need a loop over far tiles, even over none, before the one over near tiles.
+    """Whether kernels with a bias need a loop over far tiles before the loop over near tiles, even if it is empty.
 
     In a kernel's first loop ptxas makes asynchronous products wait for the bias (C7515, C7517).
     """
@@ -84,12 +85,12 @@ def needs_far_loop(target: Target) -> bool:
 
 
 def needs_wait(target: Target, dtype: torch.dtype) -> bool:
-    """Whether asynchronous products must be made to start and end in their iteration; from Triton 3.8 on they do."""
+    """Whether kernels must make asynchronous products start and end in one iteration. Triton 3.8 does so by itself."""
     return target.is_hopper and dtype != torch.float32 and _TRITON < (3, 8)
 
 
 def forward_config(target: Target, dtype: torch.dtype, block_d: int, has_positions: bool = False) -> Config:
-    """The forward kernel's; position tensors take registers, so that with them its tiles are smaller."""
+    """Launch configuration of `forward_kernel`. Position tensors take registers, so with them tiles are smaller."""
     if target.backend == "interpreter":
         return Config(64, 32, 4, 1)
     if dtype == torch.float32 or not target.takes_large_tiles:
@@ -106,7 +107,7 @@ def forward_config(target: Target, dtype: torch.dtype, block_d: int, has_positio
 
 
 def dquery_config(target: Target, dtype: torch.dtype, block_d: int) -> Config:
-    """The configuration of kernels that sum along diagonals, of dQ and of the deterministic dbias: tiles are square."""
+    """Launch configuration of `dquery_kernel` and `dbias_kernel`, which sum along diagonals of square tiles."""
     if target.backend == "interpreter":
         return Config(64, 64, 4, 1)
     if dtype == torch.float32 or block_d > 128 or not target.takes_large_tiles:
@@ -116,14 +117,14 @@ def dquery_config(target: Target, dtype: torch.dtype, block_d: int) -> Config:
 
 
 def dkey_dvalue_config(target: Target, dtype: torch.dtype, block_d: int) -> Config:
-    """The configuration of the kernel of dK and dV."""
+    """Launch configuration of `dkey_dvalue_kernel`."""
     if target.is_asynchronous and dtype != torch.float32 and 64 < block_d <= 128:
         return Config(32, 64, 4, 3)  # 64 queries would spill
     return dquery_config(target, dtype, block_d)
 
 
 def least_shared_memory(dtype: torch.dtype, block_d: int) -> int:
-    """Bytes that the smallest tiles of the backward pass take in all: four of rows, and the scores."""
+    """Bytes that the smallest tiles of the backward pass take: four tiles of 16 rows, and 16 x 16 scores."""
     return 16 * (4 * block_d * dtype.itemsize + 16 * 4)
 
 
@@ -135,23 +136,23 @@ def _rows(target: Target, dtype: torch.dtype, block_d: int) -> int:
 
 
 def is_decode(rows: int, keys: int) -> bool:
-    """Whether so few queries, with the heads that share a key head, are better off with their keys split."""
+    """Whether splitting the keys is faster: `rows` (queries times heads that share a key head) are few, keys many."""
     return rows <= MAX_DECODE_ROWS and keys >= _MIN_DECODE_KEYS
 
 
 def decode_config(target: Target, dtype: torch.dtype, block_d: int, rows: int) -> Config:
-    """The configuration of the kernel that takes a split of the keys."""
+    """Launch configuration of `decode_kernel`."""
     fewest = 64 if target.backend == "hip" else 16  # Triton 3.6.0 does not compile fewer for AMD
     block_m = max(fewest, 1 << (rows - 1).bit_length())
     return Config(block_m, 64 if block_d <= 128 and dtype != torch.float32 else 32, 4, 2)
 
 
 def combine_warps(block_s: int, block_d: int) -> int:
-    """Warps of the kernel that combines splits: no more than there are numbers for."""
+    """Warps of `combine_kernel`: one for every 1024 numbers, at least 1 and at most 4."""
     return max(1, min(block_s * block_d // 1024, 4))
 
 
 def num_splits(key_heads: int, keys: int, multiprocessors: int) -> int:
-    """Into how many parts the keys are split: enough for two programs on every multiprocessor."""
+    """The number of parts that the keys are split into: enough for two programs on every multiprocessor."""
     wanted = -(-2 * multiprocessors // max(key_heads, 1))
     return max(1, min(wanted, keys // _MIN_KEYS_PER_SPLIT, _MAX_SPLITS))

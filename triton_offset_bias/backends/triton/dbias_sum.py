@@ -1,4 +1,4 @@
-"""Where the dQ kernel adds the gradient of the strip, and how that becomes a sum."""
+"""The sum of the strip's gradient, to which `dquery_kernel` adds."""
 
 import torch
 from torch import Tensor
@@ -11,7 +11,8 @@ from triton_offset_bias.backends.triton.call import Call
 class DbiasSum:
     """The strip's gradient while it is summed by atomic adds.
 
-    A deterministic sum of gathered biases is a sum of integers, which has no order: dS counts 1 / unit, a power of two.
+    A deterministic sum of gathered biases is a sum of integers, which does not depend on the order. An integer counts
+    steps of 1 / unit, a power of two.
 
     No sum may pass 2^63. |dS| <= P (|dP| + |delta|). By Cauchy-Schwarz |dP| <= Z |dO| |V|, with the largest norms of
     rows; delta = sum of P dP - dlse, so |delta| <= Z |dO| |V| + |dlse|. The rows of P sum to 1. So the sum of |dS| over
@@ -19,10 +20,10 @@ class DbiasSum:
     largest power of two below 2^61 over this bound is the unit. It is far finer than float32 of the same sum.
 
     Attributes:
-        how: the kernel's DBIAS.
-        sums: as the strip, zeros.
-        unit: () float32, of "fixed" sums; else None.
-        poison: of "fixed" sums, as the strip but for the offsets: NaN where scores were, which integers cannot hold.
+        how: DBIAS of `dquery_kernel`.
+        sums: shaped like the strip, zeros at first.
+        unit: () float32 for "fixed" sums; otherwise None.
+        poison: (1 or B, 1 or H), for "fixed" sums only: NaN where scores were NaN, which integers cannot hold; else 0.
     """
 
     def __init__(self, call: Call, row_sum: Tensor, dout: Tensor, dlse: Tensor | None) -> None:
@@ -42,7 +43,7 @@ class DbiasSum:
         self.sums = torch.zeros_like(strip, dtype=dtype)
 
     def total(self) -> Tensor:
-        """The gradient, float32."""
+        """The strip's gradient, float32."""
         if self.unit is None:
             return self.sums
         return (self.sums.double() / self.unit).float() + self.poison.unsqueeze(-1)

@@ -1,4 +1,4 @@
-"""Launches a kernel by its configuration, or by the fastest one where the user asks for that.
+"""Launches a kernel with its configuration, or with the fastest one measured where the user asks for tuning.
 
 `TRITON_OFFSET_BIAS_AUTOTUNE=1` measures the candidates of `configs` on this machine, the first time that a kernel meets
 a head dim, dtype and kind of bias; Triton's cache on disk remembers the result.
@@ -26,12 +26,12 @@ def run_kernel(
     constants: dict[str, Any],
     added_to: str | None = None,
 ) -> None:
-    """One program for each block of rows of each head.
+    """Launches one program for each block of rows of each head.
 
     Args:
         kernel: a jitted function, whose BLOCK_* come from `config`.
-        config: what is used unless the user asks for tuning.
-        blocks: the number of heads, the rows of each, and the name of the constant that says how many a program has.
+        config: the configuration unless the user asks for tuning.
+        blocks: the number of heads, the rows of each, and the name of the constant that is a program's number of rows.
         others: the size that a program loops over, in tiles that may leave a rest: "len_q" | "len_k".
         arguments: by position, one of them `Sizes`.
         constants: the kernel's other constants, `FORM` and `LOOPS` among them.
@@ -52,7 +52,7 @@ def run_kernel(
 
 
 def _loops(arguments: dict[str, Any], others: str) -> Loops:
-    """The loops, with the one over what whole tiles leave; of packed sequences nobody knows."""
+    """The loops, with REST where tiles leave a rest. Packed sequences may: the host does not know their lengths."""
     block = arguments["BLOCK"] if "BLOCK" in arguments else arguments[{"len_q": "BLOCK_M", "len_k": "BLOCK_N"}[others]]
     has_rest = arguments["FORM"].IS_PACKED.value or getattr(arguments["sizes"], others) % block != 0
     return arguments["LOOPS"]._replace(REST=tl.constexpr(has_rest))
@@ -64,7 +64,7 @@ def _name(kernel: Any) -> str:
 
 @functools.cache
 def _tuned(kernel: Any, others: str, added_to: str | None) -> Any:
-    """The kernel, with its BLOCK_*, warps and stages measured."""
+    """The kernel with BLOCK_*, warps and stages from measurements."""
     blocks = [name for name in configs.BLOCKS if name in kernel.arg_names]
     candidates = [
         triton.Config(
@@ -79,7 +79,7 @@ def _tuned(kernel: Any, others: str, added_to: str | None) -> Any:
     look_up = tuner.check_disk_cache
 
     def check_disk_cache(tuning_key: tuple[Any, ...], *rest: Any) -> bool:
-        """As the tuner's own, whose file on disk is JSON, which has no constexprs."""
+        """Looks a key up like the tuner's own method, with plain values: its file on disk, JSON, has no constexprs."""
         plain = tuple(_plain(x) for x in tuning_key)
         is_known: bool = look_up(plain, *rest)
         if is_known:
@@ -91,11 +91,11 @@ def _tuned(kernel: Any, others: str, added_to: str | None) -> Any:
 
 
 def _plain(x: Any) -> Any:
-    """The values of `FORM` and `LOOPS`, and others as they are."""
+    """The plain values of a `Form` or `Loops`; anything else as it is."""
     return tuple(member.value for member in x) if isinstance(x, Form | Loops) else x
 
 
 def _forget(added_to: str, arguments: dict[str, Any], reset_only: bool = False) -> None:
-    """Before each run of a candidate: what the last one has added up goes."""
+    """Zeroes, before each run of a candidate, the sums of the last run."""
     if arguments.get(added_to) is not None:
         arguments[added_to].zero_()

@@ -1,4 +1,4 @@
-"""The launches of a forward and of a backward pass, with what they allocate."""
+"""The launches of a forward and of a backward pass, and the memory that they allocate."""
 
 import torch
 import triton
@@ -23,7 +23,7 @@ _NO_STRIDES = Strides(0, 0, 0, 0)  # of tensors that are not written
 
 
 def forward(problem: Problem, out: Tensor, lse: Tensor, row_max: Tensor, row_sum: Tensor) -> None:
-    """Writes the output, the log-sum-exp in nats, and the rows' maximum in bits and sum."""
+    """Writes the output, the log-sum-exp in nats, the rows' maximum in bits, and the rows' sum."""
     call = Call(problem)
     call.start()
     outputs = Outputs(out, row_max, row_sum, lse)
@@ -47,7 +47,7 @@ def backward(
     *,
     needs_dbias: bool,
 ) -> Tensor | None:
-    """Writes the gradients that are not None, and returns the table's if it is needed."""
+    """Writes the gradients that are not None, and returns the table's gradient if it is needed."""
     call = Call(problem)
     call.start()
     needs_dbias = needs_dbias and problem.bias is not None
@@ -76,7 +76,7 @@ def _launch_forward(call: Call, outputs: Outputs) -> None:
 
 
 def _launch_decode(call: Call, outputs: Outputs) -> None:
-    """The same of few queries, with the keys split among programs."""
+    """Launches the forward pass of few queries, with the keys split among programs."""
     out = outputs.out
     config = configs.decode_config(call.target, out.dtype, call.block_d, call.group * call.len_q)
     key_heads = call.batch * call.num_heads // call.group
@@ -103,7 +103,7 @@ def _launch_decode(call: Call, outputs: Outputs) -> None:
 def _launch_prepare(
     call: Call, out: Tensor, row_max: Tensor, row_sum: Tensor, dout: Tensor, dlse: Tensor | None
 ) -> tuple[Tensor, Rows]:
-    """dO as the sweeps want it, and the numbers of every row."""
+    """Launches `prepare_kernel`, and returns dO as the sweeps take it and the `Rows`."""
     rows = Rows(*(torch.empty_like(row_max) for _ in Rows._fields))
     clean_dout = torch.empty_like(dout) if call.strip.may_leave_rows_empty() else None
     dlse = None if dlse is None else dlse.float().contiguous()
@@ -121,7 +121,7 @@ def _launch_prepare(
 
 
 def _launch_dquery(call: Call, dout: Tensor, rows: Rows, dquery: Tensor | None, added: DbiasSum | None) -> None:
-    """dQ, and what is added to the strip's gradient; each where it is not None."""
+    """Launches `dquery_kernel`, which writes dQ and adds to the strip's gradient, each where it is not None."""
     config = configs.dquery_config(call.target, dout.dtype, call.block_d)
     unit, sums = (None, None) if added is None else (added.unit, added.sums)
     arguments = (
@@ -139,7 +139,7 @@ def _launch_dquery(call: Call, dout: Tensor, rows: Rows, dquery: Tensor | None, 
 
 
 def _launch_dkey_dvalue(call: Call, dout: Tensor, rows: Rows, dkey: Tensor | None, dvalue: Tensor | None) -> None:
-    """dK and dV, each where it is not None."""
+    """Launches `dkey_dvalue_kernel`, which writes dK and dV, each where it is not None."""
     config = configs.dkey_dvalue_config(call.target, dout.dtype, call.block_d)
     arguments = (
         call.inputs, dout, rows, dkey, dvalue,
@@ -155,7 +155,7 @@ def _launch_dkey_dvalue(call: Call, dout: Tensor, rows: Rows, dkey: Tensor | Non
 
 
 def _launch_dbias(call: Call, dout: Tensor, rows: Rows) -> Tensor:
-    """The gradient of every offset in one order of sums: (1 or B, 1 or H, offsets)."""
+    """The gradient of every offset, (1 or B, 1 or H, offsets), with all sums in a fixed order."""
     assert call.strip.values is not None
     config = configs.dquery_config(call.target, dout.dtype, call.block_d)
     bias_batch, bias_heads = call.strip.values.shape[:2]

@@ -18,14 +18,14 @@ class Strip:
     Attributes:
         bounds: see `Bounds`.
         loops: which of the kernels' loops over whole tiles have work.
-        values: once filled, (1 or B, 1 or H, columns) float32: the table less `constants` at every offset, in `unit`s,
-            -inf outside the band. Offsets in which no tile looks it up are left out; with positions it is the table
-            alone. Finite numbers stay finite: only -inf forbids. None without a table.
-        constants: once filled, (1 or B, 1 or H, 1) float32: what each row of the table is counted from; None: from 0.
-            Where the numbers of a row, but for -inf, have one sign and lie within a factor 2 of one another it is one
-            of them: subtracting that is exact (Sterbenz 1974), and scores keep the digits that its size would take.
-            Elsewhere it is 0. Inputs of 16 bits have no such digits; with zeros beyond the table the numbers are not
-            near one another.
+        values: once filled, (1 or B, 1 or H, columns) float32: the table minus `constants` at every offset, in `unit`s,
+            -inf outside the band. Offsets that no tile looks up are left out. With positions the strip is the table
+            alone. Finite numbers stay finite: only -inf forbids a pair. None without a table.
+        constants: once filled, (1 or B, 1 or H, 1) float32: the number that each row of the table is counted from.
+            None: all rows count from 0. If all numbers of a row, except -inf, have one sign and lie within a factor of
+            2 of one another, the constant is one of them. The subtraction is then exact (Sterbenz 1974), and scores
+            keep the digits that the table's size would cost them. Otherwise it is 0. Inputs of 16 bits have no such
+            digits to keep; with zeros beyond the table the numbers are not close to one another.
     """
 
     def __init__(self, problem: Problem, unit: float) -> None:
@@ -37,7 +37,7 @@ class Strip:
         self.constants: Tensor | None = None
 
     def fill(self) -> None:
-        """Launches the kernels that make it of the table."""
+        """Launches the kernels that make the strip from the table."""
         problem = self._problem
         if problem.bias is None:
             return
@@ -60,7 +60,7 @@ class Strip:
         )  # fmt: skip
 
     def add_constants(self, lse: Tensor) -> None:
-        """Gives a (B, H, M) log-sum-exp back what the table was counted from."""
+        """Adds to a (B, H, M) log-sum-exp the constants that the table was counted from."""
         bounds_q = self._problem.cu_seqlens_q
         if self.constants is None:
             return
@@ -71,7 +71,7 @@ class Strip:
         lse += constants
 
     def may_leave_rows_empty(self) -> bool:
-        """Whether some query may have no key to attend to; a table of -inf, which nobody looks at, left aside."""
+        """Whether some query may have no key to attend to. Values of -inf in the table are not considered."""
         problem, bounds = self._problem, self.bounds
         tensors = (problem.key_padding_mask, problem.query_positions, problem.cu_seqlens_q)
         if any(x is not None for x in tensors):
@@ -79,7 +79,7 @@ class Strip:
         return bounds.band_lo > 0 or bounds.band_hi < problem.query.shape[2] - problem.key.shape[2]
 
     def fold(self, dvalues: Tensor) -> Tensor:
-        """The gradient of `values` as the table's, in its shape and dtype."""
+        """The table's gradient, in its shape and dtype, from the gradient of `values`."""
         first, width = _columns(self._problem, self.bounds)
         pad = PAD if self._problem.query_positions is None else 0
         return _fold(self._problem, dvalues, first, pad, width - pad)
@@ -130,7 +130,7 @@ def _loops(problem: Problem, bounds: Bounds) -> Loops:
 
 
 def fold_offsets(problem: Problem, doffsets: Tensor, lo: int) -> Tensor:
-    """The gradient of every offset from `lo` on, (1 or B, 1 or H, offsets), as the table's, in its shape and dtype."""
+    """The table's gradient, in its shape and dtype, from every offset's from `lo` on, (1 or B, 1 or H, offsets)."""
     return _fold(problem, doffsets, lo + problem.bias_origin, 0, doffsets.shape[-1])
 
 
@@ -146,18 +146,18 @@ def _fold(problem: Problem, dstrip: Tensor, first: int, begin: int, end: int) ->
 
 
 def _with_heads(bias: Tensor) -> Tensor:
-    """(1 or B, 1 or H, N)."""
+    """The table with all its axes: (1 or B, 1 or H, N)."""
     return bias.detach().reshape((1,) * (3 - bias.dim()) + bias.shape)
 
 
 def _limit(unit: float) -> float:
-    """The largest number that is finite in units too."""
+    """The largest number that stays finite when it is multiplied by `unit`."""
     largest: float = LARGEST.value
     return min(largest, (1 - 2**-22) * largest / unit)
 
 
 def _columns(problem: Problem, bounds: Bounds) -> tuple[int, int]:
-    """The table's column that the strip's first is, and the strip's number of columns."""
+    """The table's column that is the strip's first column, and the strip's number of columns."""
     assert problem.bias is not None
     if problem.query_positions is not None:
         added = problem.beyond == "zero"  # a column at each end
@@ -174,7 +174,7 @@ def _strip_offsets(problem: Problem, bounds: Bounds) -> tuple[int, int]:
 
 
 def _changing(problem: Problem) -> tuple[int, int]:
-    """The offsets of the table's ends, from which on the bias is the same."""
+    """The lowest and the highest offset up to which the bias changes: the ends of the table, as the caller counts."""
     assert problem.bias is not None
     outside = problem.beyond == "zero"  # there the end itself differs from what is beyond
     first, last = -problem.bias_origin, problem.bias.shape[-1] - 1 - problem.bias_origin

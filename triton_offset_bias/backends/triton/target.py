@@ -1,4 +1,4 @@
-"""What Triton compiles for here, and how to tell."""
+"""The target that Triton compiles for on this machine, and its abilities."""
 
 import functools
 from dataclasses import dataclass
@@ -11,12 +11,12 @@ KIB = 1024
 
 @triton.jit
 def _nothing():
-    """Tells by its type what becomes of kernels: Triton decides when one is defined."""
+    """A kernel that does nothing. Its type shows whether Triton interprets kernels that are defined now."""
 
 
 @dataclass(frozen=True)
 class Target:
-    """What kernels are compiled for.
+    """A kind of device that kernels are compiled for.
 
     Attributes:
         backend: "cuda" | "hip" | "interpreter".
@@ -76,7 +76,7 @@ def interprets() -> bool:
 
 @torch.compiler.assume_constant_result
 def target() -> str:
-    """What the kernels are compiled for here: "interpreter", "cuda:90", "hip:gfx942"; empty if there is nothing."""
+    """The name of the target here: "interpreter", or such as "cuda:90" or "hip:gfx942"; empty if there is none."""
     if interprets():
         return "interpreter"
     try:
@@ -87,7 +87,7 @@ def target() -> str:
 
 
 def current_target() -> Target:
-    """The same, with what decides about configurations; only where there is something to compile for."""
+    """The `Target` here, which decides about configurations. Call it only where `target()` is not empty."""
     if interprets():
         return Target("interpreter", 0, 2**30)
     driver = triton.runtime.driver.active
@@ -97,7 +97,7 @@ def current_target() -> Target:
 
 @torch.compiler.assume_constant_result
 def shared_memory() -> int:
-    """Bytes of shared memory that a program may have here; only where there is something to compile for."""
+    """Bytes of shared memory that a program may have here. Call it only where `target()` is not empty."""
     return current_target().shared_memory
 
 
@@ -117,14 +117,14 @@ def device_types() -> tuple[str, ...]:
 
 @torch.compiler.assume_constant_result
 def multiprocessors(device: torch.device) -> int:
-    """How many programs run side by side, at the least."""
+    """The least number of programs that run side by side on a device."""
     if device.type != "cuda":
-        return 108  # an A100's, where the device is none
+        return 108  # an A100's number, where there is no device
     return torch.cuda.get_device_properties(device).multi_processor_count
 
 
 def precision(target: Target, dtype: torch.dtype) -> str:
-    """How tiles of `dtype` are multiplied: "upcast" | "tf32" | "ieee", which is the one way of 16-bit numbers."""
+    """The way to multiply tiles of `dtype`: "upcast" | "tf32" | "ieee", which is the only way for 16 bits on GPUs."""
     if target.backend == "interpreter":
         return "upcast"
     return "tf32" if dtype == torch.float32 and target.has_tf32 and allows_tf32() else "ieee"

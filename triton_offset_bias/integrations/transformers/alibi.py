@@ -1,6 +1,6 @@
 """ALiBi in BLOOM, MPT and Falcon.
 
-They add slope times the key's position, which for the softmax of a row is the same as minus slope times the offset.
+These models add slope times the key's position. For the softmax of a row this equals minus slope times the offset.
 """
 
 from collections.abc import Sequence
@@ -96,7 +96,7 @@ class OffsetBiasMptAttention(MaskedAttention, MptAttention):
         Args:
             hidden_states: (B, Lq, hidden_size).
             position_bias: (heads, 1, max_seq_len): slope times key position, 0 for the last.
-            cache: what keys and values are added to.
+            cache: the cache that keys and values are added to.
             attention_mask: (B, keys) bool of `key_mask`.
             past_key_values: the name of `cache` in older versions.
 
@@ -132,7 +132,7 @@ class OffsetBiasMptAttention(MaskedAttention, MptAttention):
 
 
 class OffsetBiasMptBlock(Replacement, MptBlock):
-    """MPT's block, the one place that hears whether attention weights are asked for."""
+    """MPT's block, which alone is told whether attention weights are asked for."""
 
     def forward(
         self,
@@ -144,7 +144,7 @@ class OffsetBiasMptBlock(Replacement, MptBlock):
         output_attentions: bool = False,
         **kwargs: object,
     ) -> tuple[Tensor, None]:
-        """As MPT's block; `output_attentions` must be False."""
+        """Computes MPT's block; `output_attentions` must be False."""
         refuse_attentions(output_attentions)
         return super().forward(hidden_states, position_bias, attention_mask, layer_past, use_cache, **kwargs)
 
@@ -164,7 +164,7 @@ class OffsetBiasFalconAttention(MaskedAttention, FalconAttention):
         position_embeddings: Sequence[Tensor] | None = None,
         **kwargs: object,
     ) -> tuple[Tensor, None]:
-        """Attends with ALiBi, which Falcon scales as it does the products, after rounding the slopes to bfloat16.
+        """Attends with ALiBi, whose slopes are rounded to bfloat16. Falcon scales it by the factor of the products.
 
         Args:
             hidden_states: (B, Lq, hidden_size).

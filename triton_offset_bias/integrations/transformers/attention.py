@@ -1,4 +1,4 @@
-"""What the adapters share: attention under the masks of transformers."""
+"""Attention under the masks of transformers, which the adapters share."""
 
 import torch
 from torch import Tensor
@@ -28,7 +28,7 @@ class MaskedAttention(ReplacedAttention):
 
         Args:
             query: (B, Hq, Lq, D).
-            key: (B, Hkv, Lk, D); a causal mask may be shorter than this, then later keys do not exist yet.
+            key: (B, Hkv, Lk, D). A causal mask may be shorter than Lk; the keys after it do not exist yet.
             value: (B, Hkv, Lk, Dv).
             bias: the table, or None.
             mask: what `padding_of` takes.

@@ -1,4 +1,4 @@
-"""BEiT, whose window is the whole image, with a class token that has numbers of its own."""
+"""BEiT: the window is the whole image, and a class token has numbers of its own."""
 
 from typing import NamedTuple
 
@@ -21,9 +21,9 @@ def unserved_reason(config: PretrainedConfig) -> str | None:
 
 
 class WindowBias(NamedTuple):
-    """What stands for BEiT's dense bias: a table, and the places of all tokens, the class token first.
+    """A table and the places of all tokens, the class token first, in place of BEiT's dense bias.
 
-    A tuple, so that whatever moves or looks for tensors finds those in it.
+    It is a tuple, so that code that moves or looks for tensors finds the tensors in it.
 
     Attributes:
         table: (H, offsets).
@@ -37,7 +37,7 @@ class WindowBias(NamedTuple):
     key_positions: Tensor
 
     def __add__(self, other: object) -> "WindowBias":  # type: ignore[override]
-        """The sum of two biases, as of a shared one and a layer's own.
+        """The sum of two biases, such as a shared bias and a layer's own.
 
         Raises:
             NotImplementedError: `other` is a mask.
@@ -50,9 +50,9 @@ class WindowBias(NamedTuple):
 class OffsetBiasBeitRelativePositionBias(Replacement, BeitRelativePositionBias):
     """BEiT's bias.
 
-    Its table ends with numbers for class token to patch, patch to class token, and class token to itself. The class
-    token is placed so that these three are the table's lowest, its highest and its second highest offset, whose ends
-    stand for all offsets beyond them.
+    Its table ends with three numbers: class token to patch, patch to class token, and class token to itself. The class
+    token's place makes them the table's lowest, highest and second highest offset. The ends of the table stand for all
+    offsets beyond them.
     """
 
     def forward(

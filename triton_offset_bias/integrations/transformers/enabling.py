@@ -1,4 +1,4 @@
-"""The one call: turns a model's attention into this package's, and back."""
+"""`enable_offset_bias` turns a model's attention into this package's; `disable_offset_bias` turns it back."""
 
 import copy
 from importlib import import_module
@@ -16,7 +16,7 @@ from triton_offset_bias.integrations.replacement import (
 )
 from triton_offset_bias.integrations.transformers.masks import NUMBERED, PLAIN, TABLE
 
-# Of every model type that is served, the module here that holds its adapter.
+# The model types that are served, each with the module that holds its adapter.
 SERVED: dict[str, str] = {
     "t5": "t5",
     "mt5": "t5",
@@ -32,7 +32,7 @@ SERVED: dict[str, str] = {
     "swinv2": "windows",
     "beit": "beit",
 }
-# What their attention asks masks for, where it is not `PLAIN`.
+# The kind of mask that a model's attention asks for, where it is not `PLAIN`.
 _MASKS = {"bloom": NUMBERED, "falcon": NUMBERED, **{name: TABLE for name, adapter in SERVED.items() if adapter == "t5"}}
 _STATE = "_offset_bias_configs"
 
@@ -40,18 +40,18 @@ _STATE = "_offset_bias_configs"
 def enable_offset_bias(model: PreTrainedModel, backend: str = "auto") -> None:
     """Makes a Hugging Face model train and generate through `offset_bias_attention`, in place.
 
-    Logits, loss, gradients and generated tokens stay those of the model's eager attention up to rounding. No tensor of
-    (queries, keys) is built, neither of biases nor of scores nor of masks, but for the masks of Swin's shifted windows
-    and of LongT5's blocks, which their models make. Parameters, `state_dict` and saved files are as before.
+    Logits, loss, gradients and generated tokens equal those of the model's eager attention up to rounding. No (queries,
+    keys) tensor of biases, scores or masks is built, except for the masks of Swin's shifted windows and of LongT5's
+    blocks, which the models themselves make. Parameters, `state_dict` and saved files stay as they are.
 
-    What differs: a query whose every key is padding gets 0 from attention, not an average over the padding. Regions of
-    Swin's shifted windows do not see each other at all, instead of by a factor of exp(-100). Falcon is as with
-    ``attn_implementation="sdpa"``, its default, for its eager attention adds ALiBi twice; and where it rounds slope
-    times position to bfloat16, here the slope alone is rounded: the same up to position 256 for slopes that are powers
-    of 2, and an approximation for others.
+    Three results differ. A query whose every key is padding gets 0 from attention, not an average over the padding.
+    Regions of Swin's shifted windows do not see each other at all; Swin weighs them by exp(-100). Falcon equals its
+    default, ``attn_implementation="sdpa"``, since its eager attention adds ALiBi twice. Falcon rounds slope times
+    position to bfloat16; here the slope alone is rounded. Both are equal up to position 256 for slopes that are powers
+    of 2, and approximately equal for others.
 
-    The model gets its own copy of its configuration, for other models may share the one it has. Hooks and wrappers,
-    such as those of accelerate, may be on the model before, and may come and go afterwards.
+    The model gets a copy of its configuration, which other models may share. Hooks and wrappers, such as accelerate's,
+    may be on the model before the call, and may come and go afterwards.
 
     Args:
         model: a model of one of the `SERVED` types, with any head.
@@ -59,8 +59,9 @@ def enable_offset_bias(model: PreTrainedModel, backend: str = "auto") -> None:
 
     Raises:
         TypeError: `model` is no `PreTrainedModel`.
-        ValueError: its type is not served, it is enabled already or returns attention weights; `backend` is unknown.
-        NotImplementedError: its type is served, but not with this configuration, or something wrapped around one of its
+        ValueError: the model's type is not served, it is enabled already or returns attention weights; or `backend` is
+            unknown.
+        NotImplementedError: the model's type is served, but not with this configuration; or a wrapper around one of its
             modules keeps the module's own attention out of reach. Nothing is changed then.
 
     Source:
@@ -83,7 +84,7 @@ def disable_offset_bias(model: PreTrainedModel) -> None:
     """Gives a model its own attention back.
 
     Args:
-        model: what `enable_offset_bias` was called with, or a copy of it.
+        model: the model that `enable_offset_bias` was called with, or a copy of it.
 
     Raises:
         ValueError: the model is not enabled.
@@ -137,7 +138,7 @@ def _replaced_modules(
 
 
 def _own_configs(model: PreTrainedModel) -> list[PretrainedConfig]:
-    """Gives the model copies of its configurations, of which the implementation of attention is a part."""
+    """Gives the model copies of its configurations, which name the implementation of attention."""
     copies: dict[int, PretrainedConfig] = {}
     originals = []
     for module in model.modules():

@@ -1,6 +1,7 @@
-"""Masks of transformers as what this package takes: a statement per key, (batch, keys) bool, True = attend.
+"""Masks of transformers in the form that this package takes: one bool per key, (batch, keys), True = attend.
 
-Models call `key_mask` where they would build a (batch, 1, queries, keys) mask. That a layer is causal, it knows itself.
+Models call `key_mask` where they would build a (batch, 1, queries, keys) mask. Each layer knows by itself whether it is
+causal.
 """
 
 from collections.abc import Callable
@@ -11,8 +12,8 @@ from torch import Tensor
 from transformers import AttentionMaskInterface, PretrainedConfig
 from transformers.masking_utils import bidirectional_mask_function, causal_mask_function
 
-# The names under which models find these masks, as `config._attn_implementation`. That of tables is the one that is an
-# attention function's as well: transformers refuses to build models of the others from such a configuration.
+# The names under which models find these masks, as `config._attn_implementation`. The tables' name is also the name of
+# an attention function. Transformers refuses to build models from a configuration with one of the other names.
 PLAIN, TABLE, NUMBERED = "offset_bias", "offset_bias_table", "offset_bias_numbered"
 
 
@@ -28,10 +29,10 @@ def key_mask(
     device: torch.device | str = "cpu",
     **kwargs: object,
 ) -> Tensor | None:
-    """Which keys may be attended to, as `transformers.AttentionMaskInterface` asks for it.
+    """The mask of keys that may be attended to, as `transformers.AttentionMaskInterface` asks for it.
 
-    A causal mask is as long as the keys that exist by now, so that the last of them is the last query's own: a static
-    cache holds more, yet unwritten, and those are cut off.
+    A causal mask has the keys that exist by now, so that its last key is the last query's own. A static cache also has
+    places for later keys; they are cut off.
 
     Returns:
         (batch_size, keys) bool; None if nothing is padded and the attention is not causal.
@@ -69,9 +70,10 @@ def numbered_key_mask(
     With padding at the ends alone, the numbers differ from the places by a shift, which softmax does not see.
 
     Returns:
-        As `key_mask`; but if some sequence has padding between attended keys, (batch_size, keys) int64: the attended
-        keys' numbers, from 1 on, and 0 for padding. As an `attention_mask` that says the same again: generation with a
-        static cache makes masks ahead of the model, which takes them for padding masks.
+        The mask of `key_mask`, unless some sequence has padding between attended keys. Then (batch_size, keys) int64:
+        the attended keys' numbers, from 1 on, and 0 for padding. Given this result as its `attention_mask`, the
+        function returns it again: generation with a static cache makes masks ahead of the model, which takes them for
+        padding masks.
 
     Raises:
         NotImplementedError: as `key_mask`.
@@ -85,25 +87,25 @@ def numbered_key_mask(
             f"`attention_mask` must cover all {mask.shape[1]} keys, those in the cache too, "
             f"got shape {tuple(attention_mask.shape)}"
         )
-    # The first attended key's number, less the places before it, is what all of a gapless sequence have in common.
+    # In a sequence without gaps, number minus place is the same for all attended keys.
     numbers = mask.cumsum(-1)
     shifts = numbers - 1 - torch.arange(mask.shape[1], device=mask.device)
     has_gaps = (mask & (shifts != -mask.int().argmax(-1, keepdim=True))).any()
-    # What is compiled cannot look: numbers are right for every mask.
+    # Compiled code cannot look at the mask. Numbers are right for every mask.
     return numbers * mask if torch.compiler.is_compiling() or bool(has_gaps) else mask
 
 
 def padding_of(mask: Tensor | None, batch_size: int, is_causal: bool) -> Tensor | None:
-    """What the mask that reached an attention layer says per key: (batch_size, keys) bool or numbers, or None.
+    """The mask per key, (batch_size, keys) bool or numbers, or None, from the mask that reached an attention layer.
 
     Args:
         mask: from `key_mask` or `numbered_key_mask`, or (batch or 1, 1, 1, keys) as some encoders make it: bool, or
             0 and the lowest number.
         batch_size: of the query.
-        is_causal: whether the layer is causal; then only `key_mask` tells that the model's mask is.
+        is_causal: whether the layer is causal. Then only a mask from `key_mask` is known to be causal too.
 
     Raises:
-        ValueError: it says something else of different queries, anything but attend or not, or is of integers.
+        ValueError: the mask differs between queries, holds something else than attend or not, or holds integers.
     """
     if mask is not None and mask.dim() == 2:
         return mask

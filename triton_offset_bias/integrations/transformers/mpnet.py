@@ -1,4 +1,4 @@
-"""MPNet: T5's buckets, in an encoder that computes them once for all layers."""
+"""MPNet: T5's buckets in an encoder that computes them once for all layers."""
 
 from torch import Tensor
 from transformers import PretrainedConfig
@@ -13,7 +13,7 @@ _NUM_BUCKETS, _MAX_DISTANCE = 32, 128
 
 
 def unserved_reason(config: PretrainedConfig) -> None:
-    """None: every MPNet is served."""
+    """No reason (None): every MPNet is served."""
     return
 
 

@@ -1,9 +1,9 @@
 """T5 and its relatives: mT5, UMT5, LongT5 with local attention, Switch Transformers, Pop2Piano.
 
-Their layers look a bucket's number up for every pair, which gives a (1, heads, queries, keys) `position_bias` that the
-first layer computes and the others are handed. Here the same argument carries the table, (heads, offsets): one column
-per offset as far as `relative_attention_max_distance`, from where on all offsets share a bucket, so that the table's
-ends stand for all of them. A table without columns stands for no bias, as in cross-attention.
+Their layers look up a bucket's number for every pair: the first layer computes a (1, heads, queries, keys)
+`position_bias` and hands it to the others. Here the same argument carries the table, (heads, offsets), which has one
+column per offset up to `relative_attention_max_distance`. All offsets beyond share a bucket, so the table's ends stand
+for them. A table without columns stands for no bias, as in cross-attention.
 """
 
 import torch
@@ -33,7 +33,7 @@ def unserved_reason(config: PretrainedConfig) -> str | None:
 
 
 class _BucketTable(MaskedAttention):
-    """What every attention layer of the family has: perhaps an embedding of buckets, and its reach."""
+    """An attention layer of the family: it may have an embedding of buckets, which gives its table."""
 
     is_decoder: bool
     n_heads: int
@@ -48,7 +48,7 @@ class _BucketTable(MaskedAttention):
         return 0 if self.is_decoder else self.relative_attention_max_distance
 
     def table(self, device: torch.device) -> Tensor:
-        """(heads, offsets): the offsets from -max_distance, or 0 in decoders, to max_distance; none without a bias."""
+        """The table, (heads, offsets): offsets from -max_distance (decoders: 0) to max_distance; none without a bias."""
         if not self.has_relative_attention_bias:
             return torch.empty(self.n_heads, 0, device=device)
         buckets = t5_buckets(
@@ -99,7 +99,7 @@ class _SharedTableAttention(_TableAttention):
         *args: object,
         **kwargs: object,
     ) -> tuple[Tensor, Tensor, None]:
-        """As the layer's own, which builds a dense bias of zeros where it has no bias and is handed none."""
+        """Calls the layer's own `forward` with a table, since without one it would build a dense bias of zeros."""
         self._check_implementation()
         position_bias = self.table(hidden_states.device) if position_bias is None else position_bias
         return super().forward(hidden_states, mask, key_value_states, position_bias, *args, **kwargs)  # type: ignore[misc]
@@ -126,15 +126,15 @@ def attend_with_table(
         attention_mask: what `padding_of` takes.
         scaling: factor on the products, 1 in this family.
         dropout: probability of dropping a weight.
-        position_bias: the table of `module` or of the first layer. One without columns is no bias, and so is a dense
-            one: only a layer without a bias builds one, of zeros, and only where it is called past its `forward` here.
+        position_bias: the table of `module` or of the first layer. A table without columns means no bias. So does a
+            dense bias: only a layer without a bias builds one, of zeros, and only if its `forward` here is not called.
         output_attentions: must be False.
 
     Returns:
         (B, Lq, H * D), and None for the weights.
 
     Raises:
-        TypeError: `module` is not one that `enable_offset_bias` has changed.
+        TypeError: `enable_offset_bias` has not changed `module`.
     """
     if not isinstance(module, _TableAttention):
         raise TypeError(
@@ -152,7 +152,7 @@ def attend_with_table(
         scale=scaling,
         dropout_p=dropout,
         bias_origin=module.table_origin,
-        # Older UMT5 layers do not know that they are causal; but of a decoder's layers only those with a table are.
+        # Older UMT5 layers do not know that they are causal. In a decoder the causal layers are the ones with a table.
         is_causal=module.is_causal or (module.is_decoder and bias is not None),
     )
     return out, None
@@ -178,12 +178,12 @@ class OffsetBiasUMT5Attention(_TableAttention, UMT5Attention):
         past_key_values: Cache | None = None,
         **kwargs: object,
     ) -> tuple[Tensor, None]:
-        """As the layer's own, which builds a dense bias of zeros in cross-attention.
+        """Attends like the layer's own `forward`, which would build a dense bias of zeros in cross-attention.
 
         Args:
             hidden_states: (B, Lq, d_model).
             encoder_hidden_states: (B, Lk, d_model) in cross-attention, else None.
-            cache: what keys and values are added to, in cross-attention once.
+            cache: the cache that keys and values are added to, in cross-attention once.
             attention_mask: what `padding_of` takes.
             past_key_values: the name of `cache` in older versions.
 
@@ -201,7 +201,7 @@ class OffsetBiasUMT5Attention(_TableAttention, UMT5Attention):
         return self.o(out), None
 
     def _encoded(self, encoder_hidden_states: Tensor, cache: Cache | None) -> tuple[Tensor, Tensor]:
-        """Keys and values of the encoder, (B, H, Lk, D) each, from the cache if they are there."""
+        """Keys and values of the encoder, (B, H, Lk, D) each, from the cache if it has them."""
         own_cache = cache.cross_attention_cache if isinstance(cache, EncoderDecoderCache) else cache
         if isinstance(cache, EncoderDecoderCache) and cache.is_updated.get(self.layer_idx):
             layer = cache.cross_attention_cache.layers[self.layer_idx]
@@ -214,7 +214,7 @@ class OffsetBiasUMT5Attention(_TableAttention, UMT5Attention):
         return key, value
 
     def _heads(self, states: Tensor) -> Tensor:
-        """(B, H, L, D)."""
+        """The projected states with heads apart, (B, H, L, D)."""
         return states.unflatten(-1, (self.n_heads, self.key_value_proj_dim)).transpose(1, 2)
 
 
@@ -254,7 +254,7 @@ class OffsetBiasLongT5LocalAttention(_BucketTable, LongT5LocalAttention):
         refuse_attentions(output_attentions)
         table = self.table(hidden_states.device) if position_bias is None else position_bias
         length = hidden_states.shape[1]
-        # A key is padding where it may not even attend to itself, in the middle one of its block's three.
+        # A key is padding if it may not even attend to itself, which the middle of the mask's three blocks tells.
         middle = None if mask is None else mask[..., self.block_len : 2 * self.block_len]
         padding = None if middle is None else middle.diagonal(dim1=-2, dim2=-1)[:, 0].flatten(1)[:, :length]
         query, key, value = (

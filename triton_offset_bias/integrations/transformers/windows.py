@@ -1,7 +1,7 @@
 """Windows of images: Swin and Swin V2.
 
-A patch's place is one integer, row * (2 * width - 1) + column, so that the difference of two places tells how many rows
-and columns they are apart; the models' tables are in its order.
+A patch's place is one integer, row * (2 * width - 1) + column. The difference of two places tells how many rows and
+columns the patches are apart. The models' tables are in the order of these differences.
 """
 
 import math
@@ -18,12 +18,12 @@ from triton_offset_bias.integrations.transformers.attention import refuse_attent
 
 
 def unserved_reason(config: PretrainedConfig) -> None:
-    """None: every Swin is served."""
+    """No reason (None): every Swin is served."""
     return
 
 
 def places_of(height: int, width: int, device: torch.device) -> Tensor:
-    """(height * width,) int64: the place of every patch."""
+    """The place of every patch, (height * width,) int64."""
     rows, columns = torch.arange(height, device=device), torch.arange(width, device=device)
     return (rows[:, None] * (2 * width - 1) + columns).flatten()
 
@@ -43,7 +43,7 @@ def _attend_in_windows(
         module: the layer.
         states: query, key and value, each (B * windows, H, tokens, D).
         table: (H, offsets), the offset 0 in its middle.
-        window_size: height and width, of as many tokens.
+        window_size: height and width of a window, whose product is the number of tokens.
         mask: (windows, tokens, tokens), 0 within a region and negative between regions of a shifted window; or None.
         scale: factor on the products.
         dropout_p: probability of dropping a weight.
@@ -75,7 +75,7 @@ class OffsetBiasSwinRelativePositionBias(Replacement, SwinRelativePositionBias):
     """Swin's bias, a module of its own so that hooks on it have its parameter at hand."""
 
     def forward(self) -> Tensor:
-        """(H, offsets): the table."""
+        """The table, (H, offsets)."""
         return self.relative_position_bias_table.T
 
 
@@ -117,7 +117,7 @@ class OffsetBiasSwinAttention(ReplacedAttention, SwinAttention):
 
 
 class OffsetBiasSwinv2SelfAttention(ReplacedAttention, Swinv2SelfAttention):
-    """Swin V2's attention: cosines times a learned scale per head, and a bias that a small network gives."""
+    """Swin V2's attention: cosines times a learned scale per head, plus a bias that a small network computes."""
 
     def forward(
         self, hidden_states: Tensor, attention_mask: Tensor | None = None, output_attentions: bool | None = False

@@ -1,1 +1,1 @@
-"""The GPU kernels. `arguments` says what they take; every other file is one kernel, or what kernels share."""
+"""The GPU kernels. `arguments` lists what they take; every other file holds kernels, or helpers that kernels share."""

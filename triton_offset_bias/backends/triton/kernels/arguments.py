@@ -1,7 +1,7 @@
-"""What kernels and their helpers take, as values with names.
+"""The arguments of kernels and their helpers, as values with names.
 
-The launches, the register budget and the compile tests make their arguments of these alone. Triton hands a kernel the
-members of a tuple one by one, in their order; a member that is None is not handed over.
+The launches, the register budget and the compile tests build their arguments from these tuples alone. Triton hands a
+kernel the members of a tuple one by one, in their order; it leaves out members that are None.
 """
 
 from collections.abc import Iterable
@@ -11,7 +11,7 @@ import triton.language as tl
 
 
 class Inputs(NamedTuple):
-    """Pointers to what every kernel reads; None where a call has no such tensor."""
+    """Pointers to the tensors that kernels read; None where a call has no such tensor."""
 
     q: Any  # (B, H, M, D)
     k: Any  # (B, H // group, N, D)
@@ -26,7 +26,7 @@ class Inputs(NamedTuple):
 
 
 class Outputs(NamedTuple):
-    """Pointers to what a forward pass leaves: out (B, H, M, DV), and (B, H, M) float32 of every row."""
+    """Pointers to the results of a forward pass: out (B, H, M, DV), and three numbers a row, (B, H, M) float32."""
 
     out: Any
     row_max: Any  # bits
@@ -35,7 +35,7 @@ class Outputs(NamedTuple):
 
 
 class Parts(NamedTuple):
-    """Pointers to what each split of the keys leaves: (splits, B, H, len_q) float32; acc has the axis DV as well."""
+    """Pointers to the results of every split of the keys, (splits, B, H, len_q) float32; acc has an axis DV as well."""
 
     acc: Any
     max: Any  # bits
@@ -43,7 +43,7 @@ class Parts(NamedTuple):
 
 
 class Rows(NamedTuple):
-    """(B, H, M) float32 of every row, as `prepare_kernel` leaves them: pointers, or a block's numbers."""
+    """Three float32 of every row, which `prepare_kernel` writes: pointers to (B, H, M), or one block's numbers."""
 
     lse: Any  # bits; without the log of the sum where SPLIT_LSE
     log_sum: Any  # bits
@@ -51,7 +51,7 @@ class Rows(NamedTuple):
 
 
 class Strides(NamedTuple):
-    """Of a (batch, heads, rows, dim) tensor, in elements."""
+    """Strides of a (batch, heads, rows, dim) tensor, in elements."""
 
     b: Any
     h: Any
@@ -60,7 +60,7 @@ class Strides(NamedTuple):
 
 
 class SharedStrides(NamedTuple):
-    """Of the strip, and from one sequence's positions to the next's; 0 where sequences or heads share them."""
+    """Strides of the strip, and from one sequence's positions to the next's, in elements; 0 where they are shared."""
 
     strip_b: Any
     strip_h: Any
@@ -69,7 +69,7 @@ class SharedStrides(NamedTuple):
 
 
 class Sizes(NamedTuple):
-    """Numbers of things."""
+    """Numbers of heads, queries, keys and rows."""
 
     num_heads: Any  # of queries
     group: Any  # query heads that share a key head
@@ -82,8 +82,8 @@ class Sizes(NamedTuple):
 class Bounds(NamedTuple):
     """Ranges of offsets.
 
-    Offsets count from the first query and key; of packed sequences, and where tensors give the positions, as the
-    caller counts them.
+    Offsets count from the first query and key. For packed sequences, and where tensors give the positions, they count
+    as the caller's do.
     """
 
     zero: Any  # the strip's column of offset 0
@@ -94,7 +94,7 @@ class Bounds(NamedTuple):
 
 
 class Form(NamedTuple):
-    """What a call is like, compiled into its kernels."""
+    """Properties of a call that are compiled into its kernels."""
 
     HEAD_DIM: Any
     HEAD_DIM_V: Any
@@ -113,7 +113,7 @@ class Form(NamedTuple):
 
 
 class Loops(NamedTuple):
-    """Which loops a kernel has, see `blocks`."""
+    """The loops that a kernel has: a flag for each part of the other side, see `blocks`."""
 
     FAR_LEFT: Any
     NEAR: Any
@@ -121,11 +121,11 @@ class Loops(NamedTuple):
     REST: Any = False  # the launch knows whether there is one
 
 
-# What helpers are given.
+# Arguments of helpers.
 
 
 class Scoring(NamedTuple):
-    """How scores are made of products: where offset 0 of the strip is, for all rows or each, and numbers."""
+    """Values that turn products into scores. strip_ptr points to the strip's offset 0, for all rows or for each row."""
 
     strip_ptr: Any
     bounds: Any
@@ -133,7 +133,7 @@ class Scoring(NamedTuple):
 
 
 class Dropping(NamedTuple):
-    """Which weights are dropped, and what the others are multiplied with."""
+    """Numbers that decide which weights are dropped, and the factor on the others."""
 
     seed: Any
     head: Any  # as dropout counts heads
@@ -142,7 +142,7 @@ class Dropping(NamedTuple):
 
 
 class KeyTiles(NamedTuple):
-    """A sequence's keys and values: pointers to the first tile, and how to go on."""
+    """A sequence's keys and values: pointers to the first tile, and strides to the next rows."""
 
     k_ptrs: Any
     v_ptrs: Any
@@ -154,7 +154,7 @@ class KeyTiles(NamedTuple):
 
 
 class QueryTiles(NamedTuple):
-    """A sequence's queries and what belongs to them: pointers to the first tile, and how to go on."""
+    """A sequence's queries, their dO and their `Rows`: pointers to the first tile, and strides to the next rows."""
 
     q_ptrs: Any
     dout_ptrs: Any
@@ -166,7 +166,7 @@ class QueryTiles(NamedTuple):
 
 
 class QueryBlock(NamedTuple):
-    """A program's queries."""
+    """A program's block of queries."""
 
     q: Any  # (BLOCK, BLOCK_D)
     dout: Any  # (BLOCK, BLOCK_DV)
@@ -177,7 +177,7 @@ class QueryBlock(NamedTuple):
 
 
 class KeyBlock(NamedTuple):
-    """A program's keys."""
+    """A program's block of keys."""
 
     k: Any  # (BLOCK_N, BLOCK_D)
     v: Any  # (BLOCK_N, BLOCK_DV)
@@ -187,12 +187,12 @@ class KeyBlock(NamedTuple):
 
 
 class StripGradient(NamedTuple):
-    """Where dbias is added: pointer to offset 0, and the unit of sums in integers."""
+    """The place where dbias is added: the pointer to offset 0, and the unit of sums in integers."""
 
     ptr: Any
     fixed_unit: Any
 
 
 def constants(values: Iterable[Any]) -> Iterable[tl.constexpr]:
-    """Values as members of a tuple that is compiled in."""
+    """The values as constexprs: members of a tuple that is compiled in."""
     return map(tl.constexpr, values)

@@ -34,9 +34,10 @@ def dbias_kernel(
 ):  # fmt: skip
     """One diagonal of tiles of one row of the table: the sums along its diagonals, in a fixed order.
 
-    The tiles lie `distance` blocks from the strip's offset 0, from first_distance on. So that this is the same diagonal
-    in all packed sequences, their tiles begin up to BLOCK - 1 rows above the first query. parts (bias_batch,
-    bias_heads, num_distances, 2, BLOCK): the offsets from there minus BLOCK, and those from there on.
+    The tiles lie `distance` blocks from the strip's offset 0; distances count from first_distance. The tiles of packed
+    sequences begin up to BLOCK - 1 rows above the first query, so that one distance is one diagonal in all of them.
+    parts, (bias_batch, bias_heads, num_distances, 2, BLOCK): first the sums of the BLOCK offsets before the diagonal's,
+    then the sums of the BLOCK offsets from the diagonal's on.
     """
     distance = first_distance + tl.program_id(0) % num_distances
     bias_row = tl.program_id(0) // num_distances

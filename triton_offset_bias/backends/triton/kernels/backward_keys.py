@@ -41,7 +41,7 @@ def sweep_queries(
     dk, dv, keys, queries, scoring, begin, end, dropping,
     FORM: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, PART: tl.constexpr,
 ):  # fmt: skip
-    """dK and dV of a block of keys from the queries [begin, end); scores are transposed, (keys, queries)."""
+    """Adds the queries [begin, end) to dK and dV of a block of keys; scores are transposed, (keys, queries)."""
     IS_NEAR: tl.constexpr = PART != FAR_LEFT and PART != FAR_RIGHT
     EVEN_M: tl.constexpr = PART != REST
     columns = tl.arange(0, BLOCK_M).to(tl.int64)
@@ -84,7 +84,7 @@ def dkey_dvalue_kernel(
     FORM: tl.constexpr, LOOPS: tl.constexpr, HAS_DK: tl.constexpr, HAS_DV: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """A block of keys of one key head, against every query head that shares it: dK and dV."""
+    """dK and dV of a block of keys of one key head, from every query head that shares it."""
     BLOCK_D: tl.constexpr = FORM.BLOCK_D
     BLOCK_DV: tl.constexpr = FORM.BLOCK_DV
     num_blocks = tl.cdiv(sizes.len_k, BLOCK_N)

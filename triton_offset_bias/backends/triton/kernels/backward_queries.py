@@ -4,10 +4,10 @@
     dQ = scale dS K      dK = scale dS^T Q      dV = (Z * P)^T dO
     dbias[offset] = sum of dS along the offset's diagonal
 
-Z is dropout's factor, 1 without it. FlashAttention-2 (Dao 2023, arXiv:2307.08691), algorithm 2, as one kernel a block
-of queries (dQ and dbias, here) and one a block of keys (dK and dV, `backward_keys`), so that only dbias is shared
-between programs. `prepare` comes before both. The sums of dbias are atomic, or, to be deterministic, made by a third
-kernel with one program a diagonal of tiles (`backward_bias`).
+Z is dropout's factor, or 1 without dropout. Two kernels share FlashAttention-2's (Dao 2023, arXiv:2307.08691) algorithm
+2: here a program has a block of queries (dQ and dbias); in `backward_keys` it has a block of keys (dK and dV). So
+programs share dbias alone. `prepare` runs before both. The sums of dbias are atomic. Deterministic sums come
+from a third kernel, in which a program has a diagonal of tiles (`backward_bias`).
 """
 
 import triton
@@ -60,7 +60,7 @@ def sweep_keys(
     dq, far_sum, queries, keys, scoring, dstrip, begin, end, dropping,
     FORM: tl.constexpr, DBIAS: tl.constexpr, BLOCK: tl.constexpr, PART: tl.constexpr,
 ):  # fmt: skip
-    """dQ of a block of queries from the keys [begin, end); near, their diagonals go to dstrip, else into far_sum."""
+    """Adds the keys [begin, end) to dQ of a block of queries; near dS go to dstrip by diagonals, far dS to far_sum."""
     IS_NEAR: tl.constexpr = PART != FAR_LEFT and PART != FAR_RIGHT
     EVEN_N: tl.constexpr = PART != REST
     columns = -tl.arange(0, BLOCK).to(tl.int64)
@@ -119,10 +119,10 @@ def dquery_kernel(
     FORM: tl.constexpr, LOOPS: tl.constexpr, HAS_DQ: tl.constexpr, DBIAS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """A block of queries of one head: dQ, and its part of dbias. Tensors as in forward_kernel, dout and dq as q.
+    """dQ of a block of queries of one head, and the block's part of dbias. Tensors are as in `forward_kernel`.
 
-    DBIAS: "none" | "diagonals", BLOCK atomic adds a near tile | "elements", one for every score | "fixed", the same in
-    int64 that count 1 / fixed_unit, whose sum has no order.
+    DBIAS: "none" | "diagonals", BLOCK atomic adds for a near tile | "elements", one for every score | "fixed", one for
+    every score, of int64 that count steps of 1 / fixed_unit: their sum does not depend on the order.
     """
     BLOCK_D: tl.constexpr = FORM.BLOCK_D
     num_blocks = tl.cdiv(sizes.len_q, BLOCK)

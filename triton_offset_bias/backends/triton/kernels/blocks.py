@@ -1,8 +1,8 @@
-"""Which blocks a program works on: the rows of its sequence, and the parts of the other side.
+"""The blocks that a program works on: the rows of its sequence, and the parts of the other side.
 
 The keys that a block of queries attends to fall into four parts: far left | near | far right | rest. Near tiles look
-up the bias; far tiles lie wholly beyond the end of the table, see one bias, and are plain attention. The rest is the
-last tile if the keys do not fill it: a near one, and the only one to ask which keys exist.
+up the bias. Far tiles lie wholly beyond the end of the table, see one bias, and are plain attention. The rest is the
+last tile, if the keys do not fill it. It is a near tile, and the only one that asks which keys exist.
 """
 
 from typing import Any, NamedTuple
@@ -36,19 +36,19 @@ class Head(NamedTuple):
 
 @triton.jit
 def far_offset(bounds, PART: tl.constexpr):
-    """An offset of the part, if it is far: one at which the strip holds its bias."""
+    """An offset at which the strip holds the one bias of a far part."""
     return (bounds.near_hi, 0, bounds.near_lo, 0)[PART]
 
 
 @triton.jit
 def head_of(index, num_heads):
-    """The sequence and head of a number that counts both."""
+    """The sequence and the head with the number b * num_heads + h."""
     return Head(index, (index // num_heads).to(tl.int64), (index % num_heads).to(tl.int64))
 
 
 @triton.jit
 def sequence_of(inputs, b, sizes, bounds, FORM: tl.constexpr):
-    """Sequence b of the call; packed, its last query lies on its last key."""
+    """Sequence b of the call. The last query of a packed sequence lies on its last key."""
     first_q, len_q = sequence_rows(inputs.cu_seqlens_q, b, sizes.len_q, sizes.rows_q, FORM.IS_PACKED)
     first_k, len_k = sequence_rows(inputs.cu_seqlens_k, b, sizes.len_k, sizes.rows_k, FORM.IS_PACKED)
     if FORM.IS_PACKED:
@@ -58,9 +58,9 @@ def sequence_of(inputs, b, sizes, bounds, FORM: tl.constexpr):
 
 @triton.jit
 def sequence_rows(cu_seqlens_ptr, b, longest, rows, IS_PACKED: tl.constexpr):
-    """First row of sequence b, and its number of rows: packed into `rows` rows, or `longest` of its own.
+    """The first row of sequence b and its number of rows: packed into `rows` rows, or `longest` rows of its own.
 
-    Nobody has looked at the bounds of packed sequences: whatever they are, they stay inside of the tensor.
+    Nobody has checked the bounds of packed sequences, so they are limited to the tensor here.
     """
     if IS_PACKED:
         first = tl.minimum(tl.maximum(tl.load(cu_seqlens_ptr + b).to(tl.int64), 0), rows)
@@ -90,11 +90,11 @@ def mirrored(bounds):
 
 @triton.jit
 def edges_of(start, length, bounds, BLOCK: tl.constexpr, BLOCK_OTHER: tl.constexpr, FORM: tl.constexpr):
-    """Where the blocks of `length` others begin, turn near, turn far again, lose their evenness, and end.
+    """The edges between the parts of the other side: begin, first near, first far right, begin of the rest, and end.
 
-    All are multiples of BLOCK_OTHER; from the fourth on, at most one block is left, which `length` cuts short. For the
-    block of queries at `start` the others are keys. For a block of keys they are queries, and the bounds `mirrored`.
-    Of positions nothing is known: everything is near.
+    All are multiples of BLOCK_OTHER. The rest is at most one block, which `length` cuts short. For the block of queries
+    at `start` the other side is keys. For a block of keys it is queries, and the bounds are `mirrored`. Nothing is
+    known about positions from tensors, so everything is near.
     """
     if FORM.HAS_POSITIONS:
         even = length // BLOCK_OTHER * BLOCK_OTHER

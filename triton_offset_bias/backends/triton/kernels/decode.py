@@ -29,7 +29,7 @@ def decode_kernel(
     sizes, bounds, scale_log2, batch, num_splits,
     FORM: tl.constexpr, LOOPS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """All queries of one key head against one split of its keys; nothing is dropped. Tensors as in forward_kernel."""
+    """All queries of one key head against one split of its keys, without dropout. Tensors as in `forward_kernel`."""
     BLOCK_DV: tl.constexpr = FORM.BLOCK_DV
     split = tl.program_id(0) % num_splits
     head_kv = head_of(tl.program_id(0) // num_splits, sizes.num_heads // sizes.group)
@@ -78,7 +78,7 @@ def combine_kernel(
     num_heads, len_q, rows_q, batch, num_splits,
     HEAD_DIM_V: tl.constexpr, BLOCK_DV: tl.constexpr, IS_PACKED: tl.constexpr, BLOCK_S: tl.constexpr,
 ):  # fmt: skip
-    """One query of one head: its splits' results as one. Tensors as in the kernels before."""
+    """The results of one query of one head, combined from its splits. Tensors are as in `decode_kernel`."""
     i = tl.program_id(0) % len_q
     head = head_of(tl.program_id(0) // len_q, num_heads)
     first_q, seq_q = sequence_rows(cu_seqlens_q_ptr, head.b, len_q, rows_q, IS_PACKED)

@@ -43,8 +43,8 @@ def attend(
 ):  # fmt: skip
     """Adds the keys [begin, end) of one part to the running softmax.
 
-    rows: (BLOCK_M,) int64, the queries' positions, or their distances from the query at start_m. `acc` is not yet
-    multiplied by what dropout multiplies kept weights with.
+    rows: (BLOCK_M,) int64, the queries' positions, or their distances from the query at start_m. `acc` does not yet
+    have dropout's factor on kept weights.
     """
     IS_NEAR: tl.constexpr = PART != FAR_LEFT and PART != FAR_RIGHT
     EVEN_N: tl.constexpr = PART != REST
@@ -94,10 +94,10 @@ def forward_kernel(
     sizes, bounds, scale_log2, largest_dropped, kept_scale,
     FORM: tl.constexpr, LOOPS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """A block of queries of one head.
+    """Output and row statistics of a block of queries of one head.
 
-    Packed, B is 1 for the tensors, whose rows hold sequences of up to len_q and len_k. The longest rows of causal
-    attention start first.
+    B is 1 for packed tensors; their rows hold sequences of up to len_q queries and len_k keys. With causal attention
+    the queries with the most keys start first.
     """
     BLOCK_DV: tl.constexpr = FORM.BLOCK_DV
     num_blocks = tl.cdiv(sizes.len_q, BLOCK_M)

@@ -1,4 +1,4 @@
-"""What the backward pass wants to know of every row, before its sweeps: one small kernel.
+"""A small kernel that computes the numbers of every row before the sweeps of the backward pass.
 
 delta = <dO, O> - dlse
 """
@@ -9,8 +9,8 @@ import triton.language as tl
 from triton_offset_bias.backends.triton.kernels.blocks import head_of
 from triton_offset_bias.backends.triton.kernels.tiles import load_tile, store_tile, tile_ptrs
 
-# The weights of a row sum to 1 within so much if it has one key: a score times its unit is rounded in one place, and
-# fused with a subtraction in another. The second is for each bit of the row's maximum.
+# The weights of a row with one key sum to 1 within these tolerances: a score times its unit is rounded in one place,
+# and fused with a subtraction in another. The second tolerance is for each bit of the row's maximum.
 ONE_KEY = tl.constexpr(2.0**-15)
 ONE_KEY_PER_BIT = tl.constexpr(2.0**-22)
 
@@ -24,12 +24,13 @@ def prepare_kernel(
     HEAD_DIM_V: tl.constexpr, BLOCK_DV: tl.constexpr, HAS_DLSE: tl.constexpr, CLEAN_DOUT: tl.constexpr,
     SPLIT_LSE: tl.constexpr, BLOCK_M: tl.constexpr,
 ):  # fmt: skip
-    """The numbers of `rows`: delta, and the log-sum-exp, +inf for a row that attends to nothing: its P and dS are 0.
+    """Writes `Rows` for a block of rows. A row that attends to nothing gets the log-sum-exp +inf: its P and dS are 0.
 
-    A row whose weight lies on one key, but for ONE_KEY, has dS = P dlse: its delta is without <dO, O>, and a mark tells
-    the sweeps to leave dP out (`scores.slope_weights`). Keys that are dropped so weigh less than 16-bit numbers round.
-    SPLIT_LSE: rows.lse holds the maximum alone, and log_sum the rest, which float32 would lose in adding them.
-    CLEAN_DOUT: clean_dout becomes dO with 0 in those rows, where a loss may well have no finite slope.
+    A row has one key if all its weight but ONE_KEY lies on that key. Then dS = P dlse: delta leaves <dO, O> out, and a
+    mark tells the sweeps to leave dP out (`scores.slope_weights`). The keys that this ignores weigh less than the
+    rounding of 16-bit numbers.
+    SPLIT_LSE: rows.lse holds the maximum alone, and log_sum the rest. Their float32 sum would lose digits.
+    CLEAN_DOUT: clean_dout becomes dO with 0 in rows that attend to nothing, where a loss may have no finite slope.
     """
     num_blocks = tl.cdiv(rows_q, BLOCK_M)
     head = head_of(tl.program_id(0) // num_blocks, num_heads)

@@ -8,8 +8,8 @@ changes any more, or beyond the score matrix, which tiles may overhang on every 
 Where tensors give the positions, an offset is the difference of two of them, and a tile gathers its bias: from a strip
 of the offsets [near_lo, near_hi] alone, the ends of which serve all others. The band is then asked for every pair.
 
-Scores meet the strip in one of two units. BIAS_IN_ACC: the strip counts products (bias / scale) and is what the matrix
-product starts from, which costs nothing more. Else the strip is in bits (bias times log2 e) and is added afterwards.
+The strip has one of two units. With BIAS_IN_ACC it is in units of the products (bias / scale), and the matrix product
+starts from it, which takes no instruction. Otherwise it is in bits (bias times log2 e) and is added to the product.
 """
 
 import triton
@@ -20,14 +20,14 @@ from triton_offset_bias.backends.triton.kernels.tiles import product, started_fr
 
 LN_2 = tl.constexpr(0.6931471805599453)
 LARGEST_BLOCK = tl.constexpr(128)
-STRIP_PAD = tl.constexpr(256)  # twice that
-# A running maximum before any score: finite, so that -inf - it is -inf, and no more than any finite score.
+STRIP_PAD = tl.constexpr(256)  # 2 * LARGEST_BLOCK
+# The running maximum before any score: no more than any finite score, and finite, so that -inf minus it is -inf.
 NO_SCORE = tl.constexpr(-3.4028234663852886e38)
 
 
 @triton.jit
 def strip_of_head(strip_ptr, b, h, strides, zero, HAS_STRIP: tl.constexpr):
-    """Pointer to offset 0, the column `zero`, in the strip of a head."""
+    """The pointer to offset 0, the column `zero`, in the strip of a head."""
     if HAS_STRIP:
         return strip_ptr + (b * strides.strip_b + h * strides.strip_h + zero)
     else:
@@ -36,19 +36,19 @@ def strip_of_head(strip_ptr, b, h, strides, zero, HAS_STRIP: tl.constexpr):
 
 @triton.jit
 def scoring_of(inputs, b, h, strides, bounds, scale_log2, FORM: tl.constexpr):
-    """How the scores of a head, or of each row's head, are made."""
+    """The `Scoring` of a head, or of each row's head."""
     return Scoring(strip_of_head(inputs.strip, b, h, strides, bounds.zero, FORM.HAS_BIAS), bounds, scale_log2)
 
 
 @triton.jit
 def shift_in_strip(shift, bounds):
-    """The distance of a tile from the diagonal, or one in the strip's reach at which its bias is the same."""
+    """The distance of a tile from the diagonal, clamped to distances that the strip reaches with the same bias."""
     return tl.minimum(tl.maximum(shift, bounds.near_lo - LARGEST_BLOCK), bounds.near_hi + LARGEST_BLOCK)
 
 
 @triton.jit
 def of_sequence(ptr, offset, EXISTS: tl.constexpr):
-    """Pointer to a sequence's numbers, if there are any."""
+    """The pointer to a sequence's numbers, if it has any; otherwise 0."""
     if EXISTS:
         return ptr + offset
     else:
@@ -63,10 +63,10 @@ def position_rows(positions_ptr, offs, length):
 
 @triton.jit
 def bias_tile(ptrs, USE_ASM: tl.constexpr):
-    """What the pointers point at, element by element in the layout of the scores.
+    """The values at the pointers, element by element in the layout of the scores.
 
-    With addresses made of a row's and a column's part, LLVM sees which elements share a diagonal and loads each value
-    once; through inline assembly because `tl.load` would be converted to another layout first.
+    An address is the sum of a row's part and a column's part. So LLVM sees which elements share a diagonal, and loads
+    each value once. The load is inline assembly, because Triton would convert a `tl.load` to another layout first.
     """
     if USE_ASM:
         return tl.inline_asm_elementwise(
@@ -80,10 +80,10 @@ def bias_tile(ptrs, USE_ASM: tl.constexpr):
 def score_tile(
     a, b, scoring, shift, rows, columns, keep, FORM: tl.constexpr, IS_NEAR: tl.constexpr, HAS_KEEP: tl.constexpr
 ):
-    """Scores, (R, C), to be multiplied by score_unit, and with the bias if near and there is one.
+    """Scores (R, C) in units of `score_unit`. They contain the bias if there is one and the tile is near.
 
-    The offset of an element is shift + rows + columns, all int64. scoring.strip_ptr: one for all rows, or one for each.
-    `keep` says which keys to attend to, where HAS_KEEP.
+    The offset of an element is shift + rows + columns, all int64. scoring.strip_ptr is one pointer for all rows, or one
+    for each. With HAS_KEEP, `keep` tells which keys are attended to.
     """
     bounds = scoring.bounds
     acc = None
@@ -111,7 +111,7 @@ def score_tile(
 
 @triton.jit
 def score_unit(scale_log2, FORM: tl.constexpr, IS_NEAR: tl.constexpr):
-    """Bits in one of what score_tile gives."""
+    """The unit of `score_tile`'s scores, in bits."""
     if IS_NEAR and FORM.HAS_BIAS and not FORM.BIAS_IN_ACC:
         return 1.0
     else:
@@ -120,7 +120,7 @@ def score_unit(scale_log2, FORM: tl.constexpr, IS_NEAR: tl.constexpr):
 
 @triton.jit
 def far_bias(scoring, offset, FORM: tl.constexpr, IS_NEAR: tl.constexpr):
-    """The one bias of far tiles, in bits, which the strip holds at `offset`; near tiles look up theirs."""
+    """The one bias of far tiles in bits, which the strip holds at `offset`."""
     if IS_NEAR or not FORM.HAS_BIAS:
         return 0.0
     elif FORM.BIAS_IN_ACC:
@@ -137,7 +137,7 @@ def rows_of_head(rows, first):
 
 @triton.jit
 def load_rows(rows, offs, length, IS_EVEN: tl.constexpr, FORM: tl.constexpr):
-    """The numbers of the queries `offs`. Past the `length` the log-sum-exp is +inf: P and dS are 0 there."""
+    """The `Rows` of the queries `offs`. Past the `length` the log-sum-exp is +inf, so that P and dS are 0."""
     if IS_EVEN:
         lse = tl.load(rows.lse + offs)
         log_sum = tl.load(rows.log_sum + offs) if FORM.SPLIT_LSE else lse
@@ -152,7 +152,7 @@ def load_rows(rows, offs, length, IS_EVEN: tl.constexpr, FORM: tl.constexpr):
 
 @triton.jit
 def probabilities(s, unit, bias, lse, log_sum, FORM: tl.constexpr, IS_NEAR: tl.constexpr):
-    """P from score_tile's scores, which far tiles' bias is missing in; SPLIT_LSE: `lse` lacks the log of the sum."""
+    """P from `score_tile`'s scores, which lack far tiles' bias. With SPLIT_LSE, `lse` lacks the log of the sum."""
     if FORM.SPLIT_LSE:
         return tl.math.exp2((rounded_scores(s, unit, bias, FORM, IS_NEAR) - lse) - log_sum)
     elif IS_NEAR:
@@ -163,7 +163,10 @@ def probabilities(s, unit, bias, lse, log_sum, FORM: tl.constexpr, IS_NEAR: tl.c
 
 @triton.jit
 def rounded_scores(s, unit, bias, FORM: tl.constexpr, IS_NEAR: tl.constexpr):
-    """Float32's scores in bits, whose maximum less itself is exactly 0: a multiplication by the unit would be fused."""
+    """Float32 scores in bits, rounded once, so that the maximum minus itself is exactly 0.
+
+    A multiplication by the unit would be fused with the subtraction.
+    """
     if IS_NEAR and FORM.HAS_BIAS:
         return s
     else:
@@ -172,10 +175,10 @@ def rounded_scores(s, unit, bias, FORM: tl.constexpr, IS_NEAR: tl.constexpr):
 
 @triton.jit
 def slope_weights(stats, FORM: tl.constexpr):
-    """What a query's dP is multiplied with: 1, or 0 where one key has all the weight, as `prepare_kernel` marked it.
+    """The factor on a query's dP: 0 where `prepare_kernel` marked that one key has all the weight, otherwise 1.
 
-    There dP and <dO, O> are one sum in two orders, and their difference is exactly 0. Of 16-bit inputs the mark is the
-    last bit of the log-sum-exp; of others, the log of the sum is 0.
+    In a marked row dP and <dO, O> are one sum in two orders: their exact difference is 0. For 16-bit inputs the mark is
+    the last bit of the log-sum-exp. For others the mark is a log of the sum of 0.
     """
     if FORM.SPLIT_LSE:
         return tl.where(stats.log_sum == 0.0, 0.0, 1.0)
@@ -212,11 +215,11 @@ def kept_keys(key_mask_ptr, offs_n, len_k, HAS_MASK: tl.constexpr):
 
 @triton.jit
 def dropout_factors(dropping, start_m, start_n, offs_m, offs_n, FORM: tl.constexpr):
-    """What dropout multiplies P with: 0, or `kept_scale`; the bits are those of `triton_offset_bias.dropout`.
+    """Dropout's factors on P: 0 or `kept_scale`. The random bits equal those of `triton_offset_bias.dropout`.
 
-    The weights' places are start_m + offs_m and start_n + offs_n, where the offs_ have the shape of rows and columns of
-    the tile and the starts are multiples of 16. Then the compiler sees that the four weights that share a Philox have
-    equal counters: they lie in one thread, which computes it once.
+    The weights' places are start_m + offs_m and start_n + offs_n. The offs_ have the shape of the tile's rows and
+    columns, and the starts are multiples of 16. So the compiler sees that the four weights that share a Philox have
+    equal counters. They lie in one thread, which computes the Philox once.
     """
     rows = start_m // 2 + (offs_m // 16 * 8 + offs_m % 8)
     columns = start_n // 2 + (offs_n // 16 * 8 + offs_n % 8)

@@ -1,6 +1,6 @@
-"""Kernels that make strips of tables and a table's gradient of a strip's: one launch for each.
+"""Kernels that make strips from tables, and a table's gradient from a strip's gradient, with one launch each.
 
-Column `c` of a strip is the table's column ``first + c``, or what is beyond its end. Every head of a table is a row.
+Column `c` of a strip is the table's column ``first + c``, or the bias beyond its end. Every head of a table is a row.
 """
 
 import triton
@@ -17,9 +17,9 @@ def constants_kernel(
     stride_b, stride_h, stride_n, num_heads, num_columns,
     BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """What a row of the table is counted from: one of its numbers where that is exact, else 0. One program a row.
+    """The constant that a row of the table is counted from: one of its numbers where that is exact, else 0.
 
-    See `strip.constants_of`. Any number that is infinite, but for -inf, or not a number makes it 0.
+    One program has one row. See `Strip.constants`. A number that is +inf or NaN makes the constant 0.
     """
     row = tl.program_id(0)
     bias_ptr += (row // num_heads).to(tl.int64) * stride_b + (row % num_heads).to(tl.int64) * stride_h
@@ -46,9 +46,9 @@ def strip_kernel(
     stride_b, stride_h, stride_n, num_heads, num_columns, width, first, begin, end, unit, limit,
     HAS_CONSTANTS: tl.constexpr, IS_ZERO_BEYOND: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """(table less constant) * unit in the columns [begin, end) of the strip, -inf in the others.
+    """Writes (table - constant) * unit to the columns [begin, end) of the strip, and -inf to the others.
 
-    Finite numbers stay finite, for only -inf forbids: `limit` is the largest that `unit` leaves so.
+    Finite numbers stay finite, since only -inf forbids a pair: `limit` is the largest number that is finite in units.
     """
     blocks = tl.cdiv(width, BLOCK)
     row, column = tl.program_id(0) // blocks, tl.program_id(0) % blocks * BLOCK + tl.arange(0, BLOCK)
@@ -75,7 +75,7 @@ def fold_kernel(
 ):  # fmt: skip
     """The transpose of `strip_kernel` with unit 1: each column of the table gets the columns [begin, end) that see it.
 
-    Those beyond an end of the table are added up by the program that holds the end.
+    The program that holds an end of the table adds up the columns beyond that end.
     """
     blocks = tl.cdiv(num_columns, BLOCK)
     row, block = tl.program_id(0) // blocks, tl.program_id(0) % blocks
