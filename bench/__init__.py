@@ -1,1 +1,1 @@
-"""The benchmark: ``python -m bench`` measures, ``python -m bench.report`` tells, ``python -m bench.plots`` draws."""
+"""The benchmark: ``python -m bench`` measures, ``python -m bench.report`` prints, ``python -m bench.plots`` draws."""

@@ -60,7 +60,7 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 def make_parser() -> argparse.ArgumentParser:
-    """What the command line understands."""
+    """The parser of the command line."""
     parser = argparse.ArgumentParser(
         "python -m bench", description=ABOUT, epilog=_choices(), formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -106,7 +106,7 @@ def _choices() -> str:
 
 
 def plans_of(options: argparse.Namespace) -> list[Plan]:
-    """One plan for every suite and case that the options of `make_parser` leave."""
+    """The plans: one for every suite and case that the command line leaves."""
     effort = Effort(
         options.rounds or (QUICK_ROUNDS if options.quick else ROUNDS),
         options.limit if options.limit is not None else (QUICK_LIMIT if options.quick else LIMIT),

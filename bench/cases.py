@@ -1,4 +1,4 @@
-"""What is measured: the named shapes, the suites that use them, and the tensors of a shape."""
+"""The cases of the benchmark: named shapes, the suites that use them, and the tensors of a shape."""
 
 from dataclasses import dataclass
 
@@ -15,16 +15,16 @@ class Case:
     """A named shape of self-attention.
 
     Attributes:
-        name: what the command line and the CSV call it.
+        name: the case's name on the command line and in the CSV.
         batch: sequences.
         heads: heads of query, key and value.
         length: keys a sequence.
         head_dim: dimensions a head.
         dtype: name of the torch dtype of query, key and value; the table is always float32.
         is_causal: attend only where offset >= 0.
-        decoded: queries a sequence, the last ones, as in decoding with a cache; None: as many as keys.
+        decoded: queries a sequence, the last ones, as in decoding with a cache; None: as many queries as keys.
         window: keys on each side that a query attends to; -1: all.
-        clamp: the table's last offset on each side, beyond which its ends are seen; None: a table of all offsets.
+        clamp: the table's last offset on each side; its ends stand for offsets beyond. None: a table of all offsets.
     """
 
     name: str
@@ -111,7 +111,7 @@ CASES = {
 
 @dataclass(frozen=True)
 class Suite:
-    """A kind of measurement, and what it is taken of, and on which device, unless the command line says otherwise."""
+    """A kind of measurement, with the cases and the device that it uses unless the command line says otherwise."""
 
     about: str
     cases: tuple[str, ...]
@@ -190,7 +190,7 @@ class Inputs:
     """The tensors of a case; all but `dout` are leaves that require a gradient.
 
     Attributes:
-        q: (B, H, M, D), as is `dout`, the gradient that comes back to the output; `k` and `v` (B, H, L, D).
+        q, dout: (B, H, M, D); `dout` is the gradient of the output. `k` and `v` are (B, H, L, D).
         table: (H, 2R + 1) float32, the bias of every offset from -R to R, where R is L - 1 or the case's clamp.
         is_causal: attend only where offset >= 0.
         window: keys on each side that a query attends to; -1: all.
@@ -206,20 +206,20 @@ class Inputs:
 
     @property
     def reach(self) -> int:
-        """R, the table's last offset on each side."""
+        """The table's last offset on each side, R."""
         return self.table.shape[1] // 2
 
     def arguments(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """(q, k, v, table), the leaves."""
+        """The leaves (q, k, v, table)."""
         return self.q, self.k, self.v, self.table
 
     def detached(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """(q, k, v, table) of which no gradient will be asked: what inference has."""
+        """The tensors (q, k, v, table) without gradients, as in inference."""
         return self.q.detach(), self.k.detach(), self.v.detach(), self.table.detach()
 
 
 def make_inputs(case: Case, device: str) -> Inputs:
-    """The same random tensors for every provider, drawn from a fixed seed."""
+    """Random tensors from a fixed seed, the same for every provider."""
     generator = torch.Generator().manual_seed(0)
 
     def normal(*shape: int, dtype: torch.dtype) -> Tensor:

@@ -1,4 +1,4 @@
-"""``python -m bench.compare OLD.csv NEW.csv``: what a change did to the times of two runs on the same machine."""
+"""``python -m bench.compare OLD.csv NEW.csv``: the ratios of times between two runs on the same machine."""
 
 import argparse
 from pathlib import Path
@@ -11,7 +11,7 @@ KEY = ["case", "provider", "mode", "device"]
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Prints the ratios of the times, new over old; fails where one of ours is above the tolerance."""
+    """Prints the ratios of the times, new over old. Fails if one of this package's is above the tolerance."""
     parser = argparse.ArgumentParser("python -m bench.compare", description=__doc__)
     parser.add_argument("old", type=Path)
     parser.add_argument("new", type=Path)
@@ -25,7 +25,7 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 def ratios(old: pd.DataFrame, new: pd.DataFrame) -> pd.DataFrame:
-    """The median times of what both have measured, and new over old."""
+    """The median times that both runs have measured, and their ratio, new over old."""
     times = [rows[rows.metric == "time"][[*KEY, "p50"]] for rows in (old, new)]
     both = times[0].merge(times[1], on=KEY, suffixes=("_old", "_new"))
     if both.empty:

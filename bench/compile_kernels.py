@@ -1,8 +1,8 @@
 """``python -m bench.compile_kernels``: compiles the GPU kernels for every target, without a GPU.
 
-Prints registers, bytes of spills, ptxas' complaints about serialised matrix products, and shared memory of every
-variant, and fails where one needs more than the budget in bench/kernel_budget.csv allows, or more shared memory than
-the target has, or where ptxas complains about a plain form for sm_90. `--update` writes the budget anew.
+It prints registers, bytes of spills, ptxas' complaints about serialised matrix products, and bytes of shared memory for
+every variant. It fails where a variant needs more than the budget in bench/kernel_budget.csv allows, or more shared
+memory than the target has, or where ptxas complains about a plain form for sm_90. `--update` writes the budget anew.
 """
 
 import argparse
@@ -67,7 +67,7 @@ def _row(variant: Variant) -> dict[str, object]:
 
 
 def _ptxas_usage(compiled, variant: Variant) -> dict[str, int]:
-    """Registers a thread, bytes of its spills stored and loaded, and complaints C75xx, by ptxas."""
+    """ptxas' figures: registers a thread, bytes of spills that it stores and loads, and complaints C75xx."""
     arch = variant.device.arch
     tools = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
     newest = tools / "ptxas-blackwell"
@@ -95,7 +95,7 @@ def _find(printed: str) -> dict[str, re.Match[str]]:
 
 
 def _amd_usage(assembly: str) -> dict[str, int]:
-    """Vector registers, and how many of them are spilled."""
+    """The numbers of vector registers and of spilled ones."""
     counts = {what: re.search(rf"\.{what}:\s*(\d+)", assembly) for what in ("vgpr_count", "vgpr_spill_count")}
     return {
         "registers": int(counts["vgpr_count"][1]) if counts["vgpr_count"] else -1,
@@ -110,7 +110,7 @@ def _over_shared_memory(rows: pd.DataFrame) -> list[str]:
 
 
 def _serialised(rows: pd.DataFrame) -> list[str]:
-    """Hopper's plain forms, of which no budget allows that ptxas serialises a product or adds a fence to it."""
+    """Hopper's plain forms for which ptxas serialises a product or adds a fence, which no budget allows."""
     wrong = rows[(rows["target"] == "sm_90") & (rows["form"] == "even") & (rows["serialised"] > 0)]
     return [f"serialised: {_name(row)}" for row in wrong.itertuples()]
 

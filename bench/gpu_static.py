@@ -1,10 +1,11 @@
 """``python -m bench.gpu_static``: the GPU kernels' code, measured without a GPU.
 
-Modelled cycles, never timings: a tool disassembles the compiled kernels and converts the instructions of their inner
-loops into cycles a streaming multiprocessor needs for 4096 scores, by the pipe that is slowest, and with the matrix
-products and the rest one after the other ("serial"). Kinds of tiles: `floor` (the same kernel without a bias), `far`,
-`near`, and `naive` (near, with one atomic add for every score). With an emulator, executed instructions and atomic adds
-are counted too. "Whole pass" weighs near and far tiles as they occur at L = 8192 with a table of 257 columns.
+All figures are modelled cycles, never timings. A tool disassembles the compiled kernels. It converts the instructions
+of their inner loops into cycles that a streaming multiprocessor needs for 4096 scores: once by the slowest pipe, and
+once with matrix products and all other instructions one after another ("serial"). Kinds of tiles are `floor` (the same
+kernel without a bias), `far`, `near`, and `naive` (near, with one atomic add for every score). With an emulator it also
+counts executed instructions and atomic adds. "Whole pass" weighs near and far tiles as they occur at L = 8192 with a
+table of 257 columns.
 """
 
 import argparse
@@ -149,7 +150,7 @@ def whole_pass(table: pd.DataFrame) -> pd.DataFrame:
 
 
 def _mean_cycles(cost: pd.Series, kernel: str, target: str, head_dim: int) -> float:
-    """Cycles of a kernel's tiles, by their share of near ones."""
+    """Mean cycles of a kernel's tiles, weighed by the share of near tiles."""
     config = Variant(kernel, target, torch.bfloat16, head_dim).launch
     rows, columns = torch.arange(0, WHOLE_LENGTH, config.block_m), torch.arange(0, WHOLE_LENGTH, config.block_n)
     shift = rows[:, None] - columns[None, :]
@@ -159,7 +160,7 @@ def _mean_cycles(cost: pd.Series, kernel: str, target: str, head_dim: int) -> fl
 
 
 def draw(table: pd.DataFrame, path: Path) -> None:
-    """Modelled cycles of a tile above those without a bias, as bars."""
+    """Draws bars of the modelled cycles of a tile beyond the cycles without a bias."""
     plt.rcParams.update(STYLE)
     lines = summary(table).reset_index().sort_values(["pass", "target", "D"], ascending=[False, True, True])
     figure, axes = plt.subplots(1, len(PIPES), figsize=(9, 3.4), sharey=True, layout="constrained")

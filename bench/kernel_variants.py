@@ -1,4 +1,4 @@
-"""Every form in which the GPU kernels ship, as something that can be compiled without a GPU."""
+"""Every form in which the GPU kernels ship, for compilation without a GPU."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -31,8 +31,8 @@ from triton_offset_bias.backends.triton.kernels.decode import decode_kernel
 from triton_offset_bias.backends.triton.kernels.forward import forward_kernel
 from triton_offset_bias.backends.triton.target import KIB, Target
 
-# KiB of shared memory that a program may have: by compute capability, "Technical Specifications per Compute Capability"
-# in NVIDIA's CUDA C++ Programming Guide; by AMD's names, the local data share in the CDNA 3 and 4 ISA reference guides.
+# KiB of shared memory that a program may have. By compute capability: "Technical Specifications per Compute Capability"
+# in NVIDIA's CUDA C++ Programming Guide. By AMD's names: the local data share in the CDNA 3 and 4 ISA reference guides.
 SHARED_KIB: dict[int | str, int] = {
     **{75: 64, 80: 163, 86: 99, 87: 163, 89: 99, 90: 227, 100: 227, 103: 227, 110: 227, 120: 99, 121: 99},
     **{"gfx942": 64, "gfx950": 160},
@@ -54,10 +54,10 @@ CONFIGS = {
     "dbias": configs.dquery_config,
     "decode": lambda target, dtype, block_d: configs.decode_config(target, dtype, block_d, DECODE_ROWS),
 }
-# Types of arguments that are no tuples, where it is neither a tensor's pointer nor an int32.
+# The types of arguments that are neither tuples, nor pointers to tensors, nor int32.
 _FLOATS = dict.fromkeys(("scale", "scale_log2", "kept_scale"), "fp32")
 _SUMS = dict.fromkeys(("fixed_unit_ptr", "dstrip_ptr", "parts_ptr"), "*fp32")
-# Whether there is a bias, and which loops there are.
+# Kinds of schedules: whether there is a bias, and which loops a kernel has.
 SCHEDULES = {
     "none": (False, Loops(FAR_LEFT=True, NEAR=False, FAR_RIGHT=False)),
     "none, causal": (False, Loops(FAR_LEFT=True, NEAR=True, FAR_RIGHT=False)),
@@ -68,13 +68,13 @@ SCHEDULES = {
 
 
 def target_of(name: str) -> Target:
-    """What "sm_90" or "gfx942" is, as documented; a launch asks the driver."""
+    """The `Target` with a name such as "sm_90" or "gfx942", from documentation; a launch asks the driver."""
     arch = int(name[3:]) if name.startswith("sm_") else name
     return Target("hip" if arch == name else "cuda", arch, SHARED_KIB[arch] * KIB)
 
 
 def gpu_target(name: str) -> GPUTarget:
-    """The same as Triton's compiler wants it."""
+    """The target in the form that Triton's compiler takes."""
     target = target_of(name)
     return GPUTarget(target.backend, target.arch, 32 if target.backend == "cuda" else 64)
 
@@ -85,11 +85,11 @@ class Variant:
 
     Attributes:
         kernel: key of `KERNELS`.
-        target: "sm_" and a key of `SHARED_KIB`, or such a key.
-        dtype: of the tensors.
-        head_dim: of queries, keys and values.
-        schedule: key of `SCHEDULES`: which tiles there are, and whether they have a bias.
-        changes: constants that differ from the usual: all gradients, no mask, nothing dropped; or IS_EVEN, whether
+        target: "sm_" and a key of `SHARED_KIB`, or such a key alone.
+        dtype: dtype of the tensors.
+        head_dim: head dim of queries, keys and values.
+        schedule: key of `SCHEDULES`, which tells the kinds of tiles and whether they have a bias.
+        changes: constants that differ from the usual ones (all gradients, no mask, no dropout); or IS_EVEN, whether
             tiles fill the lengths.
         config: the launch configuration, if it is not the shipped one.
     """
@@ -104,7 +104,7 @@ class Variant:
 
     @property
     def launch(self) -> configs.Config:
-        """Block sizes and options of the launch."""
+        """The launch configuration: block sizes and options."""
         if self.config is not None:
             return self.config
         if self.kernel == "forward":
@@ -113,7 +113,7 @@ class Variant:
 
     @property
     def device(self) -> Target:
-        """What decides about the configuration."""
+        """The `Target`, which decides about the configuration."""
         return target_of(self.target)
 
     @property
@@ -125,7 +125,7 @@ class Variant:
 
     @property
     def block_d(self) -> int:
-        """The head dim as tiles have it."""
+        """The padded head dim of tiles."""
         return max(16, triton.next_power_of_2(self.head_dim))
 
     @property
@@ -170,7 +170,7 @@ class Variant:
         return loops
 
     def _types(self) -> dict[str, Any]:
-        """The type of every argument, as a launch with aligned tensors has it; "constexpr" of what is compiled in."""
+        """The type of every argument in a launch with aligned tensors; "constexpr" for values that are compiled in."""
         form, tensor = self._form(), f"*{DTYPES[self.dtype]}"
         types = {
             "inputs": Inputs(
@@ -209,14 +209,14 @@ class Variant:
         return tensor if parameter.name.endswith("_ptr") else "i32"
 
     def _divisible(self) -> set[str]:
-        """Members that are multiples of 16, as they are for even lengths and aligned tensors."""
+        """The members that are multiples of 16 for even lengths and aligned tensors."""
         queries, keys = {"len_q", "rows_q"}, {"len_k", "rows_k"}
         if self.changes.get("IS_EVEN", True) or self.kernel == "dbias":
             return {"b", "h"} | queries | keys
         return {"b", "h"} | (keys if self.kernel == "dkey_dvalue" else queries)
 
     def source(self) -> ASTSource:
-        """The kernel with the types of its arguments, as Triton's compiler takes it."""
+        """The kernel with the types of its arguments, in the form that Triton's compiler takes."""
         kernel, types, divisible = KERNELS[self.kernel], self._types(), self._divisible()
         compiled_in = {"row": self.head_dim, "d": 1, "group": 1}
         values, attributes = {}, {}
@@ -231,12 +231,12 @@ class Variant:
         return ASTSource(kernel, types, values, attributes)
 
     def compile(self):
-        """Compiles it, and gives Triton's compiled kernel."""
+        """Compiles the variant, and returns Triton's compiled kernel."""
         return triton.compile(self.source(), target=gpu_target(self.target), options=self.launch.options)
 
 
 def shipped_variants(target: str) -> Iterator[Variant]:
-    """The variants that are held against the budget: every kernel, dtype, size of head dim and kind of schedule."""
+    """The variants that must stay within the budget: every kernel, dtype, size of head dim and kind of schedule."""
     ragged = {"IS_EVEN": False, "HAS_MASK": True}
     packed = {"IS_EVEN": False, "IS_PACKED": True}
     dropping = {"DROPOUT_ROUNDS": dropout.ROUNDS}

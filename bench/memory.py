@@ -1,7 +1,8 @@
 """Growth of the peak resident memory by one step, measured in a process of its own (Linux).
 
-The process makes the inputs, warms up, forgets its peak, runs one step, and reads the peak again. So the growth is what
-the step needs beside q, k, v, the table and the output's gradient: output, gradients, what is saved between, scratch.
+The process makes the inputs, warms up, forgets its peak, runs one step, and reads the peak again. So the growth counts
+the output, the gradients, the tensors that are saved between the passes, and scratch memory. It does not count q, k, v,
+the table and the output's gradient.
 """
 
 import ctypes
@@ -24,7 +25,8 @@ from bench.steps import make_step
 WARM_UP_LENGTH = 64
 # Copies of all B*H*M*N numbers that a dense provider may hold at once in a training step; an upper bound.
 DENSE_COPIES = 6
-# The C library gives freed memory back to the system at once, so that memory of the warm-up is not used again unseen.
+# With these settings the C library gives freed memory back to the system at once. Memory of the warm-up would otherwise
+# be used again unseen.
 ALLOCATOR = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "0"}
 
 

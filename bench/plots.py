@@ -1,4 +1,4 @@
-"""Draws a CSV of the benchmark, and nothing but the CSV: ``python -m bench.plots FILE``."""
+"""Plots of a CSV of the benchmark, from nothing but the CSV: ``python -m bench.plots FILE``."""
 
 import argparse
 from pathlib import Path
@@ -71,7 +71,7 @@ def main() -> None:
 
 
 def draw_ratios(rows: pd.DataFrame) -> Figure:
-    """Bars of every provider's time over ours: a row of panels for each mode, a column without and with causality."""
+    """Bars of every provider's time over this package's: a row of panels for each mode, a column for each mask."""
     modes = [mode for mode in MODES if mode in set(rows["mode"])]
     masks = sorted(rows.causal.unique())
     most = rows.groupby("mode").provider.nunique()
@@ -115,7 +115,7 @@ def _bars(ax: Axes, rows: pd.DataFrame, order: list[str]) -> None:
 
 
 def draw_memory(rows: pd.DataFrame) -> Figure:
-    """Growth of the peak memory over the length, both axes logarithmic."""
+    """The growth of the peak memory over the length, both axes logarithmic."""
     masks = sorted(rows.causal.unique())
     figure, axes = plt.subplots(
         1, len(masks), figsize=(2.5 + 3.4 * len(masks), 3.6), squeeze=False, sharey=True, layout="constrained"
@@ -156,7 +156,7 @@ def draw_gemm_fraction(rows: pd.DataFrame) -> Figure:
 
 
 def draw_thread_speedup(rows: pd.DataFrame) -> Figure:
-    """Bars of the time with one thread over that with more."""
+    """Bars of the time with one thread over the time with more threads."""
     rows = rows[rows.provider == "ours"]
     figure = _grouped(rows.assign(group=[f"BH={r.B * r.H} L={r.M}" for r in rows.itertuples()] + _causal(rows)))
     ax = figure.axes[0]
@@ -166,7 +166,7 @@ def draw_thread_speedup(rows: pd.DataFrame) -> Figure:
 
 
 def draw_throughput(rows: pd.DataFrame) -> Figure:
-    """Rate over the length, a line for each provider: a row of panels a mode, a column for each head dim and mask."""
+    """Lines of the rate over the length, by provider: a row of panels a mode, a column for each head dim and mask."""
     modes = [mode for mode in MODES if mode in set(rows["mode"])]
     rows = rows[rows.case.isin([case.name for case in GPU_CASES])]
     rows = rows.assign(clamp=rows.case.str.contains(f"_c{GPU_CLAMP}"))

@@ -1,9 +1,9 @@
-"""Who is measured: every way to compute the same attention from the same inputs.
+"""The providers: every way to compute the same attention from the same inputs.
 
-A provider's `prepare` does what a model would do once (indices, masks, compilation) and is not timed. What it returns
-is timed: it goes from (q, k, v, table) to the output, so a bias that is materialised is materialised in every call, as
-a table that is being trained asks for. `sdpa_index` is what models do, a causal mask of all pairs included; the other
-peers put -inf into the table instead, which is faster.
+A provider's `prepare` does the work that a model would do once (indices, masks, compilation). It is not timed. It
+returns the function that is timed, from (q, k, v, table) to the output. A materialised bias is materialised in every
+call, because the table changes in training. `sdpa_index` is written as models write it, with a causal mask of all
+pairs. The other peers put -inf into the table instead, which is faster.
 """
 
 import os
@@ -28,14 +28,14 @@ class Provider:
     """A way to compute the attention of `Inputs`.
 
     Attributes:
-        label: what plots call it.
-        prepare: gives the function to be timed.
+        label: the name in plots.
+        prepare: returns the function to be timed.
         uses_table: False for attention without a bias.
         is_dense: stores B*H*M*N numbers.
         is_compiled: compiled by torch.compile for one shape.
-        cpu_modes: the modes that it can run in on a CPU.
-        why_not: why it cannot run in the others.
-        context: what surrounds every step, backward too.
+        cpu_modes: the modes in which it can run on a CPU.
+        why_not: the reason why it cannot run in the other modes.
+        context: the context manager around every step, backward too.
     """
 
     label: str
@@ -54,12 +54,12 @@ def ours(inputs: Inputs) -> Run:
 
 
 def ours_no_bias(inputs: Inputs) -> Run:
-    """This package with the bias left out: what the bias costs is the difference."""
+    """This package without the bias. The difference to `ours` is the cost of the bias."""
     return lambda q, k, v, _: offset_bias_attention(q, k, v, None, **_band(inputs))
 
 
 def ours_atomics(inputs: Inputs) -> Run:
-    """The same GPU kernels with an atomic add for every score, as are those that compilers generate."""
+    """This package's GPU kernels with an atomic add for every score, as compilers generate them."""
     return lambda q, k, v, table: offset_bias_attention(q, k, v, table, **_band(inputs), backend="triton")
 
 
@@ -79,7 +79,7 @@ def _atomics_of_scores() -> Iterator[None]:
 
 
 def flash_attn(inputs: Inputs) -> Run:
-    """flash-attn, which has no such bias, if it is installed."""
+    """flash-attn, if it is installed; it has no such bias."""
     from flash_attn import flash_attn_func
 
     def run(q: Tensor, k: Tensor, v: Tensor, _: Tensor) -> Tensor:
@@ -94,7 +94,7 @@ def sdpa_no_bias(inputs: Inputs) -> Run:
 
 
 def sdpa_index(inputs: Inputs) -> Run:
-    """SDPA with the bias looked up, and masked, for every pair, as Swin and most models write it."""
+    """SDPA with a bias that is looked up and masked for every pair, as Swin and most models write it."""
     index = _table_index(inputs)
     is_future = index < inputs.reach  # (M, N)
 
@@ -121,7 +121,7 @@ def sdpa_strided(inputs: Inputs) -> Run:
 
 
 def sdpa_strided_copy(inputs: Inputs) -> Run:
-    """SDPA with the bias copied out of that view: no index, keys in their order."""
+    """SDPA with the bias copied from the overlapping view: no index, keys in their order."""
 
     def run(q: Tensor, k: Tensor, v: Tensor, table: Tensor) -> Tensor:
         bias = _all_offsets(table, inputs).unfold(-1, k.shape[2], 1).flip(-1)  # (H, M, N)
@@ -131,20 +131,20 @@ def sdpa_strided_copy(inputs: Inputs) -> Run:
 
 
 def t5_eager(inputs: Inputs) -> Run:
-    """Matmul, plus bias, softmax, matmul: how T5 is written."""
+    """Matmul, bias, softmax and matmul, as T5 is written."""
     index = _table_index(inputs)
     return lambda q, k, v, table: _t5(q, k, v, table, index, inputs.is_causal)
 
 
 def t5_compiled(inputs: Inputs) -> Run:
-    """The same, compiled."""
+    """Matmul, bias, softmax and matmul, compiled."""
     index = _table_index(inputs)
     compiled = _compile(_t5)
     return lambda q, k, v, table: compiled(q, k, v, table, index, inputs.is_causal)
 
 
 def flex_compiled(inputs: Inputs) -> Run:
-    """FlexAttention, compiled, that captures the table; on a CPU it has no backward."""
+    """Compiled FlexAttention that captures the table. On a CPU it has no backward."""
     length, reach, device = inputs.q.shape[2], inputs.reach, inputs.q.device.type
     mask = None
     if inputs.is_causal:
@@ -176,14 +176,14 @@ def _masked_table(table: Tensor, is_causal: bool) -> Tensor:
 
 
 def _all_offsets(table: Tensor, inputs: Inputs) -> Tensor:
-    """(H, 2L - 1): the masked table, its ends repeated where it is shorter than the sequence."""
+    """The masked table for all offsets, (H, 2L - 1), with its ends repeated where it is shorter than the sequence."""
     beyond = inputs.q.shape[2] - 1 - inputs.reach
     masked = _masked_table(table, inputs.is_causal)
     return F.pad(masked[None], (beyond, beyond), mode="replicate")[0] if beyond else masked
 
 
 def _table_index(inputs: Inputs) -> Tensor:
-    """(M, N) column of the table for every pair."""
+    """The table's column for every pair, (M, N)."""
     positions = torch.arange(inputs.q.shape[2], device=inputs.q.device)
     return (positions[:, None] - positions[None, :]).clamp(-inputs.reach, inputs.reach) + inputs.reach
 

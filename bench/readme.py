@@ -28,7 +28,7 @@ SHORT_PEERS = ("sdpa_index", "sdpa_no_bias")
 SHORT_COLUMNS = {f"L={length}": (f"b8h8_l{length}", BOTH) for length in (64, 128, 256)}
 
 
-# Case, mode, metric, provider of every number in the sentences.
+# The case, mode, metric and provider of every number in the sentences.
 NUMBERS = {
     "forward_rate": ("h8_l2048", FORWARD, "gemm_fraction", "ours"),
     "backward_rate": ("h8_l2048", BACKWARD, "gemm_fraction", "ours"),
@@ -72,7 +72,7 @@ More figures of one thread of the same processor, in float32 unless said otherwi
 
 
 def worth(results: pd.DataFrame) -> str:
-    """README's part: one table and one sentence, of medians with one thread.
+    """The README's part: one table and one sentence, from medians with one thread.
 
     Raises:
         ValueError: the results lack one of the numbers.
@@ -81,7 +81,7 @@ def worth(results: pd.DataFrame) -> str:
 
 
 def paragraphs(results: pd.DataFrame) -> str:
-    """The part of docs/speed.md, of medians with one thread.
+    """The part of docs/speed.md, from medians with one thread.
 
     Raises:
         ValueError: the results lack one of the numbers.
@@ -115,7 +115,7 @@ def _value(results: pd.DataFrame, case: str, mode: str, metric: str, provider: s
 
 
 def _processor(results: pd.DataFrame) -> str:
-    """Such as "AMD EPYC (AVX512)"."""
+    """The processor's name, such as "AMD EPYC (AVX512)"."""
     name, _, capability = results.device.iloc[0].partition(", ")[0].removeprefix("cpu ").rpartition(" ")
     return f"{name} ({capability})"
 

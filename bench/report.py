@@ -1,4 +1,4 @@
-"""What a CSV says: a summary, and which of the figures that must be reached are. ``python -m bench.report FILE``."""
+"""A report of a CSV: a summary, and the required figures with whether they are met. ``python -m bench.report FILE``."""
 
 import argparse
 from collections.abc import Callable
@@ -19,9 +19,9 @@ class Requirement:
 
     Attributes:
         what: the figure, in words.
-        case: of which case.
-        value: reads it from the results.
-        bound: the least that it must be, or with `is_upper` the most; None where it is only reported.
+        case: the case that it is measured in.
+        value: reads the figure from the results.
+        bound: the least value, or with `is_upper` the largest; None if the figure is only reported.
     """
 
     what: str
@@ -37,7 +37,7 @@ def read_results(path: Path) -> pd.DataFrame:
 
 
 def requirements() -> list[Requirement]:
-    """What the CPU engine must reach: fp32, one thread except where the second is asked for."""
+    """The figures that the CPU engine must reach, in fp32, with one thread except for the speed-up by a second one."""
     no_bias = ("sdpa_no_bias",)
     table = [
         # what, mode, peers, bound, bound when causal; the ratio is that of the medians, to the fastest of the peers
@@ -86,7 +86,7 @@ def print_requirements(results: pd.DataFrame) -> None:
 
 
 def print_summary(results: pd.DataFrame) -> None:
-    """Prints every quantity of the CSV, the metrics of a provider side by side."""
+    """Prints every quantity of the CSV, with the metrics of a provider side by side."""
     quantities = results[["p50", "p20", "p80", "unit"]].itertuples(index=False)
     results = results.assign(text=[_quantiles(*quantity) for quantity in quantities])
     for device, rows in results.groupby("device", sort=False):
@@ -106,7 +106,7 @@ def _quantiles(p50: float, p20: float, p80: float, unit: str) -> str:
 
 
 def median(results: pd.DataFrame, metric: str, case: str, provider: str, mode: str) -> float:
-    """The median of one quantity with one thread, or not a number where the CSV lacks it."""
+    """The median of one quantity with one thread, or NaN where the CSV lacks it."""
     rows = results[(results.metric == metric) & (results.case == case)]
     rows = rows[(rows.provider == provider) & (rows["mode"] == mode) & rows.device.str.endswith(", 1 thread")]
     return float(rows.p50.iloc[-1]) if len(rows) else float("nan")

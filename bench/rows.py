@@ -87,7 +87,7 @@ class RowMaker:
 
 
 def write_rows(path: Path, rows: list[Row], keep_others: bool) -> None:
-    """Writes the CSV; with `keep_others`, rows of it that were not measured again stay."""
+    """Writes the CSV. With `keep_others`, its rows that were not measured again stay."""
     written = [asdict(row) for row in rows]
     if keep_others and path.exists():
         measured = {_key(row) for row in written}
@@ -101,7 +101,7 @@ def write_rows(path: Path, rows: list[Row], keep_others: bool) -> None:
 
 
 def _key(row: dict[str, Any]) -> tuple[str, ...]:
-    """What a later measurement of the same quantity has in common with this one."""
+    """The values of a row that a later measurement of the same quantity shares."""
     return tuple(row[field] for field in ("case", "provider", "mode", "metric", "device"))
 
 

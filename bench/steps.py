@@ -20,20 +20,20 @@ TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 5e-2}
 
 @dataclass(frozen=True)
 class Step:
-    """What is timed, `timed(before())`, of which only `timed` counts."""
+    """A step to time, `timed(before())`, of which only the time of `timed` counts."""
 
     timed: Callable[[Any], object]
     before: Callable[[], Any] = lambda: None
 
 
 def make_step(provider: Provider, run: Run, inputs: Inputs, mode: str, repeats_backward: bool = False) -> Step:
-    """The step: forward as in inference, backward alone, or both with the gradients of all inputs.
+    """The step of a mode: forward as in inference, backward alone, or both with the gradients of all inputs.
 
     With `repeats_backward`, backward may be timed more than once after one `before`.
     """
     arguments = inputs.arguments()
     leaves = _leaves(provider, inputs)
-    # Not leaves under no_grad: views of those still say that they require a gradient, and SDPA takes its slow path.
+    # Leaves under no_grad do not do: their views still say that they require a gradient, and SDPA takes its slow path.
     detached = inputs.detached()
 
     def forward(_: object) -> Tensor:
@@ -55,7 +55,7 @@ class Checker:
     """Compares providers on some inputs with the reference backend."""
 
     def __init__(self, inputs: Inputs) -> None:
-        """Computes nothing yet: the reference is asked when its first result is needed."""
+        """Keeps the inputs. The reference runs when its first result is needed."""
         batch, heads, queries, _ = inputs.q.shape
         self._inputs = inputs
         self._heads = heads if batch * heads * queries * inputs.k.shape[2] <= MOST_PAIRS else 1

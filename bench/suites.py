@@ -22,7 +22,7 @@ COPIED = 2**26  # numbers of float32: far more than caches hold
 
 @dataclass(frozen=True)
 class Plan:
-    """What to measure of a case, and how.
+    """The measurements of one case in one suite.
 
     Attributes:
         suite: one of `SUITES`.
@@ -40,7 +40,7 @@ class Plan:
 
 
 def measure(plan: Plan, maker: RowMaker) -> Iterator[Row]:
-    """Measures what the plan says; whatever cannot run is left out, with a line that says why."""
+    """Measures according to the plan. Providers that cannot run are left out, with a line that says why."""
     torch.set_num_threads(plan.threads)
     if plan.suite == "memory":
         yield from _memory(plan, maker)
@@ -93,7 +93,10 @@ def _sgemm(size: int, device: str) -> Step:
 
 
 def _threads(plan: Plan, mode: str, steps: dict[str, Step], maker: RowMaker) -> Iterator[Row]:
-    """sgemm goes along to tell what the machine has to give: two CPUs of a virtual one may share a core at times."""
+    """Rows of the speed-up by threads. sgemm runs beside it as a measure of the machine.
+
+    Two CPUs of a virtual machine may share a core at times.
+    """
     many = max(2, plan.threads)
     steps = {**steps, "sgemm": _sgemm(THREADED_GEMM_SIZE, plan.device)}
     tasks = {f"{name}, {threads}": Task(step, threads) for name, step in steps.items() for threads in (1, many)}
@@ -151,7 +154,7 @@ def _memory(plan: Plan, maker: RowMaker) -> Iterator[Row]:
 
 
 def _checked_runs(plan: Plan, inputs: Inputs) -> dict[str, Run]:
-    """The providers that can run and agree with the reference. Ours must."""
+    """The providers that can run and agree with the reference. This package's must."""
     checker = Checker(inputs)
     runs = {}
     for name in tqdm(plan.providers, desc=f"{plan.suite} {plan.case.name}: compile and check", leave=False):

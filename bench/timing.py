@@ -1,4 +1,4 @@
-"""Interleaved timing: in every round each task runs once, so that all of them meet the same weather."""
+"""Interleaved timing: in every round each task runs once, so that the machine's state is the same for all of them."""
 
 import gc
 import time
@@ -20,7 +20,7 @@ FEWEST_ROUNDS = 3
 
 @dataclass(frozen=True)
 class Task:
-    """A step, and the threads that it runs with."""
+    """A step, and the number of threads that it runs with."""
 
     step: Step
     threads: int
@@ -31,14 +31,14 @@ Sampler = Callable[[Task], float]  # seconds a call
 
 @dataclass(frozen=True)
 class Effort:
-    """How long to measure: `rounds` rounds, or as many (at least `FEWEST_ROUNDS`) as begin within `limit` seconds."""
+    """The length of a measurement: at most `rounds` rounds that begin within `limit` seconds; at least `FEWEST_ROUNDS`."""
 
     rounds: int
     limit: float
 
 
 def sampler_for(device: str, threads: int) -> Sampler:
-    """How to time on a device: the one place that knows.
+    """The function that times tasks on a device.
 
     One thread on a CPU is timed in CPU time, which a busy neighbour disturbs less; it counts every thread of the
     process, so that a provider with helpers pays for them. More threads are timed in wall time. A GPU is timed by its
@@ -87,9 +87,9 @@ class _GpuSampler:
 
 
 def interleave(tasks: dict[str, Task], sample: Sampler, effort: Effort, about: str) -> dict[str, np.ndarray]:
-    """Seconds a call of every task, one number a round; each round begins with the next task.
+    """Seconds per call of every task, one number a round; each round begins with the next task.
 
-    The arrays belong together: element r of all of them is from round r. A peer that fails to warm up is left out.
+    Element r of every array is from round r. A peer that fails to warm up is left out.
     """
     tasks = _warm(tasks, sample, about)
     names = list(tasks)
@@ -106,7 +106,7 @@ def interleave(tasks: dict[str, Task], sample: Sampler, effort: Effort, about: s
 
 
 def _warm(tasks: dict[str, Task], sample: Sampler, about: str) -> dict[str, Task]:
-    """The tasks that can run. Ours must."""
+    """The tasks that can run. This package's must."""
     warm = {}
     for name, task in tasks.items():
         try:

@@ -58,7 +58,7 @@ def _served_problem(args) -> tuple[Problem, FusedBackend]:
 
 
 def _forward(*args):
-    """Output, log-sum-exp, and the rows' statistics, (B, H, Lq), which `attention_backward` wants to see again."""
+    """Output, log-sum-exp, and the rows' statistics, (B, H, Lq), which `attention_backward` takes again."""
     problem, backend = _served_problem(args)
     check_data(problem)
     out, lse, row_max, row_sum = outputs = _new_outputs(problem.query, problem.value)
@@ -79,13 +79,15 @@ def _forward_fake(*args):
 def _backward(dout, dlse, out, row_max, row_sum, needs, *args):
     """The gradients that are needed, and empty tensors for the others.
 
-    Tensors may have any strides. `out`, `row_max` and `row_sum`, which `attention` gave, may be of rows that attended
-    to more keys than this call holds: P and delta are the whole rows'. So calls with parts of the keys, each with their
-    `query_start`, mask or positions and with the whole's `dout` and `dlse`, give their dkey and dvalue, and summands of
-    dquery and dbias. Every part must be given the whole's table, unchanged: `row_max` counts from a constant of the
-    table, and means nothing with another. Statistics of parts that were attended to one by one, with one table, may be
-    merged: the maximum of `row_max`, and the sum of row_sum * 2 ** (row_max - maximum). Under dropout there are no
-    parts: which weights are dropped depends on a key's place in the call.
+    Tensors may have any strides. `out`, `row_max` and `row_sum` come from `attention`. Its rows may have attended to
+    more keys than this call holds: P and delta belong to the whole rows. So the keys may be split over several calls.
+    Each call gets its part's `query_start`, mask or positions, and the whole's `dout`, `dlse` and statistics. It gives
+    its part's dkey and dvalue, and summands of dquery and dbias. Every call must get the whole, unchanged table:
+    `row_max` counts from a constant of the table.
+
+    If the parts were attended to one by one, with one table, their statistics may be merged: the maximum of `row_max`,
+    and the sum of row_sum * 2 ** (row_max - maximum). Dropout allows no parts, since a key's place in the call decides
+    which weights are dropped.
 
     Source: P and delta as in FlashAttention-2 (Dao 2023, arXiv:2307.08691), algorithm 2.
     """
@@ -114,7 +116,7 @@ def _backward_fake(dout, dlse, out, row_max, row_sum, needs, *args):
 
 
 def _new_gradients(problem: Problem, needs) -> tuple[list[Tensor | None], bool]:
-    """Uninitialised dquery, dkey and dvalue, None where they are not needed, and whether the table's is needed."""
+    """Uninitialised dquery, dkey and dvalue (None where not needed), and whether dbias is needed."""
     *needed, needs_dbias = needs
     inputs = problem.query, problem.key, problem.value
     gradients = [_empty_like(x, x.shape[-1]) if need else None for x, need in zip(inputs, needed, strict=True)]
@@ -122,7 +124,7 @@ def _new_gradients(problem: Problem, needs) -> tuple[list[Tensor | None], bool]:
 
 
 def _new_outputs(query: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Uninitialised out, lse, row_max, row_sum: the last two are what a backend wants to see again in backward."""
+    """Uninitialised out, lse, row_max and row_sum. A backend's `backward` gets the last two again."""
     real = torch.promote_types(query.dtype, torch.float32)
     lse, row_max, row_sum = (query.new_empty(query.shape[:3], dtype=real) for _ in range(3))
     return _empty_like(query, value.shape[-1]), lse, row_max, row_sum
@@ -137,7 +139,7 @@ def _empty_like(x: Tensor, dim: int) -> Tensor:
 
 
 class _Attention(torch.autograd.Function):
-    """Takes the differentiable inputs and, as one, all other arguments: each argument costs time of its own."""
+    """The operator's gradient. `apply` takes all other arguments as one, because every argument costs time."""
 
     @staticmethod
     def forward(ctx, *args):
@@ -160,7 +162,7 @@ class _Attention(torch.autograd.Function):
 
 
 class _AttentionBackward(torch.autograd.Function):
-    """The gradient as a node of its own, so that asking for a second derivative meets an error, not a wrong answer."""
+    """The backward pass as a node of its own, so that a second derivative is an error and not a wrong answer."""
 
     @staticmethod
     def forward(ctx, *args):
@@ -189,7 +191,7 @@ def _refuse_forward_mode(args):
 
 
 def _autograd_rule(op, record):
-    """What the dispatcher calls at the autograd key: `record` where a gradient can be asked for, else just `op`."""
+    """The rule at the dispatcher's autograd key: calls `record` where a gradient may be asked for, otherwise `op`."""
 
     def rule(*args):
         is_recorded = torch.is_grad_enabled() and any(isinstance(x, Tensor) and x.requires_grad for x in args)

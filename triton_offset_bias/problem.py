@@ -10,14 +10,15 @@ from triton_offset_bias import table
 class Problem(NamedTuple):
     """One attention call with every argument checked and every default filled in.
 
-    Shapes as in `offset_bias_attention`. A key is attended to when `min_offset <= offset <= max_offset` and the padding
-    mask allows it. `bias_origin` and `beyond` are meaningless when `bias` is None.
+    Shapes are as in `offset_bias_attention`. A key is attended to when `min_offset <= offset <= max_offset` and the
+    padding mask allows it. `bias_origin` and `beyond` are meaningless when `bias` is None.
 
     `ops` makes the operators' schema from the fields: their names, order and types are the operators' arguments. The
-    tensors of `DIFFERENTIABLE` come first, then the other tensors, then what is no tensor.
+    tensors of `DIFFERENTIABLE` come first, then the other tensors, then all other values.
 
-    With `cu_seqlens_q` and `cu_seqlens_k` the sequences are packed along the length, and the tensors' batch size is 1;
-    the last query of each lies on its last key, whatever `query_start` says. Only a `bias` may have a batch axis then.
+    With `cu_seqlens_q` and `cu_seqlens_k` the sequences are packed along the length, and the tensors' batch size is 1.
+    The last query of each sequence lies on its last key, whatever `query_start` says. Only a `bias` may have a batch
+    axis then.
     """
 
     query: Tensor
@@ -29,7 +30,7 @@ class Problem(NamedTuple):
     key_positions: Tensor | None
     cu_seqlens_q: Tensor | None  # (sequences + 1,)
     cu_seqlens_k: Tensor | None
-    seed: Tensor | None  # () int64: that of the dropped weights; None if there are none
+    seed: Tensor | None  # () int64, selects the dropped weights; None without dropout
     scale: float
     dropout_p: float
     query_start: int
@@ -38,12 +39,12 @@ class Problem(NamedTuple):
     bias_origin: int
     beyond: str
     deterministic: bool
-    max_seqlen_q: int  # of a sequence
+    max_seqlen_q: int  # queries of the longest sequence
     max_seqlen_k: int
 
     @property
     def num_sequences(self) -> int:
-        """How many there are: the batch size, or that of packed sequences."""
+        """The number of sequences: the batch size, or the number of packed sequences."""
         return self.query.shape[0] if self.cu_seqlens_q is None else self.cu_seqlens_q.shape[0] - 1
 
     @property
@@ -54,5 +55,5 @@ class Problem(NamedTuple):
         return 1 - self.max_seqlen_q, self.max_seqlen_k - 1
 
 
-# The tensors that have gradients, in the order in which the operators give them.
+# The tensors that have gradients, in the order in which the operators return them.
 DIFFERENTIABLE = ("query", "key", "value", "bias")

@@ -1,8 +1,8 @@
-"""Where offsets become columns: how a bias table is laid out, for all that is not a kernel.
+"""The layout of a bias table: the column of every offset, for all code but the kernels.
 
-A table is a tensor whose last axis has one column per offset; `origin` is the column of offset 0, so offset `o` lives
-in column `o + origin`. `beyond` decides what offsets outside of the table see: its nearest end ("clamp"), nothing
-("zero"), or "error", which `check_reach` raises.
+A table is a tensor whose last axis has one column per offset. `origin` is the column of offset 0, so offset `o` lives
+in column `o + origin`. `beyond` decides which bias offsets outside of the table see: the table's nearest end ("clamp"),
+0 ("zero"), or none, because `check_reach` raises ("error").
 """
 
 import torch
@@ -42,7 +42,7 @@ def per_offset(bias: Tensor, lo: int, hi: int, origin: int) -> Tensor:
 
 
 def dense_offsets(query_positions: Tensor, key_positions: Tensor) -> Tensor:
-    """Offset of every pair: (Lq,) and (Lk,) give (Lq, Lk); a batch axis on either is kept."""
+    """The offset of every pair: (Lq,) and (Lk,) give (Lq, Lk); a batch axis on either is kept."""
     return query_positions.unsqueeze(-1) - key_positions.unsqueeze(-2)
 
 
@@ -96,7 +96,7 @@ def attended_extremes_of_positions(
         batch = max(x.shape[0] for x in (queries, keys) if x.dim() == 2)
         queries, keys = (x.expand(batch, x.shape[-1]).contiguous() for x in (queries, keys))
     queries = queries.sort().values
-    # Of every key, the first and the last of the sorted queries that may attend to it.
+    # The first and the last of the sorted queries that may attend to a key, for every key.
     first = torch.searchsorted(queries, keys + min_offset)
     last = torch.searchsorted(queries, keys + max_offset, right=True) - 1
     used = first <= last
@@ -117,5 +117,5 @@ def extended(bias: Tensor, origin: int, beyond: str) -> tuple[Tensor, int]:
 
 
 def trimmed(grad: Tensor, beyond: str) -> Tensor:
-    """The transpose of `extended`: the gradient without the columns that were added, in memory of its own."""
+    """The transpose of `extended`: the gradient without the added columns, in memory of its own."""
     return grad[..., 1:-1].clone(memory_format=torch.contiguous_format) if beyond == "zero" else grad

@@ -37,7 +37,7 @@ def checked_int(name: str, value: int) -> int:
     """`value`, an int; NumPy's integers become one."""
     if isinstance(value, bool) or not isinstance(value, int | torch.SymInt | Integral):
         raise TypeError(f"`{name}` must be an int, got {value!r}")
-    # Asking binds a symbolic number, which tensors' sizes keep small.
+    # A comparison would bind a symbolic number. Tensors' sizes keep such a number small.
     if not isinstance(value, torch.SymInt) and not -table.UNLIMITED < value < table.UNLIMITED:
         raise ValueError(f"`{name}` must be between -2**61 and 2**61, got {value}")
     return value if isinstance(value, int | torch.SymInt) else int(value)
@@ -51,10 +51,10 @@ def checked_count(name: str, value: int) -> int:
 
 
 def checked_length(name: str, value: int | Tensor) -> int:
-    """`value`, at least 0. One integer in a tensor becomes an int, for which the device is waited for."""
+    """`value`, an int of at least 0. A tensor with one integer becomes an int, which waits for the device."""
     length = _read(name, torch.as_tensor(value) if isinstance(value, np.ndarray) else value)
     if length is not value and torch.compiler.is_compiling():
-        # A graph knows nothing of the number that it reads. The operator checks it.
+        # A graph does not know the number that it reads. The operator checks it.
         torch._check(length >= 0, lambda: f"`{name}` must be at least 0")
     elif checked_int(name, length) < 0:
         raise ValueError(f"`{name}` must be at least 0, got {length}")
@@ -62,7 +62,7 @@ def checked_length(name: str, value: int | Tensor) -> int:
 
 
 def _read(name: str, value: int | Tensor) -> int:
-    """The one integer of a tensor."""
+    """The one integer in a tensor."""
     if not isinstance(value, Tensor):
         return value
     if value.numel() != 1 or value.dtype not in INTEGERS:
@@ -78,7 +78,7 @@ def check_offset_range(min_offset: int, max_offset: int) -> None:
 
 
 def checked_window(window_size: tuple[int, int]) -> tuple[int, int]:
-    """(left, right), each at least -1."""
+    """The window (left, right), two ints of at least -1."""
     if not isinstance(window_size, tuple | list) or len(window_size) != 2:
         raise TypeError(f"`window_size` must be a pair (left, right) of ints, got {window_size!r}")
     left, right = (checked_int("window_size", side) for side in window_size)
@@ -88,7 +88,7 @@ def checked_window(window_size: tuple[int, int]) -> tuple[int, int]:
 
 
 def checked_scale(scale: float | None, head_dim: int) -> float:
-    """The factor on the dot products."""
+    """The factor on the dot products, a float; the default is ``head_dim ** -0.5``."""
     if scale is None:
         return float(head_dim) ** -0.5
     if isinstance(scale, bool) or not isinstance(scale, int | float | torch.SymFloat | Real):
@@ -100,7 +100,7 @@ def checked_scale(scale: float | None, head_dim: int) -> float:
 
 
 def checked_dropout(dropout_p: float) -> float:
-    """A probability."""
+    """The probability of dropping a weight, a float."""
     if isinstance(dropout_p, bool) or not isinstance(dropout_p, int | float | Real):
         raise TypeError(f"`dropout_p` must be a float, got {dropout_p!r}")
     if not 0.0 <= dropout_p <= 1.0:
@@ -109,14 +109,14 @@ def checked_dropout(dropout_p: float) -> float:
 
 
 def checked_beyond(beyond: str) -> str:
-    """One of `table.BEYOND`."""
+    """`value`, one of `table.BEYOND`."""
     if beyond not in table.BEYOND:
         raise ValueError(f"`beyond` must be one of {', '.join(map(repr, table.BEYOND))}, got {beyond!r}")
     return beyond
 
 
 def checked_deterministic(deterministic: bool | None) -> bool:
-    """The caller's wish, or else torch's setting."""
+    """The caller's choice, or torch's setting if it is None."""
     if deterministic is None:
         return torch.are_deterministic_algorithms_enabled()
     check_flag("deterministic", deterministic)

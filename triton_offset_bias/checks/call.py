@@ -1,4 +1,4 @@
-"""Checks of a call: turns the public arguments into a `Problem`, or raises an error that names what was wrong."""
+"""Checks of a call: they turn the public arguments into a `Problem`, or raise an error that names the mistake."""
 
 from typing import TypedDict
 
@@ -27,9 +27,9 @@ from triton_offset_bias.problem import Problem
 
 
 class Options(TypedDict, total=False):
-    """The keywords that both public functions take and have checked here. `functional` declares its own from them.
+    """The keywords of both public functions that are checked here. `functional` declares its own from them.
 
-    Only its callers may leave some out: what is checked has all of them.
+    Callers of the public functions may leave some out; the functions here get all of them.
     """
 
     dropout_p: float
@@ -189,7 +189,7 @@ def _is_castable(tensor: Tensor) -> bool:
 
 
 def _check_reach_of_lengths(problem: Problem) -> None:
-    """`beyond="error"` where lengths alone tell which offsets are attended to; masks and positions wait for data."""
+    """Checks `beyond="error"` if lengths alone decide the attended offsets. With masks or positions the data decide."""
     if problem.beyond != "error" or problem.bias is None:
         return
     if problem.query_positions is not None or problem.key_padding_mask is not None:

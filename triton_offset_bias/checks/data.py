@@ -1,7 +1,7 @@
-"""Checks inside the operators: of values, which tracing does not see, and of what a graph may get wrong.
+"""Checks inside the operators: values, which tracing does not see, and tensors, which a graph may get wrong.
 
-On a GPU looking means to wait for the device. It is done for `beyond="error"` alone, whose user asks for it; there the
-values of `cu_seqlens_q` and `cu_seqlens_k` are not looked at, as in flash-attn.
+On a GPU, reading a value waits for the device. It is done for `beyond="error"` alone, whose user asks for it. On a GPU
+nobody reads `cu_seqlens_q` and `cu_seqlens_k`, as in flash-attn.
 """
 
 import itertools
@@ -16,7 +16,7 @@ from triton_offset_bias.problem import Problem
 
 
 def check_data(problem: Problem) -> None:
-    """Raises ValueError for tensors that do not fit, for bounds that are none, and for offsets that "error" forbids."""
+    """Raises ValueError for tensors that do not fit, for wrong bounds, and for offsets that "error" forbids."""
     check_fit(problem)
     if problem.cu_seqlens_q is not None and problem.query.device.type == "cpu":
         sequences(problem)
@@ -28,7 +28,7 @@ def check_data(problem: Problem) -> None:
 
 
 def check_fit(problem: Problem) -> None:
-    """Raises for tensors other than the public functions let through: a graph calls the operator with any."""
+    """Raises for tensors that the public functions would refuse: a graph may call the operator with any tensors."""
     check_padded(
         problem.query,
         problem.key,
@@ -52,7 +52,7 @@ def check_fit(problem: Problem) -> None:
 def check_rows(
     problem: Problem, dout: Tensor | None, dlse: Tensor | None, out: Tensor, row_max: Tensor, row_sum: Tensor
 ) -> None:
-    """Raises unless what `attention_backward` is given for every query fits the problem."""
+    """Raises unless the tensors with a row per query, which `attention_backward` gets, fit the problem."""
     query = problem.query
     rows, real = query.shape[:3], torch.promote_types(query.dtype, torch.float32)
     for name, tensor in (("out", out), ("dout", dout)):
@@ -99,7 +99,7 @@ def _bounds(letter: str, cu_seqlens: Tensor, packed_name: str, packed: Tensor, m
 
 
 def _attended_extremes(problem: Problem) -> tuple[int, int] | None:
-    """The smallest and the largest offset that some pair attends to; None if none does, or lengths told already."""
+    """The smallest and the largest attended offset; None if there is none, or if `call` has checked the lengths."""
     limits = problem.min_offset, problem.max_offset
     if problem.cu_seqlens_q is not None:
         lengths = [(len_q, len_k) for _, _, len_q, len_k in sequences(problem) if len_q and len_k]

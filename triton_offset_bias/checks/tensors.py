@@ -21,7 +21,7 @@ def check_padded(
     enable_gqa: bool,
     num_sequences: int | None = None,
 ) -> None:
-    """Raises unless the tensors fit one another; a `bias` may have one table for each of `num_sequences`, or batch."""
+    """Raises unless the tensors fit one another. A `bias` may have a table for each of `num_sequences` (or batch)."""
     check_tensors(query, key, value, "(batch, heads, length, head_dim)", 4)
     for name, tensor in (("key", key), ("value", value)):
         if tensor.shape[0] != query.shape[0]:
@@ -51,7 +51,7 @@ def check_tensors(query: Tensor, key: Tensor, value: Tensor, layout: str, axes: 
 
 
 def check_sizes(query: Tensor, key: Tensor, value: Tensor, enable_gqa: bool, heads: int, length: int) -> None:
-    """Head dims, lengths and heads; `heads` and `length` are the axes that hold them."""
+    """Checks head dims, lengths and heads; `heads` and `length` are the axes that hold them."""
     if key.shape[-1] != query.shape[-1]:
         raise ValueError(f"`key` must have `query`'s head_dim {query.shape[-1]}, got shape {shape(key)}")
     if value.shape[length] != key.shape[length]:
@@ -110,7 +110,7 @@ def _check_key_padding_mask(mask: Tensor, query: Tensor, batch: int, len_k: int)
 def _check_positions(
     query: Tensor, query_positions: Tensor | None, key_positions: Tensor | None, batch: int, len_q: int, len_k: int
 ) -> None:
-    """Raises unless there are none, or both are integers of fitting shapes."""
+    """Raises unless the positions are both None, or both integers of fitting shapes."""
     if query_positions is None and key_positions is None:
         return
     for name, positions, length in (

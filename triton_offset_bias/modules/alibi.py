@@ -39,12 +39,12 @@ class ALiBiBias(nn.Module):
 
         bias[h, offset] = -slope[h] * |offset|
 
-    The paper defines it for causal attention, where ``|offset| = offset``. Elsewhere this is the symmetric form: keys
-    after the query are penalised as those before it.
+    The paper defines it for causal attention, where ``|offset| = offset``. In other attention this is the symmetric
+    form: a key after the query gets the penalty of a key as far before it.
 
     Args:
         num_heads: heads.
-        learnable: whether the slopes are trained, from those of the paper on. Nothing then keeps them positive.
+        learnable: whether the slopes are trained. They start as the paper's slopes; nothing keeps them positive.
 
     Attributes:
         slopes: (num_heads,) parameter in nats per position, initially ``alibi_slopes(num_heads)``; None unless
@@ -66,7 +66,7 @@ class ALiBiBias(nn.Module):
         self.num_heads = checked_count("num_heads", num_heads)
         check_flag("learnable", learnable)
         self.register_parameter("slopes", nn.Parameter(alibi_slopes(num_heads)) if learnable else None)
-        # Fixed slopes are computed anew: as a buffer `module.half()` would round them. This only knows the device.
+        # Fixed slopes are computed anew, because `module.half()` would round a buffer. This one only knows the device.
         self.register_buffer("_device_marker", torch.empty(0), persistent=False)
 
     def forward(self, min_offset: int, max_offset: int) -> Tensor:

@@ -16,13 +16,13 @@ class FireBias(nn.Module):
 
         bias[h, offset] = f(psi(|offset|) / psi(L))[h]       psi(x) = log(|c| x + 1)       L >= threshold
 
-    FIRE divides by ``psi(max(L, i))`` for a query at position i. That depends on the offset alone, and is this table,
-    as long as i <= L. A call whose offsets exceed `threshold` is an error, for its queries lie beyond it. What the
-    module cannot see is yours to keep: with `query_start`, positions or a window, no query may lie at a position above
-    `threshold`, however near its keys are.
+    FIRE divides by ``psi(max(L, i))`` for a query at position i. As long as i <= L, this depends on the offset alone,
+    and this module's table is exact. Offsets beyond `threshold` raise an error, since some query then lies beyond it.
+    The module does not see positions: with `query_start`, positions or a window, you must keep every query at a
+    position of at most `threshold`, even if its keys are near.
 
-    FIRE is made for causal attention, where ``|offset| = offset``. Elsewhere keys after the query see the bias of those
-    as far before it, as in the authors' code.
+    FIRE is made for causal attention, where ``|offset| = offset``. In other attention a key after the query gets the
+    bias of a key as far before it, as in the authors' code.
 
     Args:
         num_heads: heads, each an output of the network.
@@ -31,8 +31,8 @@ class FireBias(nn.Module):
 
     Attributes:
         c: (1,) parameter, initially 0.1; its sign does not matter.
-        limit: (1,) parameter, the paper's L, initially `threshold`. Below `threshold` it counts as `threshold` and gets
-            no gradient: a smaller L would not be a table.
+        limit: (1,) parameter, the paper's L, initially `threshold`. A value below `threshold` counts as `threshold` and
+            gets no gradient: with a smaller L the bias would not be a table.
         hidden, out: f's layers, Linear(1, hidden_size), then ReLU, and Linear(hidden_size, num_heads), initialised as
             torch does.
 
@@ -51,7 +51,7 @@ class FireBias(nn.Module):
         self.num_heads = checked_count("num_heads", num_heads)
         self.threshold = checked_count("threshold", threshold)
         self.hidden_size = checked_count("hidden_size", hidden_size)
-        # One axis, for `fully_shard` takes no parameter without any.
+        # The parameters have an axis, because `fully_shard` takes none without.
         self.c = nn.Parameter(torch.full((1,), 0.1))
         self.limit = nn.Parameter(torch.full((1,), float(threshold)))
         self.hidden = nn.Linear(1, hidden_size)

@@ -1,4 +1,4 @@
-"""Looking at biases: as a dense tensor, and as a picture."""
+"""Views of a bias: a dense tensor, and a picture."""
 
 from typing import TYPE_CHECKING
 

@@ -65,7 +65,7 @@ class KerpleBias(nn.Module):
 
     @property
     def r2(self) -> Tensor:
-        """(num_heads,) float32: positive, a rate per position (log); between 0 and 2, the exponent (power)."""
+        """The rate per position, positive (log), or the exponent, from 0 to 2 (power), of every head: float32."""
         raw = self.raw_r2.float()
         return raw.exp() if self.kind == "log" else 2.0 * raw.sigmoid()
 

@@ -1,4 +1,4 @@
-"""The free parameter per offset."""
+"""A free parameter per offset."""
 
 from typing import Literal
 
@@ -66,9 +66,9 @@ class OffsetBias(nn.Module):
             "interpolate":  new[h, offset] = bias[h, offset * (self.max_length - 1) / (max_length - 1)]
             "extend":       new[h, offset] = bias[h, offset]
 
-        "interpolate" stretches or shrinks both sides of offset 0 as a whole, linearly between two numbers: the furthest
-        offset keeps the furthest number. "extend" leaves every offset its number and repeats the ends, or cuts them
-        off. Attention then sees what it saw before, but offsets beyond the old ends have numbers of their own to train.
+        "interpolate" stretches or shrinks each side of offset 0 as a whole, with linear interpolation: the furthest
+        offset keeps the furthest number. "extend" leaves every offset its number, and repeats or cuts off the ends.
+        Attention then sees the same bias as before, and offsets beyond the old ends have numbers of their own to train.
         A new module loads the result:
 
             new = OffsetBias(num_heads, max_length, bidirectional)
@@ -97,7 +97,7 @@ class OffsetBias(nn.Module):
         if method == "extend" or max_length in (1, self.max_length):
             return table.per_offset(weight, lowest, max_length - 1, self.origin)
         offsets = torch.arange(lowest, max_length, device=weight.device)
-        # In whole numbers, for float32 would round the places of a long table.
+        # The arithmetic is in whole numbers, because float32 would round the places of a long table.
         scaled, steps = offsets * (self.max_length - 1), max_length - 1
         columns = scaled.div(steps, rounding_mode="floor") + self.origin
         fractions = (scaled % steps).to(torch.promote_types(weight.dtype, torch.float32)) / steps

@@ -1,4 +1,4 @@
-"""The free parameter per two-dimensional offset, of windows of an image."""
+"""A free parameter per two-dimensional offset, for windows of an image."""
 
 import torch
 from torch import Tensor, nn
@@ -12,8 +12,8 @@ class OffsetBias2d(nn.Module):
 
         bias[h, drow, dcol] = relative_position_bias_table[(drow + height - 1) * (2 width - 1) + dcol + width - 1, h]
 
-    where (drow, dcol) is the query's place minus the key's. With the positions ``row * (2 width - 1) + col`` every such
-    pair is one offset of its own, and the table a table of these offsets, symmetric about its middle:
+    where (drow, dcol) is the query's place minus the key's. With the positions ``row * (2 width - 1) + col`` every
+    (drow, dcol) is one offset of its own. The table is a table of these offsets, symmetric about its middle:
 
         offset_bias_attention(query, key, value, bias(), query_positions=p, key_positions=p)   with p = bias.positions()
 
@@ -24,8 +24,8 @@ class OffsetBias2d(nn.Module):
         window_size: (height, width) of the window, in tokens.
 
     Attributes:
-        relative_position_bias_table: ((2 height - 1) * (2 width - 1), num_heads) parameter in nats, initially 0: name
-            and layout of Swin's, whose state dicts it loads and saves as they are.
+        relative_position_bias_table: ((2 height - 1) * (2 width - 1), num_heads) parameter in nats, initially 0. Name
+            and layout are Swin's, whose state dicts load and save unchanged.
 
     Raises:
         TypeError: `num_heads` or a size is no int.
@@ -43,8 +43,8 @@ class OffsetBias2d(nn.Module):
         self.relative_position_bias_table = nn.Parameter(torch.zeros(num_offsets, num_heads))
 
     def forward(self) -> Tensor:
-        """The table: (num_heads, (2 height - 1) * (2 width - 1)) float32; the default `bias_origin` is its own."""
-        # Never a view: `fully_shard` frees the parameter's memory as soon as this has returned.
+        """The table, (num_heads, (2 height - 1) * (2 width - 1)) float32; the default `bias_origin` fits it."""
+        # The result is never a view: `fully_shard` frees the parameter's memory as soon as this has returned.
         return self.relative_position_bias_table.float().T.clone(memory_format=torch.contiguous_format)
 
     def positions(self) -> Tensor:
@@ -60,17 +60,17 @@ class OffsetBias2d(nn.Module):
         return bias[:, offsets + table.default_origin(bias.shape[-1])]
 
     def resized(self, window_size: tuple[int, int]) -> Tensor:
-        """The parameter of a module for another window: the image of its numbers, interpolated bicubically.
+        """The parameter of a module for another window: this parameter as an image, interpolated bicubically.
 
             image[h, drow + height - 1, dcol + width - 1] = the bias of head h at (drow, dcol)
             new image = interpolate(image, (2 new height - 1, 2 new width - 1), mode="bicubic", align_corners=False)
 
-        Equal to what Swin's and timm's code does to a checkpoint whose window is another. A new module loads it:
+        Swin's and timm's code resizes a checkpoint for another window in the same way. A new module loads the result:
 
             new = OffsetBias2d(num_heads, window_size)
             new.load_state_dict({"relative_position_bias_table": old.resized(window_size)})
 
-        Its transpose is the table itself, for the new window's `positions`, through which `old` may be trained.
+        The result's transpose is the table for the new window's `positions`; `old` may be trained through it.
 
         Args:
             window_size: (height, width) of the new window, in tokens.

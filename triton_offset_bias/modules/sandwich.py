@@ -1,4 +1,4 @@
-"""Sandwich: what sinusoidal embeddings of two positions have in common."""
+"""Sandwich: the inner product of two positions' sinusoidal embeddings."""
 
 import torch
 from torch import Tensor, nn
@@ -36,7 +36,7 @@ class SandwichBias(nn.Module):
         if checked_count("embed_dim", embed_dim) % 2:
             raise ValueError(f"`embed_dim` must be even, got {embed_dim}")
         self.embed_dim = embed_dim
-        # Without parameters the module would not know its device.
+        # The module has no parameters. Without this buffer it would not know its device.
         self.register_buffer("_device_marker", torch.empty(0), persistent=False)
 
     def forward(self, min_offset: int, max_offset: int) -> Tensor:
@@ -50,7 +50,7 @@ class SandwichBias(nn.Module):
         """
         device = self._device_marker.device
         offsets = offset_range(min_offset, max_offset, device)
-        # float64, for float32 would round an angle of 10000 by up to 0.0005.
+        # The angles are float64, because float32 would round an angle of 10000 by up to 0.0005.
         exponents = torch.arange(0, self.embed_dim, 2, device=device, dtype=torch.float64) / self.embed_dim
         product = torch.cos(offsets * 10000.0 ** -exponents[:, None]).sum(0)
         ratios = 8.0 / self.num_heads * torch.arange(1, self.num_heads + 1, device=device, dtype=torch.float64)

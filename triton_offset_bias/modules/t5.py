@@ -20,13 +20,14 @@ def t5_buckets(
     """The bucket of every offset from `min_offset` to `max_offset`, both included, equal to the public T5's.
 
     T5 counts ``key - query``, the negative of this package's offset. Half of a direction's buckets hold one distance
-    each, the others grow in logarithmic steps up to `max_distance`; all longer distances share the last.
+    each. The others grow in logarithmic steps up to `max_distance`. All longer distances share the last bucket.
 
     Args:
         min_offset: first offset (query minus key).
         max_offset: last offset, at least `min_offset`.
         num_buckets: buckets in all: at least 4, or 2 if not bidirectional.
-        max_distance: distance from which on all share the last bucket; more than the distances with own buckets.
+        max_distance: distance from which on all distances share the last bucket; more than the number of distances
+            that have a bucket of their own.
         bidirectional: whether keys after the query (negative offsets) have buckets of their own, the upper half;
             otherwise they share the bucket of offset 0.
         device: where to compute.
@@ -53,7 +54,7 @@ def t5_buckets(
 
 
 def _bucket_counts(num_buckets: int, max_distance: int, bidirectional: bool) -> tuple[int, int]:
-    """Of each direction, the number of buckets that hold one distance, and of all buckets."""
+    """Numbers of buckets for each direction: the buckets that hold one distance, and all buckets."""
     check_flag("bidirectional", bidirectional)
     fewest = 4 if bidirectional else 2
     if checked_count("num_buckets", num_buckets) < fewest:
@@ -79,8 +80,8 @@ class T5Bias(nn.Module):
         bidirectional: True for T5's encoder, False for its decoder's causal attention.
 
     Attributes:
-        weight: (num_buckets, num_heads) parameter in nats, initially 0: the layout of T5's
-            ``relative_attention_bias.weight``, which can be copied or loaded as it is, and saved back.
+        weight: (num_buckets, num_heads) parameter in nats, initially 0. Its layout equals T5's
+            ``relative_attention_bias.weight``, which loads and saves unchanged.
 
     Raises:
         TypeError: an argument has the wrong type.

@@ -48,7 +48,7 @@ class _BucketTable(MaskedAttention):
         return 0 if self.is_decoder else self.relative_attention_max_distance
 
     def table(self, device: torch.device) -> Tensor:
-        """The table, (heads, offsets): offsets from -max_distance (decoders: 0) to max_distance; none without a bias."""
+        """The table (heads, offsets): offsets from -max_distance (decoders: 0) to max_distance; none without a bias."""
         if not self.has_relative_attention_bias:
             return torch.empty(self.n_heads, 0, device=device)
         buckets = t5_buckets(
