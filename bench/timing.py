@@ -31,7 +31,10 @@ Sampler = Callable[[Task], float]  # seconds a call
 
 @dataclass(frozen=True)
 class Effort:
-    """The length of a measurement: at most `rounds` rounds that begin within `limit` seconds; at least `FEWEST_ROUNDS`."""
+    """The length of a measurement in rounds of one call per task.
+
+    It takes `rounds` rounds, or as many (at least `FEWEST_ROUNDS`) as begin within `limit` seconds.
+    """
 
     rounds: int
     limit: float

@@ -55,7 +55,7 @@ def dense_causal_mask(table: Tensor) -> Tensor:
 
 
 def sdpa_attention(layer: OffsetBiasAttention, x: Tensor, mask: Tensor) -> Tensor:
-    """What `layer` computes, by torch's SDPA with a materialised bias (H, L, L)."""
+    """The result of `layer`, computed by torch's SDPA with a materialised bias (H, L, L)."""
     projected = (project(x) for project in (layer.q_proj, layer.k_proj, layer.v_proj))
     q, k, v = (y.unflatten(-1, (layer.num_heads, layer.head_dim)).transpose(1, 2) for y in projected)
     return layer.out_proj(F.scaled_dot_product_attention(q, k, v, attn_mask=mask).transpose(1, 2).flatten(2))
@@ -73,20 +73,20 @@ class Block(nn.Module):
         )
 
     def forward(self, x: Tensor, mask: Tensor | None) -> Tensor:
-        """(B, L, width) to (B, L, width); `mask` as in `ByteTransformer`."""
+        """Maps (B, L, width) to (B, L, width); `mask` is as in `ByteTransformer`."""
         normed = self.attention_norm(x)
         x = x + (self.attention(normed) if mask is None else sdpa_attention(self.attention, normed, mask))
         return x + self.feed_forward(x)
 
 
 class ByteTransformer(nn.Module):
-    """A causal transformer over bytes. One bias, shared by all layers, is all it knows about positions.
+    """A causal transformer over bytes. One bias, shared by all layers, is its only knowledge of positions.
 
     Args:
         width: size of a byte's embedding; a multiple of `num_heads`.
         num_heads: attention heads of every layer.
         num_layers: layers.
-        bias: gives the table, as `OffsetBias` does, for all layers; None: no position information but the causal order.
+        bias: a module that gives the table for all layers, such as `OffsetBias`; None: nothing but the causal order.
     """
 
     def __init__(self, width: int, num_heads: int, num_layers: int, bias: nn.Module | None) -> None:
@@ -99,7 +99,7 @@ class ByteTransformer(nn.Module):
     def forward(self, tokens: Tensor, *, materialised: bool = False) -> Tensor:
         """Logits of the next byte, (B, L, 256), of `tokens` (B, L).
 
-        `materialised`: torch's SDPA, with the bias of every pair built once for all layers, in place of the package.
+        With `materialised`, torch's SDPA replaces the package; the bias of every pair is built once for all layers.
         """
         mask = None
         if materialised and self.bias is not None:
@@ -110,7 +110,7 @@ class ByteTransformer(nn.Module):
         return self.head(x)
 
     def bits_per_byte(self, windows: Tensor, *, materialised: bool = False, last: int | None = None) -> Tensor:
-        """Mean over `windows` (B, L + 1) of -log2 of the probability given to each next byte; or to the `last` ones."""
+        """The mean -log2 of the probability of each next byte of `windows` (B, L + 1), or of the `last` bytes alone."""
         logits, targets = self(windows[:, :-1], materialised=materialised), windows[:, 1:]
         if last is not None:
             logits, targets = logits[:, -last:], targets[:, -last:]

@@ -27,7 +27,7 @@ def plot_run(path: Path, table: Tensor, losses: dict[str, pd.DataFrame]) -> None
 
 
 def plot_bias(axes: Axes, table: Tensor) -> None:
-    """The bias of each offset thin, its mean over bins of equal width on the log axis thick."""
+    """Draws the bias of each offset thinly, and its mean over bins of equal width on the log axis as a thick line."""
     table = table - table.max(dim=1, keepdim=True).values  # a constant per head cancels in the softmax
     octaves = table.shape[1].bit_length()
     edges = sorted({-1.0, 0.0} | {2 ** (i / BINS_PER_OCTAVE) for i in range(octaves * BINS_PER_OCTAVE + 1)})
@@ -47,7 +47,7 @@ def plot_bias(axes: Axes, table: Tensor) -> None:
 
 
 def plot_losses(axes: Axes, losses: dict[str, pd.DataFrame]) -> None:
-    """Training steps faint, their running mean as a line, held-out files as points."""
+    """Draws training steps faintly, their running mean as a line, and held-out files as points."""
     for (name, run), colour, marker in zip(losses.items(), (COLOURS[0], COLOURS[6]), "os", strict=True):
         seen = run.index / 1000
         smooth = run["training"].ewm(span=max(2, len(run) // 25)).mean()

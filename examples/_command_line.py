@@ -9,7 +9,7 @@ import torch
 
 
 class Number(NamedTuple):
-    """An integer argument: what it is, its default, with `--quick` too if that differs, and its least value."""
+    """An integer argument: its help, its default, its default with `--quick` if that differs, and its least value."""
 
     help: str
     default: int

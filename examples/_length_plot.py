@@ -20,8 +20,8 @@ def plot_run(path: Path, perplexity: pd.DataFrame, parameters: pd.Series, tables
     Args:
         path: the file.
         perplexity: per byte, indexed by the bias's name, a column per length; the first is the length trained at.
-        parameters: of each bias, indexed in the same way.
-        tables: by the same names, the bias (H, L) of each offset from 0 on.
+        parameters: number of parameters of each bias, indexed in the same way.
+        tables: the bias (H, L) of each offset from 0 on, indexed in the same way.
     """
     figure = Figure(figsize=(14, 5.6), layout="constrained")
     left, right = figure.subplots(1, 2, width_ratios=(6, 5))
@@ -33,7 +33,7 @@ def plot_run(path: Path, perplexity: pd.DataFrame, parameters: pd.Series, tables
 
 
 def plot_perplexity(axes: Axes, perplexity: pd.DataFrame, parameters: pd.Series, colours: dict[str, str]) -> None:
-    """A curve for each bias, named at its end."""
+    """Draws a curve for each bias, with its name at its end."""
     lengths = list(perplexity.columns)
     for name, row in perplexity.iterrows():
         axes.plot(lengths, row, "o-", color=colours[name], mec="white", ms=8, linewidth=1.8)
@@ -61,7 +61,7 @@ def plot_perplexity(axes: Axes, perplexity: pd.DataFrame, parameters: pd.Series,
 
 
 def spread(heights: list[float]) -> list[float]:
-    """`heights`, moved apart to at least `LABEL_GAP` between any two, in their order and about where they were."""
+    """`heights` moved apart, in their order and only a little, so that any two differ by `LABEL_GAP` or more."""
     order = sorted(range(len(heights)), key=heights.__getitem__)
     groups: list[tuple[float, int]] = []  # middle and size of each run of labels that touch
     for index in order:
@@ -77,12 +77,12 @@ def spread(heights: list[float]) -> list[float]:
 
 
 def kept_inside(middle: float, size: int) -> float:
-    """`middle`, moved so far that a run of `size` labels around it stays within the axes' height."""
+    """`middle`, moved so that a run of `size` labels around it stays within the axes' height."""
     return min(max(middle, size * LABEL_GAP / 2), 1 - size * LABEL_GAP / 2)
 
 
 def plot_tables(axes: Axes, tables: dict[str, Tensor], colours: dict[str, str], trained: int) -> None:
-    """The mean over heads of each bias, less its value at offset 1."""
+    """Draws the mean over heads of each bias, minus its value at offset 1."""
     for drawn, (name, table) in enumerate(tables.items()):
         mean = table.mean(0)
         linewidth = 3.2 - 0.3 * drawn  # where curves coincide, those below are seen on both sides

@@ -1,4 +1,4 @@
-"""The data and the model of `t5_long.py`: bytes, spans of which are left out and asked for, and a small T5."""
+"""The data and the model of `t5_long.py`: bytes with spans left out, which the model must fill in, and a small T5."""
 
 import torch
 from torch import Tensor
@@ -30,16 +30,16 @@ def build_model(seed: int) -> T5ForConditionalGeneration:
 
 
 def num_spans(length: int) -> int:
-    """How many spans of a window of `length` bytes are left out."""
+    """The number of spans that are left out of a window of `length` bytes."""
     return max(1, round(length * NOISE_DENSITY / MEAN_SPAN))
 
 
 def corrupt(windows: Tensor, generator: torch.Generator) -> dict[str, Tensor]:
-    """Leaves random spans out of each window: what the encoder reads, and what the decoder is to write.
+    """Leaves random spans out of each window: gives the encoder's input and the decoder's target.
 
     Args:
         windows: (B, L) bytes.
-        generator: for the choice of the spans.
+        generator: the generator that chooses the spans.
 
     Returns:
         `input_ids`: (B, inputs), the bytes that stay, a sentinel for every span, and an end token.

@@ -7,14 +7,14 @@ from torch import Tensor, nn
 
 
 class Descent:
-    """AdamW with a short linear warm-up, then linearly down to 0; the biases have a rate of their own and no decay.
+    """AdamW with a short linear warm-up and a linear decay to 0. Biases have their own rate and no weight decay.
 
     Args:
         model: all its parameters are trained.
-        biases: those of them that give position biases. They have to travel several nats from where they start.
-        rate, bias_rate: the highest learning rate of the others and of the biases.
-        steps: how many steps there will be.
-        weight_decay: of the others.
+        biases: the parameters that give position biases. They have to travel several nats from their initial values.
+        rate, bias_rate: the highest learning rates of the other parameters and of the biases.
+        steps: the number of steps in all.
+        weight_decay: weight decay of the other parameters.
     """
 
     def __init__(
@@ -44,7 +44,7 @@ class Descent:
         )
 
     def step(self, loss: Tensor) -> float:
-        """One step down the gradient of `loss`, which is given back as a number."""
+        """Takes one step down the gradient of `loss`, and returns the loss as a number."""
         self.optimizer.zero_grad()
         loss.backward()
         nn.utils.clip_grad_norm_(self.parameters, 1.0)

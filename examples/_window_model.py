@@ -16,15 +16,15 @@ def partition(images: Tensor, window: int) -> Tensor:
 
 
 def unpartition(windows: Tensor, side: int, window: int) -> Tensor:
-    """The images again, (B, side, side, C), from their windows (B, (side / window)**2, window**2, C)."""
+    """The images (B, side, side, C) from their windows (B, (side / window)**2, window**2, C)."""
     tiles = windows.unflatten(2, (window, window)).unflatten(1, (side // window, side // window))
     return tiles.transpose(2, 3).flatten(3, 4).flatten(1, 2)
 
 
 def regions(side: int, window: int, shift: int) -> Tensor:
-    """Which pixels of each window belong together after a roll by `-shift`: ((side / window)**2, window**2) int64.
+    """The region of each pixel after a roll by `-shift`: ((side / window)**2, window**2) int64.
 
-    Pixels of one window with different numbers come from opposite edges of the image.
+    Pixels of one window in different regions come from opposite edges of the image.
 
     Source:
         Liu et al. 2021 (Swin Transformer, arXiv:2103.14030), section 3.2, "Efficient batch computation".
@@ -42,7 +42,7 @@ class WindowAttention(nn.Module):
         num_heads: attention heads.
         side: height and width of the images; a multiple of `window`.
         window: height and width of a window.
-        shift: how far the windows are moved down and right, in pixels; the edges of the image cut them.
+        shift: pixels by which the windows are moved down and right; the edges of the image cut them.
         with_bias: whether there is a bias.
     """
 
@@ -53,7 +53,7 @@ class WindowAttention(nn.Module):
         self.out_proj = nn.Linear(width, width)
         bias = OffsetBias2d(num_heads, (window, window))
         self.bias = bias if with_bias else None
-        # Regions are further apart than any two pixels of one, and `window_size` says how far that is.
+        # Regions are further apart than any two pixels of one region. `window_size` excludes such distances.
         num_offsets = (2 * window - 1) ** 2
         self.reach = num_offsets // 2
         positions = bias.positions() + num_offsets * regions(side, window, shift)
@@ -120,5 +120,5 @@ class WindowTransformer(nn.Module):
         return self.head(x.flatten(1, 2).mean(1))
 
     def biases(self) -> list[OffsetBias2d]:
-        """The bias of every layer; none without."""
+        """The biases of all layers; empty without a bias."""
         return [block.attention.bias for block in self.blocks if block.attention.bias is not None]

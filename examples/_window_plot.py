@@ -19,7 +19,7 @@ def plot_run(path: Path, curves: pd.DataFrame, image: Tensor, window: int, biase
         curves: test accuracy in percent, indexed by epoch, a column per (model, seed).
         image: (S, S) grey levels, to draw windows on.
         window: height and width of a window.
-        biases: of one model, one per layer.
+        biases: the biases of one model, one per layer.
     """
     figure = Figure(figsize=(14, 5.4), layout="constrained")
     left, middle, right = figure.subfigures(1, 3, width_ratios=(2.3, 5, 5), wspace=0.02)
@@ -32,7 +32,7 @@ def plot_run(path: Path, curves: pd.DataFrame, image: Tensor, window: int, biase
 
 
 def plot_windows(axes: Axes, image: Tensor, window: int, shift: int) -> None:
-    """The image, and the edges of its windows."""
+    """Draws the image and the edges of its windows."""
     side = len(image)
     axes.imshow(image.numpy(), cmap="Greys", extent=(0, side, side, 0))
     edges = sorted({0, side, *range(shift, side, window)})
@@ -43,7 +43,7 @@ def plot_windows(axes: Axes, image: Tensor, window: int, shift: int) -> None:
 
 
 def plot_curves(axes: Axes, curves: pd.DataFrame) -> None:
-    """Every seed thin, the mean over seeds thick, and where it ends."""
+    """Draws every seed as a thin line and the mean over seeds as a thick line, with its last value."""
     for (name, runs), colour in zip(curves.T.groupby(level=0, sort=False), (COLOURS[0], COLOURS[6]), strict=True):
         axes.plot(runs.T, color=colour, linewidth=0.8, alpha=0.4)
         mean = runs.mean()
@@ -57,7 +57,7 @@ def plot_curves(axes: Axes, curves: pd.DataFrame) -> None:
 
 
 def plot_biases(figure: SubFigure, biases: list[OffsetBias2d]) -> None:
-    """A square per layer and head: the bias of a key by where it lies around the query, less the mean of all."""
+    """Draws a square per layer and head: the bias by the key's place around the query, minus the mean of all."""
     rows = figure.subplots(len(biases), biases[0].num_heads, squeeze=False)
     maps = [bias.state_dict()["relative_position_bias_table"].cpu().T for bias in biases]
     maps = [table - table.mean(1, keepdim=True) for table in maps]  # a constant per head cancels in the softmax

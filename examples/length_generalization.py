@@ -4,18 +4,20 @@
     python examples/length_generalization.py --quick    # about half a minute, too short to learn much
 
 A parameter per offset (`OffsetBias`) knows nothing of offsets that training has not shown: they see the table's end
-("clamp") or no bias ("zero"). A function of the distance goes on. The same small byte-level language model is trained
-with each bias on the source of Python's standard library; all start equal and see the same bytes in the same order.
-By default the table is among the best at the length it was trained at and worse than no bias at 8 times that length;
-T5, whose last bucket is such an end too, gets worse later and less; ALiBi, KERPLE and FIRE do not.
+("clamp") or no bias ("zero"). A function of the distance extends to them. The same small byte-level language model is
+trained with each bias on the source of Python's standard library. All models start equal and see the same bytes in the
+same order. With the default arguments the table is among the best at the length of training, and worse than no bias at
+8 times that length. T5's last bucket is such an end too; T5 gets worse later and less. ALiBi, KERPLE and FIRE do not
+get worse.
 
-Evaluation at length L: the model sees L bytes of every held-out window and predicts the window's last 128. The bytes
-predicted are the same at every L; only the text before them grows. At 128 the first of them is predicted from one byte
-and the last from 128, as in training; at 1024 from 897 and from 1024. Perplexity is 2 ** (mean bits per byte).
+Evaluation at length L: the model sees L bytes of every held-out window and predicts the window's last 128. The
+predicted bytes are the same at every L; only the text before them grows. At L = 128 the first predicted byte has one
+byte before it and the last has 128, as in training. At L = 1024 they have 897 and 1024. Perplexity is
+2 ** (mean bits per byte).
 
-FIRE's threshold is the longest length evaluated, so that its bias is a table: what the paper does with queries beyond
-the threshold is no part of this. One seed and little text: small differences between biases mean nothing here. The
-same seed gives the same results on one machine's CPU; on CUDA only up to rounding.
+FIRE's threshold is the longest length evaluated, so that its bias is a table. The paper's rule for queries beyond the
+threshold is not used here. There is one seed and little text, so small differences between biases mean nothing. The
+same seed gives the same results on one machine's CPU, and equal results up to rounding on CUDA.
 """
 
 import argparse
@@ -60,16 +62,16 @@ class ZeroBeyond(OffsetBias):
     """An `OffsetBias` that gives offsets past its table no bias: ``beyond="zero"`` of `offset_bias_attention`."""
 
     def forward(self, min_offset: int, max_offset: int) -> Tensor:
-        """As in `OffsetBias`, of offsets from 0 on."""
+        """The bias of offsets from 0 on, as in `OffsetBias`."""
         inside = super().forward(min_offset, min(max_offset, self.max_length - 1))
         return F.pad(inside, (0, max(0, max_offset - self.max_length + 1)))
 
 
 class Variant(NamedTuple):
-    """A bias, and how to train it.
+    """A bias and its training.
 
     Attributes:
-        build: makes the bias for a length to train at and a longest length to evaluate at.
+        build: makes the bias from the length of training and the longest length of evaluation.
         rate: highest learning rate of its parameters.
         weights_of: the variant whose trained model it uses; None: it is trained itself.
     """
@@ -93,7 +95,7 @@ VARIANTS = {
 
 
 def build_model(args: argparse.Namespace, variant: Variant) -> ByteTransformer:
-    """The model of `args`; whatever the bias, all other parameters start with the same values."""
+    """The model of `args`. All parameters but the bias's start with the same values in every model."""
     torch.manual_seed(args.seed)
     bias = variant.build(args.length, TIMES_LONGER[-1] * args.length)
     torch.manual_seed(args.seed)
@@ -122,7 +124,7 @@ def evaluate(model: ByteTransformer, windows: Tensor, length: int, predicted: in
 def compare(
     text: Tensor, held_out: Tensor, args: argparse.Namespace
 ) -> tuple[pd.DataFrame, dict[str, ByteTransformer]]:
-    """Trains and evaluates every variant: bits per byte, a row per variant and a column per length; and the models."""
+    """Trains and evaluates every variant. Gives bits per byte (a row per variant, a column per length), and models."""
     lengths = [times * args.length for times in TIMES_LONGER]
     bits: dict[str, list[float]] = {}
     models: dict[str, ByteTransformer] = {}

@@ -3,13 +3,14 @@
     python examples/swin_windows.py            # a few minutes on two CPU cores; nothing is downloaded
     python examples/swin_windows.py --quick    # about half a minute
 
-Every pixel of an 8 x 8 digit is a token, attention stays within windows of 4 x 4, and every other layer's windows are
-shifted by half a window, as in Swin (arXiv:2103.14030). One integer position per pixel makes a two-dimensional offset
-one number, serves the bias (`OffsetBias2d`), and keeps apart what only the cyclic shift brought into one window.
+Every pixel of an 8 x 8 digit is a token. Attention stays within windows of 4 x 4 pixels. Every other layer's windows
+are shifted by half a window, as in Swin (arXiv:2103.14030). Every pixel has one integer position, so that a
+two-dimensional offset is one number. The positions serve the bias (`OffsetBias2d`), and keep apart pixels that only the
+cyclic shift brought into one window.
 
-Both models start equal and see the same images in the same order. Without the bias attention knows which pixels share
-a window, but not where in it they are. The same seeds give the same results on one machine's CPU; on CUDA only up to
-rounding.
+Both models start equal and see the same images in the same order. Without the bias, attention knows which pixels share
+a window, but not their places in it. The same seeds give the same results on one machine's CPU, and equal results up to
+rounding on CUDA.
 """
 
 import argparse
@@ -65,7 +66,7 @@ def load_data(device: str) -> Digits:
 
 
 def build_model(args: argparse.Namespace, seed: int, with_bias: bool) -> WindowTransformer:
-    """The model of `args`; with or without a bias, all other parameters start with the same values."""
+    """The model of `args`. All parameters but the bias's start with the same values, with or without a bias."""
     torch.manual_seed(seed)
     model = WindowTransformer(args.width, NUM_HEADS, NUM_LAYERS, SIDE, WINDOW, with_bias=with_bias)
     return model.to(args.device)

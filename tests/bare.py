@@ -1,4 +1,4 @@
-"""What the tests do on a machine that lacks something: a library, memory, or the device that was asked for."""
+"""Helpers for tests on a machine that lacks a library, memory, or the requested device."""
 
 import importlib.util
 import os
@@ -21,7 +21,7 @@ OPTIONAL = {
 
 
 class OptionalModule(pytest.Module):
-    """A file of tests, which are skipped where an optional library that it imports is not installed."""
+    """A file of tests that are skipped where an optional library that the file imports is not installed."""
 
     def collect(self) -> Iterable[pytest.Item | pytest.Collector]:
         """The tests; an import that fails for any other reason is an error."""
@@ -55,7 +55,7 @@ def has_device(device: str) -> bool:
 
 
 def lacking_memory(item: pytest.Item, device: str) -> str:
-    """Why a test marked `large_memory(gigabytes)` does not fit into the memory that the device has left, or ""."""
+    """The reason why a test marked `large_memory(gigabytes)` does not fit into the device's free memory, or ""."""
     mark = item.get_closest_marker("large_memory")
     if mark is None or torch.device(device).type != "cuda":
         return ""
@@ -65,7 +65,7 @@ def lacking_memory(item: pytest.Item, device: str) -> str:
 
 @contextmanager
 def watched_memory(item: pytest.Item, device: str) -> Iterator[None]:
-    """Fails a test that takes more memory on a CUDA device than one may without the mark `large_memory`."""
+    """Fails a test that takes more memory on a CUDA device than is allowed without the mark `large_memory`."""
     if torch.device(device).type != "cuda" or item.get_closest_marker("large_memory"):
         yield
         return
@@ -78,7 +78,7 @@ def watched_memory(item: pytest.Item, device: str) -> Iterator[None]:
 
 
 def own_warnings() -> str:
-    """The filter that makes every warning an error that this project's own modules raise or are blamed for."""
+    """The filter that makes a warning an error if this project's own modules raise it or are blamed for it."""
     files = [*(ROOT / "tests").rglob("*.py"), *(ROOT / "examples").glob("*.py")]
     modules = {"triton_offset_bias", "bench", "mutants", "__readme__", *(file.stem for file in files)}
     return f"error:::({'|'.join(sorted(map(re.escape, modules)))})(\\.|$)"

@@ -14,7 +14,7 @@ from triton_offset_bias import offset_bias_attention
 
 @dataclass(frozen=True)
 class Case:
-    """One call. Options are keywords of `offset_bias_attention`; by default the table covers every offset."""
+    """An attention call. Options are keywords of `offset_bias_attention`; by default the table covers every offset."""
 
     reason: str
     lengths: tuple[int, int] = (29, 31)
@@ -46,7 +46,7 @@ class Call:
 
 
 def build(case: Case, seed: int = 0) -> Call:
-    """The tensors of a case, the same ones every time."""
+    """The tensors of a case, the same every time."""
     draw = torch.Generator("cpu").manual_seed(seed)
     (len_q, len_k), (dim, dim_v), (heads_q, heads_kv) = case.lengths, case.dims, case.heads
 
@@ -75,7 +75,7 @@ def build(case: Case, seed: int = 0) -> Call:
 
 
 def lay_out(x: Tensor, layout: str) -> Tensor:
-    """The values of a (B, H, L, D) tensor in another place in memory ("expanded": those of its first head)."""
+    """The values of a (B, H, L, D) tensor in another place in memory ("expanded": its first head for all heads)."""
     if layout == "transposed BLHD":
         return x.transpose(1, 2).contiguous().transpose(1, 2)
     if layout == "slice of a packed qkv":
@@ -100,7 +100,7 @@ def lay_out(x: Tensor, layout: str) -> Tensor:
 
 
 def padding_mask(kind: str, batch: int, length: int) -> Tensor:
-    """(B, L) bool, True = attend."""
+    """A key padding mask, (B, L) bool, True = attend."""
     mask = torch.ones(batch, length, dtype=torch.bool)
     if kind == "right padding":
         for b in range(batch):
@@ -124,7 +124,7 @@ DROPOUT_SEED = 11
 
 
 def results_of(call: Call, backend: str) -> Results:
-    """Output, log-sum-exp and every gradient of a call on a backend; not deterministic unless the case asks for it."""
+    """The output, log-sum-exp and every gradient of a call on a backend; deterministic only if the case asks for it."""
     torch.manual_seed(DROPOUT_SEED)
     options = {"deterministic": False, **call.options}  # poisoned memory turns torch's own switch on
     out, lse = offset_bias_attention(call.q, call.k, call.v, call.bias, **options, return_lse=True, backend=backend)
@@ -135,7 +135,7 @@ def results_of(call: Call, backend: str) -> Results:
 
 @torch.no_grad()
 def assert_matches_oracle(call: Call, got: Results) -> None:
-    """All six results of `got` obey the tolerance rule."""
+    """Asserts that all six results of `got` obey the tolerance rule."""
     inputs = (call.q, call.k, call.v, call.bias)
     options = {name: x for name, x in call.options.items() if name not in ("deterministic", "dropout_p")}
     if "dropout_p" in call.options:

@@ -48,9 +48,9 @@ AVAILABLE = [name for name in BACKENDS if _serves_the_device(name)]
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Without the device tests can be listed, and not run. Warnings are errors where this project is to blame.
+    """Allows tests only to be listed without the device. Warnings are errors where this project is to blame.
 
-    Others are errors too, as pyproject.toml says, but for what a library says on a device that it alone sees.
+    Other warnings are errors too, as pyproject.toml says, except a library's own on a device that it alone sees.
     """
     if not has_device(DEVICE) and not config.option.collectonly:
         raise pytest.UsageError(f"TEST_DEVICE={DEVICE}, but torch {torch.__version__} finds no such device")
@@ -62,19 +62,19 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def pytest_pycollect_makemodule(module_path: Path, parent: pytest.Collector) -> pytest.Module:
-    """Files that import a library that is not installed are skipped."""
+    """Skips files that import a library that is not installed."""
     return OptionalModule.from_parent(parent, path=module_path)
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Leaves out what only a CPU can do when the tensors are elsewhere."""
+    """Leaves out tests that only a CPU can run when the tensors are elsewhere."""
     left_out = [item for item in items if not IS_ON_CPU and item.get_closest_marker("cpu_only")]
     items[:] = [item for item in items if item not in left_out]
     config.hook.pytest_deselected(items=left_out)
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:
-    """Skips what this machine has no engine or no memory for."""
+    """Skips tests for which this machine has no engine or too little memory."""
     if item.get_closest_marker("needs_engine") and "cpp" not in AVAILABLE:
         pytest.skip("; ".join(BACKENDS["cpp"].unavailable_reasons()) or "the engine serves CPU tensors")
     if reason := lacking_memory(item, DEVICE):
@@ -89,7 +89,7 @@ def backend(request: pytest.FixtureRequest) -> str:
 
 @pytest.fixture(params=[name for name in AVAILABLE if name != "triton"])
 def precise_backend(request: pytest.FixtureRequest) -> str:
-    """Those of them that serve float64 and round as IEEE 754 says: Triton's interpreter cuts bfloat16 numbers off."""
+    """Each backend that serves float64 and rounds as IEEE 754 says; Triton's interpreter cuts bfloat16 numbers off."""
     return request.param
 
 
@@ -106,7 +106,7 @@ def _seed() -> None:
 
 @pytest.fixture
 def poisoned_memory():
-    """Fresh memory holds NaN, so that a result that nobody wrote is seen."""
+    """Fills fresh memory with NaN, so that a result that nobody wrote is seen."""
     assert torch.utils.deterministic.fill_uninitialized_memory
     torch.use_deterministic_algorithms(True)
     assert torch.empty(3).isnan().all()

@@ -39,7 +39,7 @@ SEEN = ("seen", "crashes", "hangs")
 
 @dataclass(frozen=True)
 class Outcome:
-    """What became of a mistake, in how many seconds, and the first test that failed or else what was printed."""
+    """The outcome of a mistake, the seconds it took, and the first test that failed or else the printed text."""
 
     verdict: str
     seconds: float
@@ -48,7 +48,7 @@ class Outcome:
 
 @functools.cache
 def portable_flags() -> list[str]:
-    """What `setup.py` compiles the portable build with."""
+    """The flags with which `setup.py` compiles the portable build."""
     extensions = run_setup(str(ROOT / "setup.py"), stop_after="init").ext_modules
     return next(extension for extension in extensions if extension.name.endswith("portable")).extra_compile_args
 
@@ -63,7 +63,7 @@ class Copy:
             shutil.copy2(engine, folder / LIBRARY)
 
     def compile_engine(self) -> None:
-        """Raises CalledProcessError if the compiler refuses."""
+        """Compiles the engine. Raises CalledProcessError if the compiler refuses."""
         compiler, target = os.environ.get("CXX", "c++"), self.folder / LIBRARY
         flags = [*portable_flags(), "-DTOB_BFLOAT16_PRODUCTS=1", "-O1", "-fPIC", "-w"]
         flags += ["-c", "csrc_ref/engine.cpp", "-o", "engine.o"]
@@ -73,7 +73,7 @@ class Copy:
 
     @contextlib.contextmanager
     def planted(self, mutant: Mutant) -> Iterator[None]:
-        """The mistake is in this copy, compiled, while the context lasts."""
+        """A context in which the mistake is in this copy, compiled."""
         path, library = self.folder / mutant.file, self.folder / LIBRARY
         source, engine = path.read_text(), library.read_bytes()
         path.write_text(planted(mutant, source))
@@ -86,7 +86,7 @@ class Copy:
             library.write_bytes(engine)
 
     def test(self, file: str, wanted: str, is_interpreted: bool) -> Outcome:
-        """Runs the tests of a file that the expression picks, to the first failure."""
+        """Runs the tests of a file that the expression selects, up to the first failure."""
         environment = {
             **os.environ,
             "OMP_NUM_THREADS": "1",
@@ -146,7 +146,7 @@ def main() -> None:
 
 
 def check_unmutated(mutants: list[Mutant], copies: "queue.Queue[Copy]", pool: ThreadPoolExecutor) -> None:
-    """Leaves with an error unless the tests of all mistakes pass where there is none."""
+    """Exits with an error unless the tests of all mistakes pass without a mistake."""
     wanted: dict[tuple[str, bool], list[str]] = {}
     for mutant in mutants:
         wanted.setdefault((mutant.tests, mutant in KERNELS), []).append(f"({mutant.wanted})")
@@ -181,7 +181,7 @@ def borrowed(copies: "queue.Queue[Copy]") -> Iterator[Copy]:
 
 
 def line_of(mutant: Mutant, outcome: Outcome) -> str:
-    """A row of the table: what became of a mistake, how fast, what it is, the test that saw it or those that should."""
+    """A row of the table: outcome, seconds, the mistake, and the test that saw it or the tests that should."""
     detail = f"{mutant.tests} -k {mutant.wanted!r}" if outcome.verdict == "NOT SEEN" else outcome.detail
     return f"{outcome.verdict:12} {outcome.seconds:4.0f} s  {mutant.file}: {mutant.name}\n{' ' * 21}{detail}"
 

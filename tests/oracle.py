@@ -4,8 +4,8 @@
     dP = Z dO V^T      dS = P (dP - <dO, out> + dlse)      dQ = scale dS K      dK = scale dS^T Q      dV = (Z P)^T dO
     db[o] = sum of dS over batch and pairs with i - j = o
 
-Z is 1, or with dropout 0 for the dropped weights and 1 / (1 - p) for the others.
-In float64 it is what results are compared with; in the dtype of the inputs it is what plain PyTorch achieves.
+Z is 1; with dropout it is 0 for the dropped weights and 1 / (1 - p) for the others.
+Results are compared with the oracle in float64. In the dtype of the inputs the oracle shows plain PyTorch's accuracy.
 It shares no code with the package.
 """
 
@@ -44,7 +44,7 @@ def pair_offsets(
 def attended_pairs(
     offsets: Tensor, is_causal: bool, window_size: tuple[int, int], key_padding_mask: Tensor | None
 ) -> Tensor:
-    """Which pairs are attended to, (1 or B, Lq, Lk) bool."""
+    """True for pairs that are attended to, (1 or B, Lq, Lk) bool."""
     attended = torch.ones_like(offsets, dtype=torch.bool)
     if is_causal:
         attended &= offsets >= 0
@@ -134,7 +134,7 @@ class _Table:
         self.index = column.flatten(1).unsqueeze(1).expand(*self.batch_heads, -1)  # (B, H, Lq Lk)
 
     def dense(self, dtype: torch.dtype) -> Tensor:
-        """(B, H, Lq, Lk)"""
+        """The bias of every pair, (B, H, Lq, Lk)."""
         values = torch.nn.functional.pad(self.values, (0, 1)).expand(*self.batch_heads, -1)
         return values.gather(-1, self.index).unflatten(-1, self.pairs).to(dtype)
 

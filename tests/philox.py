@@ -17,13 +17,13 @@ def philox(key: tuple[int, int], counter: tuple[int, int, int, int], rounds: int
 
 
 def dropout_factors(dropout_p: float, shape: tuple[int, int, int, int], first_sequence: int = 0) -> Tensor:
-    """What dropout multiplies the weights with, (B, H, Lq, Lk) float64, by the next seed of torch's generator."""
+    """Dropout's factors on the weights, (B, H, Lq, Lk) float64, from the next seed of torch's generator."""
     drawn = torch.randint(-(2**63), 2**63 - 1, (), dtype=torch.int64)
     return factors_of_seed(int(drawn), dropout_p, shape, first_sequence)
 
 
 def factors_of_seed(seed: int, dropout_p: float, shape: tuple[int, int, int, int], first_sequence: int = 0) -> Tensor:
-    """The same by the seed itself."""
+    """Dropout's factors on the weights, (B, H, Lq, Lk) float64, from a seed."""
     batch, heads, len_q, len_k = shape
     key = (seed % WORD, (seed >> 32) % WORD)
     factors = torch.zeros(shape, dtype=torch.float64, device="cpu")
@@ -37,7 +37,7 @@ def factors_of_seed(seed: int, dropout_p: float, shape: tuple[int, int, int, int
 
 
 def fill_square(square: Tensor, key: tuple[int, int], dropout_p: float, first: tuple[int, int, int, int]) -> None:
-    """Up to 16 x 16 factors; `first` is the counter of the first."""
+    """Fills in up to 16 x 16 factors; `first` is the counter of the first."""
     rows, columns = square.shape
     for r in range(min(8, rows)):
         for c in range(min(8, columns)):

@@ -15,7 +15,7 @@ def assert_accurate(
     """Fails unless `got` obeys the rule; infinities (a log-sum-exp's -inf) must be where `ref64` has them.
 
     Args:
-        name: what `got` is, for the message.
+        name: the name of `got` in the message.
         got: the result to judge.
         ref64: the truth, float64.
         same_dtype: plain PyTorch's result in the dtype of the inputs.

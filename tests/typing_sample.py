@@ -1,4 +1,4 @@
-"""A user's program, of which `mypy --strict` has to know every type; `test_packaging.py` asks it."""
+"""A user's program in which `mypy --strict` has to know every type; `test_packaging.py` runs it."""
 
 import torch
 from torch import Tensor, nn

@@ -17,7 +17,7 @@ TABLES = ("relative_attention_bias", "relative_position_bias_table")
 
 @dataclass
 class Case:
-    """A model and what to call it with."""
+    """A model and the inputs of its call."""
 
     name: str
     build: Callable[[], transformers.PreTrainedModel]
@@ -61,7 +61,7 @@ def _inputs_for(model: transformers.PreTrainedModel, case: Case) -> dict[str, to
 
 
 def results_of(model: transformers.PreTrainedModel, case: Case) -> dict[str, torch.Tensor]:
-    """The loss, the logits and every parameter's gradient, of one call."""
+    """The loss, the logits and every parameter's gradient of one call."""
     inputs = _inputs_for(model, case)
     model.zero_grad()
     output = model(**inputs)
@@ -74,7 +74,7 @@ def results_of(model: transformers.PreTrainedModel, case: Case) -> dict[str, tor
 
 
 def assert_equals_eager(case: Case, dtype: torch.dtype, fast: transformers.PreTrainedModel | None = None) -> None:
-    """Holds a model on this package to the rule of accuracy: the model's own error in `dtype`, against the truth."""
+    """Asserts the rule of accuracy for a model on this package: it allows the error of eager attention in `dtype`."""
     eager = case.build().to(dtype)
     fast = enabled_copy(eager) if fast is None else fast.to(dtype)
     got, same_dtype = results_of(fast, case), results_of(eager, case)
@@ -85,7 +85,7 @@ def assert_equals_eager(case: Case, dtype: torch.dtype, fast: transformers.PreTr
 
 
 def assert_generates_as_eager(case: Case, **options: object) -> None:
-    """The same tokens, and more than one of them."""
+    """Asserts that both generate the same tokens, and that these are not all alike."""
     eager = case.build()
     inputs = _inputs_for(eager, case)
     del inputs["labels"]
@@ -98,7 +98,7 @@ def assert_generates_as_eager(case: Case, **options: object) -> None:
 
 
 def assert_bfloat16_generates_what_rounding_leaves_decided(case: Case) -> None:
-    """The float64 model's tokens, as far as each leads by more than eager attention errs in bfloat16."""
+    """Asserts that tokens are the float64 model's where they lead by more than eager attention's error in bfloat16."""
     eager = case.build().bfloat16()
     inputs = _inputs_for(eager, case)
     del inputs["labels"]
@@ -115,7 +115,7 @@ def assert_bfloat16_generates_what_rounding_leaves_decided(case: Case) -> None:
 
 
 def padded(batch: int, length: int) -> torch.Tensor:
-    """(batch, length) int64: the first sequence whole, the second padded on its left, the third on its right."""
+    """A mask (batch, length) int64: the first sequence whole, the second padded on its left, the third on its right."""
     mask = torch.ones(batch, length, dtype=torch.int64)
     mask[1, : length // 4] = 0
     mask[2, -(length // 3) :] = 0
@@ -123,7 +123,7 @@ def padded(batch: int, length: int) -> torch.Tensor:
 
 
 def tokens(batch: int, length: int, seed: int, vocabulary: int = 60) -> torch.Tensor:
-    """(batch, length) int64 from 4 on, below which are special tokens."""
+    """Tokens (batch, length) int64 from 4 on; lower numbers are special tokens."""
     return torch.randint(
         4, vocabulary, (batch, length), generator=torch.Generator().manual_seed(seed), device="cpu"
     ).to(torch.get_default_device())

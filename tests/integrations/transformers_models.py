@@ -98,7 +98,7 @@ def swinv2() -> transformers.Swinv2ForImageClassification:
 
 
 def t5_inputs() -> dict[str, torch.Tensor]:
-    """What to call T5 with: 3 sequences, one whole, one padded on its left, one on its right."""
+    """Inputs of T5: 3 sequences, the first whole, the second padded on its left, the third on its right."""
     return {"input_ids": tokens(3, 30, 0), "attention_mask": padded(3, 30), "labels": tokens(3, 20, 1)}
 
 

@@ -1,4 +1,4 @@
-"""Mistakes that the tests have to see; `mutations.py` plants them, one at a time."""
+"""Mistakes that the tests have to see; `mutations.py` plants one at a time."""
 
 from mutants.engine import ENGINE
 from mutants.kernels import KERNELS

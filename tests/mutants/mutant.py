@@ -1,4 +1,4 @@
-"""What a mistake is, and where it goes: its place is still found when names or line breaks have changed."""
+"""Planted mistakes and their places in the source, which are found even when names or line breaks have changed."""
 
 import re
 from collections.abc import Sequence
@@ -16,11 +16,11 @@ class Mutant:
     """A mistake: `new` in the place of `old`, which its file holds once, or else under other names (see `places`).
 
     Attributes:
-        file: from the repository's root on.
-        name: what is wrong.
-        tests: the file in tests/ that sees it.
-        wanted: which of its tests, as pytest's -k has it.
-        old, new: text.
+        file: the path from the repository's root.
+        name: the mistake in words.
+        tests: the file in tests/ that sees the mistake.
+        wanted: the tests of that file, as an expression for pytest's -k.
+        old, new: the text without and with the mistake.
     """
 
     file: str
@@ -37,7 +37,7 @@ def mutants_in(folder: str, rows: dict[str, list[Row]]) -> list[Mutant]:
 
 
 def misplaced(mutants: Sequence[Mutant]) -> list[str]:
-    """What is wrong with those whose code has changed: they must have one place in their file, and change it."""
+    """Messages on mistakes whose code has changed: a mistake must have one place in its file, and change it."""
     wrong = []
     for mutant in mutants:
         source = (ROOT / mutant.file).read_text()
@@ -55,10 +55,11 @@ def planted(mutant: Mutant, source: str) -> str:
 
 
 def places(mutant: Mutant, source: str) -> list[tuple[int, int, str]]:
-    """Where `old` is in the source, and what goes there: start, end, text.
+    """The places of `old` in the source, with the text to put there: start, end, text.
 
-    If the very text is nowhere, line breaks and spaces do not count, and one name or up to half of them may be others,
-    the same one wherever a name stands. `new` has the others too. The places with the fewest other names are taken.
+    If the exact text is nowhere, line breaks and spaces do not count, and one name, or up to half of the names, may
+    have changed. A changed name must be the same everywhere; `new` is changed likewise. The places with the fewest
+    changed names are taken.
     """
     begin, end = (r"\b" if re.match(r"\w", edge) else "" for edge in (mutant.old[0], mutant.old[-1]))
     if exact := [(*match.span(), mutant.new) for match in re.finditer(begin + re.escape(mutant.old) + end, source)]:
@@ -77,7 +78,7 @@ def places(mutant: Mutant, source: str) -> list[tuple[int, int, str]]:
 
 
 def _renaming(wanted: list[str], texts: list[str]) -> dict[str, str] | None:
-    """What each name of `wanted` is called in `texts`; None if more than names differ, or too many names."""
+    """The name in `texts` for each name of `wanted`; None if more than names differ, or too many names."""
     names: dict[str, str] = {}
     for old, other in zip(wanted, texts, strict=True):
         if _NAME.match(old) and _NAME.match(other):

@@ -1,4 +1,4 @@
-"""Mistakes in what is Python on every machine."""
+"""Mistakes in the Python code that runs on every machine."""
 
 from mutants.mutant import mutants_in
 

@@ -2,9 +2,10 @@
 
     python tests/sanitized/run.py [address] [thread] [--build NAME ...] [--examples N]
 
-"address" looks for accesses outside of memory and for undefined behaviour, "thread" for data races; without a name both
-run. Before the tests each has to find planted mistakes. The fastest build runs all of them, the others the fuzz test,
-of which `--examples` says how many calls it draws. Needs GCC with its sanitizers; builds are kept in `build/sanitized`.
+"address" looks for accesses outside of memory and for undefined behaviour, "thread" for data races. Without a name both
+run. Each sanitizer first has to find planted mistakes. The fastest build runs all tests; the others run the fuzz test,
+for which `--examples` is the number of calls to draw. GCC with its sanitizers is needed. Builds stay in
+`build/sanitized`.
 """
 
 import argparse
@@ -91,7 +92,7 @@ def main() -> None:
 
 
 def compile_all(name: str) -> None:
-    """The engine's builds with the flags of `setup.py`, and what goes with them."""
+    """Compiles the engine's builds, with the flags of `setup.py`, and the planted mistakes for a sanitizer."""
     folder = FOLDER / name
     folder.mkdir(parents=True, exist_ok=True)
     flags = ["-g1", "-fPIC", "-w", *SANITIZERS[name].flags]
@@ -119,7 +120,7 @@ def usable_builds() -> list[str]:
 
 
 def environment_of(name: str) -> dict[str, str]:
-    """What a process with a sanitizer needs around it."""
+    """The environment variables of a process with a sanitizer."""
     sanitizer = SANITIZERS[name]
     # A name that the compiler does not know, as one with its folder, it gives back.
     find = [[COMPILER, f"-print-file-name={library}"] for library in sanitizer.preloaded]
@@ -140,7 +141,7 @@ def check_mistakes(name: str) -> None:
 
 
 def run_tests(name: str, build: str, tests: tuple[str, ...], examples: int) -> None:
-    """Runs tests on one build of a sanitizer, and ends this process unless they pass."""
+    """Runs tests on one build with a sanitizer, and ends this process unless they pass."""
     print(f"{name}: tests on build {build}", flush=True)
     variables = {
         "TRITON_OFFSET_BIAS_FOLDER": str(FOLDER / name),
