@@ -1,5 +1,6 @@
 """Helpers for tests on a machine that lacks a library, memory, or the requested device."""
 
+import importlib.metadata
 import importlib.util
 import os
 import re
@@ -42,6 +43,8 @@ def skip_without(*libraries: str) -> pytest.MarkDecorator:
 
 
 def _is_installed(library: str) -> bool:
+    if library == "pip":  # setuptools' finder takes a look at pip's modules for a run of pip, and hides its distutils
+        return any(importlib.metadata.distributions(name="pip"))
     try:
         return importlib.util.find_spec(library) is not None
     except ModuleNotFoundError:
