@@ -107,7 +107,7 @@ def compare_at_short_length(text: Tensor, held_out: Tensor, args: argparse.Names
 
 
 def status_bytes(field: str) -> int:
-    """A size of this process: "VmSize", its address space, "VmRSS", what it holds, "VmHWM", the most that it held."""
+    """A size of this process in bytes: "VmSize" (its address space), "VmRSS" (its memory), "VmHWM" (its peak)."""
     return int(re.findall(rf"{field}:\s*(\d+) kB", Path("/proc/self/status").read_text())[0]) * 1024
 
 
@@ -134,7 +134,7 @@ def under_budget(name: str, text: Tensor, length: int, steps: int, budget: int, 
 
 
 def compare_under_budget(text: Tensor, args: argparse.Namespace) -> tuple[pd.DataFrame, list[float]]:
-    """Memory of a step over the length, both ways, and the losses of a training at the longest; prints both."""
+    """Measures and prints memory of a step over the length, both ways, and losses of training at the longest length."""
     lengths = [args.length // 2**i for i in range(1 if args.quick else 3, -1, -1)]
     budget = args.budget * 2**20
     jobs = [(name, text, length, 1, budget, args.seed) for length in lengths for name in (EAGER, OURS)]

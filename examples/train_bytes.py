@@ -42,7 +42,7 @@ HELD_OUT_WINDOWS, EVALUATIONS = 32, 6
 
 
 def build_model(args: argparse.Namespace, with_bias: bool) -> ByteTransformer:
-    """The model of `args`; with or without a bias, all other parameters start with the same values."""
+    """The model of `args`. All parameters but the bias's start with the same values, with or without a bias."""
     torch.manual_seed(args.seed)
     bias = OffsetBias(NUM_HEADS, args.length, bidirectional=False) if with_bias else None
     return ByteTransformer(args.width, NUM_HEADS, NUM_LAYERS, bias).to(args.device)
@@ -67,7 +67,7 @@ def evaluate(model: ByteTransformer, windows: Tensor) -> float:
 def train(
     name: str, model: ByteTransformer, text: Tensor, held_out: Tensor, args: argparse.Namespace
 ) -> tuple[pd.DataFrame, float]:
-    """Trains `model` on windows of `text`; gives its losses, as `plot_run` wants them, and its tokens per second."""
+    """Trains `model` on windows of `text`; returns its losses, as `plot_run` takes them, and its tokens per second."""
     optimizer = build_optimizer(model)
     rates = [group["lr"] for group in optimizer.param_groups]
     schedule = torch.optim.lr_scheduler.OneCycleLR(
@@ -116,7 +116,7 @@ def time_steps(model: ByteTransformer, windows: Tensor, rounds: int) -> tuple[fl
 
 
 def peak_resident() -> int:
-    """The most bytes of memory this process has held so far."""
+    """The peak memory of this process so far, in bytes."""
     status = Path("/proc/self/status")
     if status.exists():  # on Linux ru_maxrss starts at what the parent process held
         return int(re.findall(r"VmHWM:\s*(\d+) kB", status.read_text())[0]) * 1024
@@ -124,7 +124,7 @@ def peak_resident() -> int:
 
 
 def step_memory(args: argparse.Namespace, length: int, materialised: bool) -> int:
-    """Bytes that a process's first training step adds, at its peak, to what building the model took.
+    """Bytes by which a process's first training step raises its peak above the peak of building the model.
 
     For a fresh process: a peak is never forgotten.
     """

@@ -191,7 +191,7 @@ def test_every_result_is_as_accurate_as_plain_pytorch(backend, case):
 
 @pytest.mark.parametrize("options", [{}, {"is_causal": True}], ids=str)
 def test_a_float32_tables_gradient_is_right_to_a_hundred_thousandth(backend, options):
-    """Of its largest element, with offsets inside the table and far beyond it."""
+    """The unit is the largest element; offsets lie inside the table and far beyond it."""
     call = build(Case("float32", (200, 210), (64, 64), columns=61, options=options))
     truth = oracle(call.q, call.k, call.v, call.bias, **options, dout=call.dout).dbias
     error = (results_of(call, backend).dbias.double() - truth).abs().max()

@@ -39,7 +39,7 @@ def _arguments(len_q: int, len_k: int, dtype: torch.dtype, **others: Any) -> dic
 
 
 def _with_rows(arguments: dict) -> dict:
-    """The same with what the forward operator gives, and gradients of it."""
+    """A call of either operator, the forward operator's results, and gradients of these."""
     out, lse, row_max, row_sum = FORWARD(*_matching(FORWARD, arguments))
     rows = {"out": out, "row_max": row_max, "row_sum": row_sum}
     return {**arguments, **rows, "dout": torch.randn_like(out), "dlse": torch.randn_like(lse)}
@@ -100,7 +100,7 @@ def test_the_operators_take_any_strides(backend, call, dtype):
 
 @fused
 def test_gradients_whose_memory_is_one_number(backend):
-    """As of a sum: strides 0, in the output and in the log-sum-exp."""
+    """Gradients of a sum have strides 0, in the output and in the log-sum-exp."""
     arguments = _with_rows(CALLS["packed"](torch.float32) | {"backend": backend})
     ones = {name: torch.ones(()).expand(arguments[name].shape) for name in ("dout", "dlse")}
     got = BACKWARD(*_matching(BACKWARD, arguments | ones))
@@ -139,7 +139,7 @@ PARTS = {
 
 
 def _in_parts(case: str, dtype: torch.dtype, backend: str) -> tuple[tuple[int, ...], dict]:
-    """Where the parts begin, and a call; its table is one that the engine counts from a constant if nothing is said."""
+    """The begins of the parts, and a call. By default the engine counts its table from a constant."""
     bounds, others = PARTS[case]
     arguments = _arguments(51, 67, dtype, **({"bias": 30 + torch.rand(4, 41), "backend": backend} | others()))
     arguments["bias"] = arguments["bias"].to(dtype)
@@ -149,7 +149,7 @@ def _in_parts(case: str, dtype: torch.dtype, backend: str) -> tuple[tuple[int, .
 @fused
 @pytest.mark.parametrize("case", PARTS)
 def test_gradients_from_parts_of_the_keys_add_up_to_those_from_all(backend, case):
-    """With the whole rows' output and statistics, and the whole's table; some rows see keys of one part alone."""
+    """Every part gets the whole rows' output and statistics, and the whole table. Some rows see one part alone."""
     bounds, arguments = _in_parts(case, torch.float32, backend)
     truth, same, summed = _oracles(arguments)
     for name, got in _summed_over_parts(arguments, bounds).items():
@@ -159,7 +159,7 @@ def test_gradients_from_parts_of_the_keys_add_up_to_those_from_all(backend, case
 @pytest.mark.parametrize("backend", [name for name in AVAILABLE if name == "cpp"])
 @pytest.mark.parametrize("case", PARTS)
 def test_float64_gradients_from_parts_add_up_to_the_last_digits(backend, case):
-    """Where float64 is served: as close as sums in another order are."""
+    """Where float64 is served, they are as close as sums in another order."""
     bounds, arguments = _in_parts(case, torch.float64, backend)
     whole = dict(zip(GRADIENTS, BACKWARD(*_matching(BACKWARD, arguments)), strict=True))
     for name, got in _summed_over_parts(arguments, bounds).items():

@@ -49,7 +49,7 @@ def _run_pytest(folder: Path, *options: str | Path, **environment: str) -> subpr
 
 @pytest.mark.parametrize("device", ["cpu", "cuda"])
 def test_the_whole_suite_is_collected(tmp_path, device):
-    """Also without the device: what runs there can be listed anywhere."""
+    """Tests for a device can be listed on a machine without it."""
     done = _run_pytest(tmp_path, "--collect-only", ROOT / "tests", TEST_DEVICE=device)
     assert done.returncode == 0, done.stdout[-5000:] + done.stderr
     assert "error" not in done.stdout.splitlines()[-1]
@@ -93,7 +93,7 @@ BLAMED = ["triton_offset_bias.functional", "bench.cases", "test_table", "transfo
 
 @pytest.mark.parametrize("category", [DeprecationWarning, PendingDeprecationWarning, FutureWarning])
 def test_a_deprecation_is_an_error_where_this_project_is_to_blame(category):
-    """And nowhere else: other libraries warn their own users."""
+    """Other libraries' warnings to their own users are no errors."""
     with warnings.catch_warnings(record=True) as shown:
         for name in ("numpy.linalg", "torch.jit", "transformers.utils", "multiprocessing.popen_fork"):
             warnings.warn_explicit("will change", category, "elsewhere.py", 1, module=name)
@@ -129,7 +129,7 @@ def test_more_than_two_gigabytes_of_device_memory_fail_without_the_mark(monkeypa
 
 
 def test_a_test_that_does_not_fit_says_so(monkeypatch):
-    """By the memory that is free on the device."""
+    """The free memory of the device decides."""
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (16e9, 80e9))
     assert bare.lacking_memory(_Item(LARGE), "cuda") == "needs 20 GB of device memory, 16.0 are free"
     assert bare.lacking_memory(_Item(LARGE), "cpu") == bare.lacking_memory(_Item(), "cuda") == ""

@@ -26,7 +26,7 @@ WITH_TABLE = ("ours", "sdpa_index", "sdpa_strided", "sdpa_strided_copy", "t5_eag
 @pytest.mark.parametrize("clamp", [None, 9, 100])
 @pytest.mark.parametrize("name", WITH_TABLE)
 def test_providers_agree_with_the_reference(name, clamp, is_causal):
-    """With tables of all offsets, of some, and of more than there are; the check itself sees a wrong sign."""
+    """Tables have all offsets, some, or more than there are; the check itself sees a wrong sign."""
     inputs = make_inputs(replace(SMALL, clamp=clamp, is_causal=is_causal), "cpu")
     provider = PROVIDERS[name]
     run = provider.prepare(inputs)
@@ -50,7 +50,7 @@ def test_large_cases_are_checked_by_their_first_head(monkeypatch):
 
 
 def test_the_gpu_suite_gives_times_and_rates_and_says_what_is_absent(capsys):
-    """On a CPU, where two of its providers cannot run."""
+    """The test runs on a CPU, where two of the suite's providers cannot run."""
     providers = ("ours", "ours_no_bias", "ours_atomics", "flash_attn", "sdpa_index")
     plan = Plan("gpu", SMALL, (FORWARD, BACKWARD), providers, "cpu", 1, Effort(3, 1.0))
     rows = list(measure(plan, RowMaker("cpu")))
@@ -65,7 +65,7 @@ def test_the_gpu_suite_gives_times_and_rates_and_says_what_is_absent(capsys):
 
 
 def test_gpus_are_timed_by_tritons_benchmark(monkeypatch):
-    """From one forward, as often as it likes, in milliseconds."""
+    """Triton's benchmark repeats backward from one forward as often as it likes; its times are milliseconds."""
     calls = []
     monkeypatch.setattr("torch.cuda.device", lambda device: nullcontext())
 
@@ -84,7 +84,7 @@ def test_gpus_are_timed_by_tritons_benchmark(monkeypatch):
 
 
 def test_a_peer_that_fails_is_left_out_and_ours_must_not(capsys):
-    """Such as one whose matrices do not fit into memory."""
+    """A peer fails, for example, if its matrices do not fit into memory."""
 
     def fail(_):
         raise torch.OutOfMemoryError("no room\nfor it")
@@ -130,7 +130,7 @@ def test_what_is_measured_survives_an_error(monkeypatch, tmp_path):
     ("queries", "causal", "window"), [(None, False, -1), (None, True, -1), (3, True, 5), (7, False, 2)]
 )
 def test_operations_are_counted_by_attended_pairs(queries, causal, window):
-    """Of the last queries, as in decoding."""
+    """Only the last queries count, as in decoding."""
     case = Case("counted", 2, 3, 40, 16, is_causal=causal, decoded=queries, window=window)
     pairs = 0
     for i in range(40 - case.queries, 40):
@@ -171,7 +171,7 @@ def test_the_device_decides_what_is_measured():
     ],
 )
 def test_mistakes_on_the_command_line_are_named(arguments, message, capsys, tmp_path):
-    """On one line, before anything is measured."""
+    """The message is one line, and comes before anything is measured."""
     with pytest.raises(SystemExit):
         main([*arguments, "--output", str(tmp_path / "out.csv")])
     assert re.search(f"error: {message}$", capsys.readouterr().err.strip())

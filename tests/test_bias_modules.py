@@ -110,7 +110,7 @@ def test_a_table_and_its_gradients_are_those_of_the_formula(build, formula, offs
 
 @every_module
 def test_a_table_is_float32_in_a_half_model_under_autocast(build, formula):
-    """Its bits are those that the rounded parameters give in float32; what has no parameters is not rounded at all."""
+    """The bias has the bits that the rounded parameters give in float32. Without parameters nothing is rounded."""
     module = _shaken(build()).bfloat16()
     rounded = build()
     rounded.load_state_dict(module.state_dict())
@@ -146,7 +146,7 @@ def test_attention_with_a_module_equals_sdpa_with_its_dense_bias(build, formula,
 
 @every_module
 def test_a_module_compiles_without_a_break_in_the_graph(build, formula):
-    """As it must inside of a compiled model."""
+    """A compiled model needs this of its modules."""
     module = _shaken(build())
     assert torch.equal(torch.compile(module, fullgraph=True, backend="eager")(-9, 30), module(-9, 30))
 
@@ -232,14 +232,14 @@ BAD_CALLS = {
 
 @pytest.mark.parametrize(("call", "message"), BAD_CALLS.values(), ids=BAD_CALLS)
 def test_a_bad_argument_is_named_with_what_was_expected_and_what_came(call, message):
-    """At construction where it can be seen there."""
+    """The error comes at construction where the mistake can be seen there."""
     with pytest.raises(ValueError, match=message):
         call()
 
 
 @every_module
 def test_an_empty_range_is_an_error(build, formula):
-    """Not an empty table."""
+    """An empty table would hide the mistake."""
     with pytest.raises(ValueError, match=r"`max_offset` .*3.*got 2"):
         build()(3, 2)
 
@@ -261,6 +261,6 @@ def test_a_threshold_that_the_parameters_cannot_hold_is_an_error():
 
 
 def test_fire_gives_shapes_on_the_meta_device():
-    """Where there is no autocast to turn off."""
+    """The meta device has no autocast to turn off."""
     with torch.device("meta"):
         assert FireBias(2, threshold=9)(0, 4).shape == (2, 5)

@@ -1,4 +1,4 @@
-"""Which build of the CPU engine is loaded, and what the user is told of it."""
+"""The choice of the CPU engine's build, and the text that tells the user about it."""
 
 import ctypes
 import os
@@ -16,7 +16,7 @@ ROOT = Path(__file__).parents[1]
 
 
 def _report(**environment: str) -> str:
-    """What `python -m triton_offset_bias.info` prints."""
+    """The output of `python -m triton_offset_bias.info`."""
     command = [sys.executable, "-m", "triton_offset_bias.info"]
     environment = {**os.environ, **environment}
     return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=True).stdout
@@ -33,7 +33,7 @@ def test_the_build_that_multiplies_bfloat16_is_for_processors_that_do_it_fast(fi
 @pytest.mark.needs_engine
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 def test_the_engine_knows_whose_processor_it_runs_on_and_info_says_what_was_chosen():
-    """As the kernel tells; the choice of a build hangs on it."""
+    """The operating system says the same; the choice of a build depends on it."""
     is_intel = "GenuineIntel" in Path("/proc/cpuinfo").read_text()
     assert library.load().library.tob_is_intel() == is_intel
     fastest = library.fastest_builds(cpp.RUNNABLE, is_intel)
@@ -44,7 +44,7 @@ def test_the_engine_knows_whose_processor_it_runs_on_and_info_says_what_was_chos
 
 
 def test_info_says_that_a_build_was_asked_for():
-    """By the name of the variable; the slower builds can be asked for everywhere."""
+    """The error names the variable; the slower builds can be asked for everywhere."""
     report = _report(**{cpp.BUILD_VARIABLE: "portable"})
     assert "built for  portable (" in report
     assert f"asked for by {cpp.BUILD_VARIABLE}" in report
@@ -59,7 +59,7 @@ def test_info_says_that_a_build_was_asked_for():
     ],
 )
 def test_a_processor_gets_its_build(monkeypatch, is_intel, compiled, build, reason):
-    """One that runs all builds, of either maker; with those that were compiled."""
+    """The processor, of either maker, runs all builds; the builds that were compiled are tried."""
 
     class Function:
         def __init__(self, result):
@@ -86,7 +86,7 @@ def test_a_processor_gets_its_build(monkeypatch, is_intel, compiled, build, reas
 
 @pytest.mark.needs_engine
 def test_an_engine_of_other_sources_is_not_called(monkeypatch):
-    """One that lacks a function gives a reason, no exception at import."""
+    """An engine that lacks a function gives a reason, and no exception at import."""
 
     class Library:
         def __init__(self, path):

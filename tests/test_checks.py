@@ -169,7 +169,7 @@ def test_a_bad_argument_is_named_with_what_was_expected_and_what_came(wrong, err
 
 
 def test_numpys_numbers_are_numbers(backend):
-    """Those that computing a scale, a window or a start with NumPy gives."""
+    """Such numbers come from a scale, a window or a start that was computed with NumPy."""
     call = build(Case("numbers", (5, 6)))
     inputs = call.q, call.k, call.v, call.bias
     given = {"scale": np.float32(0.5), "query_start": np.int64(2), "bias_origin": np.int32(4)}

@@ -1,4 +1,4 @@
-"""Which backend serves a call, and what is said when none can."""
+"""The choice of a backend for a call, and the error when none can serve it."""
 
 import pytest
 import torch
@@ -34,7 +34,7 @@ def served_by(monkeypatch) -> list[str]:
 @pytest.mark.needs_engine
 @pytest.mark.cpu_only
 def test_auto_takes_the_engine_for_tensors_on_the_cpu(inputs, served_by):
-    """And its answer is bitwise that of the engine asked for by name."""
+    """The answer equals the answer of backend="cpp" bit for bit."""
     out = offset_bias_attention(*inputs)
     assert served_by == ["cpp"]
     assert torch.equal(out, offset_bias_attention(*inputs, backend="cpp"))
@@ -52,7 +52,7 @@ def test_auto_goes_to_the_reference_where_the_engine_has_reasons(inputs, served_
 @pytest.mark.cpu_only
 @pytest.mark.parametrize("options", [POSITIONS, {"dropout_p": 0.25}], ids=["positions", "dropout"])
 def test_positions_and_dropout_do_not_leave_the_engine(inputs, served_by, options):
-    """And with the same seed the engine drops what the reference drops."""
+    """With the same seed the engine drops the weights that the reference drops."""
     torch.manual_seed(3)
     expected = offset_bias_attention(*inputs, **options, backend="reference")
     served_by.clear()
@@ -83,7 +83,7 @@ def test_an_unknown_backend_is_an_error_that_lists_the_known_ones(inputs):
 
 
 def test_when_no_backend_serves_one_error_lists_each_with_its_reasons(inputs, monkeypatch):
-    """One line a backend."""
+    """The error has one line for each backend."""
     for name, module in BACKENDS.items():
         monkeypatch.setattr(module, "unsupported_reasons", lambda problem, name=name: [f"{name} is tired", "and old"])
     with pytest.raises(NotImplementedError) as raised:

@@ -1,4 +1,4 @@
-"""What the pages say about the repository is so: paths, links, targets of make, environment variables."""
+"""The pages' statements about the repository hold: paths, links, targets of make, environment variables."""
 
 import re
 from pathlib import Path
@@ -51,7 +51,7 @@ def _anchors(page: Path) -> set[str]:
 
 @by_name
 def test_every_link_of_a_page_leads_somewhere(page: Path) -> None:
-    """To a file of the repository, and to a heading of it where the link names one; other sites are not asked."""
+    """A link leads to a file of the repository, and to its heading if the link names one; other sites are not asked."""
     for target in re.findall(r"\]\(([^)\s]+)\)", _without_blocks(page)):
         if target.startswith("https://"):
             continue
@@ -63,7 +63,7 @@ def test_every_link_of_a_page_leads_somewhere(page: Path) -> None:
 
 @by_name
 def test_every_make_command_of_a_page_has_a_target(page: Path) -> None:
-    """In backticks, with or without options."""
+    """The commands are in backticks, with or without options."""
     targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
     assert set(re.findall(r"`make ([a-z-]+)", page.read_text())) <= targets
 

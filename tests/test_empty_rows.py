@@ -48,7 +48,7 @@ def test_a_query_with_nothing_to_attend_to_takes_no_part_whatever_its_incoming_g
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")  # numpy's, in Triton's interpreter
 @pytest.mark.parametrize("options", EMPTY_ROWS.values(), ids=EMPTY_ROWS)
 def test_a_query_with_nothing_to_attend_to_gives_zero_whatever_the_values_are(backend, options):
-    """What nobody attends to may be anything."""
+    """A value that nobody attends to may be anything."""
     q, k, v = (torch.randn(2, 3, 9, 8) for _ in range(3))
     v[:, :, ::4] = float("nan")
     empty = oracle(q, k, v, None, **options).lse == float("-inf")

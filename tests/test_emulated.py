@@ -97,7 +97,7 @@ def test_deterministic_results_do_not_depend_on_the_order_of_programs(case):
 
 @pytest.mark.parametrize("deterministic", [False, True])
 def test_packed_sequences_equal_each_by_itself(deterministic):
-    """Of several lengths, one without queries; for the order of programs, bitwise equal where that is asked for."""
+    """The lengths differ; one is without queries. In any order of programs deterministic results are bitwise equal."""
     import triton_offline
 
     lengths_q, lengths_k = [70, 0, 33], [130, 20, 33]

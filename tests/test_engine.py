@@ -53,7 +53,7 @@ def _restored_number_of_threads():
 
 
 def _run(code: str, **environment: str) -> str:
-    """What a fresh Python prints that runs `code` with the package on its path."""
+    """The output of a fresh Python that runs `code` with the package on its path."""
     done = subprocess.run(
         [sys.executable, "-c", code], cwd=ROOT, env={**os.environ, **environment}, capture_output=True, text=True
     )
@@ -62,7 +62,7 @@ def _run(code: str, **environment: str) -> str:
 
 
 def _passed(wanted: str, files: list[str], **environment: str) -> int:
-    """How many tests of the files pass, of those that the expression picks; none may fail."""
+    """The number of tests of the files that the expression selects and that pass; none may fail."""
     options = ["-p", "no:cacheprovider", "--tb=line", "-k", wanted]
     command = [sys.executable, "-m", "pytest", *options, *(f"tests/test_{file}.py" for file in files)]
     done = subprocess.run(command, cwd=ROOT, env={**os.environ, **environment}, capture_output=True, text=True)

@@ -117,7 +117,7 @@ def tables(draw, batch: int, heads: int) -> Tensor | None:
 
 @st.composite
 def placements(draw, batch: int, len_q: int, len_k: int) -> dict:
-    """Where queries and keys lie: a start, position tensors, or neither."""
+    """The places of queries and keys: a start, position tensors, or neither."""
     kind = draw(st.sampled_from(["default", "start", "positions"]))
     if kind == "default":
         return {}

@@ -28,7 +28,7 @@ def _assert_is_a_picture(path: Path) -> None:
 
 
 def _windows_by_place(side: int, window: int, shift: int) -> torch.Tensor:
-    """Which pixels share a window that starts `shift` further down and right, from their places: (S**2, S**2) bool."""
+    """True for pixels that share a window, by their places, with windows moved by `shift`: (S**2, S**2) bool."""
     strip = (torch.arange(side) - shift).div(window, rounding_mode="floor")
     row, column = strip.repeat_interleave(side), strip.repeat(side)
     return (row[:, None] == row) & (column[:, None] == column)
@@ -170,7 +170,7 @@ def test_the_length_example_learns_and_draws(tmp_path, capsys):
     "heights", [[0.5], [0.2, 0.9, 0.6], [0.5, 0.51, 0.49, 0.5], [1.0, 0.99, 0.0, 0.01], [0.4, 0.43, 0.53, 0.58, 0.3]]
 )
 def test_labels_move_apart_keep_their_order_and_stay_inside(heights):
-    """And those that have room stay where they are."""
+    """Labels that have room stay where they are."""
     moved = torch.tensor(spread(heights), dtype=torch.float64)
     order = torch.tensor(heights).argsort(stable=True)
     assert (moved[order].diff() > LABEL_GAP - 1e-9).all()

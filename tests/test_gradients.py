@@ -1,4 +1,4 @@
-"""What is known of the gradients without an oracle: finite differences, sums that vanish, and who gets one at all."""
+"""Facts about gradients without an oracle: finite differences, sums that vanish, and the tensors that get one."""
 
 from dataclasses import replace
 
@@ -117,7 +117,7 @@ def test_the_tables_gradient_sums_to_that_of_the_log_sum_exp(precise_backend, ca
 @pytest.mark.parametrize("scale", [1.0, 64.0, 4096.0])
 @pytest.mark.parametrize("case", SHARING_SCORES, ids=lambda case: case.reason)
 def test_backward_makes_the_scores_that_forward_made(precise_backend, case, scale):
-    """To the last bit, however large: else a row's probabilities no longer sum to 1, nor dV to the sum of dO."""
+    """Large scores agree to the last bit too. Otherwise a row of P would not sum to 1, nor dV to the sum of dO."""
     call = build(replace(case, options={**case.options, "scale": scale}))
     call.dout.fill_(1.0)
     dv = results_of(call, precise_backend).dv

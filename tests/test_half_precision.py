@@ -36,7 +36,7 @@ def test_roundings_to_half_do_not_drift(precise_backend, dtype):
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_half_results_are_float32_results_rounded_to_nearest(precise_backend, dtype):
-    """Where arithmetic is float32, what needs no rounded intermediate is the float32 call's, rounded once."""
+    """With float32 arithmetic, a result without rounded intermediates is the float32 call's result, rounded once."""
     if precise_backend == "cpp" and dtype == torch.bfloat16 and "bfloat16 products" in cpp.build_description():
         pytest.skip("this build rounds the softmax to bfloat16")
     half = build(Case("half", (61, 67), (24, 40), heads=(4, 2), dtype=dtype, options={"is_causal": True}))

@@ -56,7 +56,7 @@ def test_no_bias_beyond_a_table_is_no_large_number(backend):
 
 
 def test_each_packed_sequence_has_its_own_constant(backend):
-    """Also one without queries, and one without keys."""
+    """This includes a sequence without queries, and a sequence without keys."""
     lengths_q, lengths_k = (5, 0, 3, 9), (7, 4, 0, 30)
     bounds_q, bounds_k = (torch.tensor([0, *lengths]).cumsum(0) for lengths in (lengths_q, lengths_k))
     q, k, v = torch.randn(17, 2, 8), torch.randn(41, 2, 8), torch.randn(41, 2, 8)
@@ -178,7 +178,7 @@ def poisoned(case: Case, name: str, bits: int) -> Call:
 
 
 def assert_nothing_is_hidden(got: Results, reference: Results) -> None:
-    """What is not finite in the reference's results is not; the output and the log-sum-exp are equal altogether."""
+    """Asserts equal outputs and log-sum-exps, and no finite gradient where the reference's is not finite."""
     for name in ("out", "lse"):
         value, expected = getattr(got, name), getattr(reference, name)
         torch.testing.assert_close(value, expected, rtol=1e-5, atol=1e-5, equal_nan=True)
@@ -219,7 +219,7 @@ def test_every_nan_of_half_precision_is_one(backend, dtype, name):
 @pytest.mark.needs_engine
 @pytest.mark.cpu_only
 def test_a_hundred_thousand_positions_under_a_window():
-    """On the CPU engine, in time and memory linear in the length: rows here and there against the oracle."""
+    """The CPU engine takes time and memory linear in the length; rows here and there are compared with the oracle."""
     length, window = 100_000, 64
     q, k, v = (torch.randn(1, 1, length, 16, requires_grad=True) for _ in range(3))
     bias, dout = torch.randn(1, 2 * window + 1, requires_grad=True), torch.zeros(1, 1, length, 16)

@@ -37,7 +37,7 @@ def test_window_attention_equals_sdpa_with_the_dense_bias(window):
 
 
 def test_a_window_table_is_float32_whatever_the_modules_dtype():
-    """As every other module's."""
+    """Every other module's table is float32 too."""
     bias = _filled((2, 3)).half()
     assert bias().dtype == torch.float32
     assert torch.equal(bias(), bias.relative_position_bias_table.float().T)
@@ -63,7 +63,7 @@ def test_a_dense_bias_has_at_every_pair_what_attention_sees_there(lengths, query
 
 @pytest.fixture
 def _off_screen():
-    """No window, and no figure left open."""
+    """Opens no window, and leaves no figure open."""
     import matplotlib
 
     before = matplotlib.get_backend()
@@ -76,7 +76,7 @@ def _off_screen():
 @skip_without("matplotlib")
 @pytest.mark.usefixtures("_off_screen")
 def test_a_plot_has_a_line_per_head_with_the_bias_over_the_offset():
-    """In new axes or in those given, with the heads named."""
+    """The axes are new ones or the given ones, and the heads are named."""
     bias = ALiBiBias(3, learnable=True)
     axes = plot_bias(bias, -4, 6)
     assert plot_bias(bias, 0, 1, ax=axes) is axes

@@ -35,7 +35,7 @@ def test_kerple_starts_where_its_authors_do(kind, highest):
 
 @pytest.mark.parametrize(("kind", "r2"), [("log", [0.02, 1.0, 30.0]), ("power", [0.02, 1.0, 1.99])])
 def test_kerple_takes_the_numbers_of_a_trained_model(kind, r2):
-    """What is set is what is read."""
+    """The values that are read equal the values that were set."""
     bias = KerpleBias(3, kind)
     bias.set_values(torch.tensor([0.01, 1.0, 7.0]), torch.tensor(r2))
     torch.testing.assert_close(bias.r1, torch.tensor([0.01, 1.0, 7.0]))
@@ -43,7 +43,7 @@ def test_kerple_takes_the_numbers_of_a_trained_model(kind, r2):
 
 
 def test_kerple_power_of_one_is_alibi():
-    """With ALiBi's slopes as r1."""
+    """ALiBi's slopes are r1."""
     bias = KerpleBias(5, "power")
     bias.set_values(alibi_slopes(5), torch.ones(5))
     torch.testing.assert_close(bias(-9, 50), ALiBiBias(5)(-9, 50))

@@ -80,7 +80,7 @@ class Attended(Dataset):
         return len(self.queries)
 
     def __getitem__(self, index: int) -> torch.Tensor:
-        """What `attend` gives."""
+        """The result of `attend`."""
         return attend(self.queries[index])
 
 

@@ -84,7 +84,7 @@ BAD_CALLS = {
 
 @pytest.mark.parametrize(("call", "message"), BAD_CALLS.values(), ids=BAD_CALLS)
 def test_a_bad_argument_is_named_with_what_was_expected_and_what_came(call, message):
-    """At construction where it can be seen there."""
+    """The error comes at construction where the mistake can be seen there."""
     with pytest.raises(ValueError, match=message):
         call()
 
@@ -172,7 +172,7 @@ def test_the_attention_layer_equals_plain_pytorch(layer, is_padded):
 
 
 def test_dropout_is_for_training_alone_and_keeps_the_mean():
-    """In eval the layer is the one without dropout; in training it varies, around that."""
+    """In eval mode the layer equals the layer without dropout; in training its results vary around that."""
     dropping = OffsetBiasAttention(16, 2, _filled(2, 8, True), dropout_p=0.4)
     keeping = OffsetBiasAttention(16, 2, dropping.bias, dropout_p=0.0)
     keeping.load_state_dict(dropping.state_dict())
@@ -187,7 +187,7 @@ def test_dropout_is_for_training_alone_and_keeps_the_mean():
 
 
 def test_one_bias_module_may_serve_several_layers():
-    """Its gradient is the sum over them, and its parameters are counted once."""
+    """The bias's gradient is the sum over the layers, and its parameters are counted once."""
     bias = _filled(2, 9, True)
     layers = nn.Sequential(OffsetBiasAttention(8, 2, bias), OffsetBiasAttention(8, 2, bias))
     assert sum(p is bias.weight for p in layers.parameters()) == 1

@@ -10,12 +10,12 @@ MUTANTS = (*KERNELS, *ENGINE, *PACKAGE)
 
 
 def test_every_mistake_has_one_place_in_the_code():
-    """Or else code has moved."""
+    """If this fails, code has moved."""
     assert misplaced(MUTANTS) == []
 
 
 def test_every_mistake_names_tests_that_exist():
-    """Or else tests have."""
+    """If this fails, tests have moved."""
     folder = Path(__file__).parent
     assert [mutant.name for mutant in MUTANTS if not (folder / mutant.tests).is_file()] == []
 
@@ -43,7 +43,7 @@ def test_mistakes_outlive_the_renaming_of_a_name():
 
 
 def test_a_mistake_is_found_under_other_names_and_line_breaks_and_not_where_more_has_changed():
-    """What is planted has the names of its place; code with another operator or too many other names is no place."""
+    """The planted text has the names of its place. Code with another operator or too many other names is no place."""
     mutant = Mutant("", "", "", "", "total = total + step * scale", "total = step * scale")
     assert planted(mutant, "x = 1\nacc = acc + step\n * scale\n") == "x = 1\nacc = step * scale\n"
     for other in ("total = other + step * scale", "total = total - step * scale", "a = a + b * scale"):

@@ -19,7 +19,7 @@ DTYPES = [torch.float32, FLOAT64, BFLOAT16, FLOAT16]
 
 
 def _mask(batch: int, len_k: int) -> torch.Tensor:
-    """One key of each sequence, each another."""
+    """A mask that leaves one key of each sequence, a different one in each."""
     mask = torch.zeros(batch, len_k, dtype=torch.bool)
     for b in range(batch):
         mask[b, (7 * b + 5) % len_k] = True
@@ -63,7 +63,7 @@ def _call(name: str, dtype: torch.dtype, **others: Any) -> Call:
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("name", ONE_KEY)
 def test_gradients_of_rows_with_one_key_are_exactly_zero(backend, name, dtype):
-    """Of query, key and table; dV is not."""
+    """dQ, dK and dbias are zero; dV is not."""
     results = results_of(_call(name, dtype), backend)
     for gradient in (results.dq, results.dk, results.dbias):
         assert gradient is None or not gradient.any()

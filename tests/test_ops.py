@@ -61,7 +61,7 @@ def test_a_compiled_call_is_one_graph_with_equal_results(backend, compiler):
 @pytest.mark.needs_engine
 @pytest.mark.cpu_only
 def test_one_compiled_graph_serves_all_lengths():
-    """With symbolic lengths a new length brings no new compilation, and equal results."""
+    """Lengths are symbolic: a new length brings no new compilation, and equal results."""
     counter = CompileCounterWithBackend("aot_eager")
 
     def attend(q, k, v, bias):
@@ -78,7 +78,7 @@ def test_one_compiled_graph_serves_all_lengths():
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_under_autocast_the_output_has_the_dtype_of_sdpa_and_the_table_stays_float32(backend, dtype):
-    """As if query, key and value had been cast by hand; gradients come back in the dtype of what was given."""
+    """Results are as if query, key and value had been cast by hand. Gradients have the dtypes of the inputs."""
     call = build(Case("autocast", (31, 31), through_lse=True))
     inputs = [call.q, call.k, call.v]
     with torch.autocast(torch.get_default_device().type, dtype):
@@ -184,7 +184,7 @@ def _matching(operator, arguments: dict) -> tuple:
 
 
 def test_the_operators_arguments_are_the_fields_of_a_problem_in_the_order_that_autograd_splits():
-    """What has a gradient comes first, then the other tensors, whatever is added to the list."""
+    """Tensors with gradients come first, then the other tensors, whatever is added to the list."""
     forward, backward = (getattr(torch.ops.triton_offset_bias, name) for name in ("attention", "attention_backward"))
     arguments = [(x.name, str(x.type)) for x in forward.default._schema.arguments]
     assert [name for name, _ in arguments] == [*Problem._fields, "backend"]
@@ -211,7 +211,7 @@ def test_the_operator_passes_torchs_own_checks(requires_grad):
 @pytest.mark.parametrize(("bias_heads", "bias_dtype"), [(4, torch.float32), (1, torch.float32), (4, torch.bfloat16)])
 @pytest.mark.parametrize("num_keys", [0, 19])
 def test_the_backward_operator_passes_torchs_own_checks(needs, beyond, bias_heads, bias_dtype, num_keys):
-    """The same for the gradient's operator, with all gradients and with some, from a table that is a view."""
+    """The backward operator is called for all gradients and for some, with a table that is a view."""
     arguments = _operator_arguments(False) | {"beyond": beyond, "max_seqlen_k": num_keys}
     arguments["bias"] = arguments["bias"][:bias_heads].to(bias_dtype).t().contiguous().t()
     for name, axis in (("key", 2), ("value", 2), ("key_padding_mask", 1)):
@@ -246,7 +246,7 @@ def test_the_backward_operator_passes_torchs_own_checks(needs, beyond, bias_head
     ids=lambda x: next(iter(x)) if isinstance(x, dict) else "",
 )
 def test_the_operator_refuses_tensors_that_do_not_fit(wrong, message):
-    """Those that no public function lets through: a graph calls the operator with what it is given."""
+    """No public function lets such tensors through, but a graph may call the operator with any tensors."""
     operator = torch.ops.triton_offset_bias.attention.default
     with pytest.raises((TypeError, ValueError, NotImplementedError), match=re.escape(message)):
         operator(*_matching(operator, _operator_arguments(False) | wrong))

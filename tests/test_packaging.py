@@ -1,4 +1,4 @@
-"""What is released: an sdist, the wheel made from it, and what a user gets by installing them in a clean environment.
+"""The release: an sdist, the wheel made from it, and their installation in a clean environment.
 
 The engine is compiled without optimisation here, which is quick; `test_engine.py` is about the optimised one.
 """
@@ -36,7 +36,7 @@ pytestmark = [
 
 
 def _run(*command: str | Path, folder: Path, **environment: str) -> str:
-    """What a command prints in a folder, without the settings of Python, pip, Triton and the engine around here."""
+    """The output of a command in a folder, without this process's settings of Python, pip, Triton and the engine."""
     inherited = {name: x for name, x in os.environ.items() if not name.startswith(("PYTHON", "TRITON", "PIP"))}
     done = subprocess.run(command, cwd=folder, env=inherited | environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
@@ -86,7 +86,7 @@ def wheel(sdist: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def python(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """That of an environment in which the wheel is installed."""
+    """The Python of an environment in which the wheel is installed."""
     python = _environment(tmp_path_factory.mktemp("environment"))
     _install(python, wheel)
     return python
@@ -120,7 +120,7 @@ print(triton_offset_bias.__file__, cpp.build_description(), sep="\\n")
 
 @pytest.mark.parametrize("build", ["", "portable"])
 def test_the_readmes_quickstart_runs_on_the_installed_wheel(python: Path, tmp_path: Path, build: str) -> None:
-    """With the processor's best build of the engine, and with the one that needs no AVX2."""
+    """It runs on the processor's best build of the engine, and on the build that needs no AVX2."""
     printed = _run(python, "-c", QUICKSTART + WHERE, folder=tmp_path, **{cpp.BUILD_VARIABLE: build})
     file, description = printed.splitlines()
     assert Path(file).is_relative_to(python.parents[1])
@@ -134,7 +134,7 @@ assert torch.equal(out, same)
 
 
 def test_without_a_compiler_the_sdist_installs_and_the_reference_serves(sdist: Path, tmp_path: Path) -> None:
-    """And `info` tells what is missing."""
+    """`info` tells what is missing."""
     python = _environment(tmp_path / "environment")
     _install(python, sdist, CC="/nonexistent/cc", CXX="/nonexistent/c++")
     file, description = _run(python, "-c", QUICKSTART + REFERENCE_SERVES + WHERE, folder=tmp_path).splitlines()

@@ -104,7 +104,7 @@ def test_every_result_of_a_random_call_obeys_the_tolerance_rule(name):
 
 @pytest.mark.parametrize("name", AVAILABLE)
 def test_a_tables_gradient_sums_to_zero_and_a_constant_in_it_changes_nothing(name):
-    """Where each pair reads the table: no pair may fall beyond it under "zero"."""
+    """Each pair must read the table, so no pair may fall beyond it under "zero"."""
 
     @_settings(name)
     @given(cases((torch.float32,)), st.floats(-3.0, 3.0))
@@ -128,7 +128,7 @@ def test_a_tables_gradient_sums_to_zero_and_a_constant_in_it_changes_nothing(nam
 
 
 def _permuted(call: Call, order: torch.Tensor) -> Call:
-    """The same sequences in another order; what they share stays."""
+    """The tensors with their sequences in another order; tensors that sequences share stay as they are."""
 
     def permute(x: torch.Tensor | None, is_shared: bool = False) -> torch.Tensor | None:
         return x if x is None or is_shared else x.detach()[order].requires_grad_(x.requires_grad)

@@ -49,7 +49,7 @@ def test_a_square_windows_table_is_resized_as_by_swin_and_timm(window):
 
 @pytest.mark.parametrize(("old", "new"), [((3, 5), (4, 2)), ((2, 6), (6, 2)), ((1, 4), (3, 7)), ((1, 1), (2, 2))])
 def test_any_windows_table_is_the_bicubic_formulas(old, new):
-    """And so is its gradient, against float64."""
+    """The gradient is the formula's too, compared with float64."""
     bias = _filled(OffsetBias2d(2, old))
     rows, columns = (_cubic(2 * a - 1, 2 * b - 1) for a, b in zip(old, new, strict=True))
     weight = bias.relative_position_bias_table.detach().double().requires_grad_()
@@ -63,7 +63,7 @@ def test_any_windows_table_is_the_bicubic_formulas(old, new):
 
 
 def test_a_new_window_loads_the_table_and_gives_it_to_attention():
-    """By way of a state dict; and the old parameter is trained through it, with the gradient of plain PyTorch."""
+    """A state dict carries it. The old parameter is trained through it, with the gradient of plain PyTorch."""
     old, new = _filled(OffsetBias2d(3, (4, 4))), OffsetBias2d(3, (6, 5))
     new.load_state_dict({NAME: old.resized((6, 5))})
     assert torch.equal(new(), _timms(old.relative_position_bias_table, (6, 5)).T)
@@ -111,7 +111,7 @@ def test_a_longer_or_shorter_table_is_interpolated_about_offset_0(bidirectional,
 @pytest.mark.parametrize("bidirectional", [True, False])
 @pytest.mark.parametrize(("old", "new"), LENGTHS)
 def test_an_extended_table_gives_every_offset_that_both_have_its_number(bidirectional, old, new):
-    """And offsets beyond the old ends the nearest."""
+    """Offsets beyond the old ends get the nearest end's number."""
     bias, other = _filled(OffsetBias(2, old, bidirectional)), OffsetBias(2, new, bidirectional)
     other.load_state_dict({"weight": bias.resized(new, method="extend")})
     reach = new + 3 if new >= old else new - 1
@@ -142,7 +142,7 @@ def test_places_in_a_long_table_are_not_rounded():
 
 
 def test_a_bad_size_or_method_is_named():
-    """With what was expected."""
+    """The error says what was expected."""
     with pytest.raises(ValueError, match=r"`window_size` must be a pair \(height, width\), got 7"):
         OffsetBias2d(2, (3, 3)).resized(7)
     with pytest.raises(ValueError, match=r"`window_size` .*1, got 0"):

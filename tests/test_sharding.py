@@ -121,7 +121,7 @@ def _check(name: str, wrapper: str, rank: int, world: int) -> None:
 
 
 def _work(rank: int, world: int, folder: str) -> None:
-    """What a process of the world does."""
+    """The work of one process of the world."""
     torch.set_num_threads(1)
     distributed.init_process_group("gloo", init_method=f"file://{folder}/world", rank=rank, world_size=world)
     init_device_mesh("cpu", (world,))

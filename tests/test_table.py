@@ -14,7 +14,7 @@ ORIGIN = st.integers(-30, 30)
 
 
 def _value(bias: torch.Tensor, offset: int, origin: int, beyond: str) -> float:
-    """What DESIGN says that an offset sees."""
+    """The bias that an offset sees by the documentation."""
     column = offset + origin
     if 0 <= column < len(bias):
         return float(bias[column])

@@ -1,4 +1,4 @@
-"""What takes a call apart: `torch.export`, the transforms of `torch.func`, forward mode, data parallelism."""
+"""Tools that take a call apart: `torch.export`, the transforms of `torch.func`, forward mode, data parallelism."""
 
 import copy
 
@@ -41,7 +41,7 @@ def _squares(name: str, q: Tensor, bias: Tensor) -> Tensor:
 @FUSED
 @pytest.mark.parametrize("transform", [torch.func.vmap, torch.func.grad, torch.func.jacfwd], ids=lambda f: f.__name__)
 def test_a_transform_of_torch_func_is_refused_with_the_way_out(name, transform):
-    """Not a loop over the batch, not a tangent of zeros."""
+    """There is no silent loop over the batch, and no tangent of zeros."""
     q, tables = torch.randn(1, 2, 9, 8), torch.randn(3, 2, 17)
     table = tables if transform is torch.func.vmap else tables[0]
     with pytest.raises(NotImplementedError, match=r"torch\.func .*into the batch.*backend='reference'"):
@@ -59,7 +59,7 @@ def test_the_reference_serves_the_transforms():
 @pytest.mark.needs_engine
 @pytest.mark.parametrize("requires_grad", [False, True])
 def test_a_tangent_is_refused_and_a_call_without_one_is_served(requires_grad):
-    """Also when nothing asks for a gradient, where torch itself would drop it."""
+    """It is refused even when nothing asks for a gradient, where torch itself would drop it."""
     q = torch.randn(1, 2, 9, 8, requires_grad=requires_grad)
     bias = torch.randn(2, 17)
     expected = offset_bias_attention(q, q, q, bias)

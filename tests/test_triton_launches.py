@@ -1,4 +1,4 @@
-"""Which GPU kernels a backward pass launches: no work for gradients that nobody asks for."""
+"""The GPU kernels that a backward pass launches: none works for gradients that nobody asks for."""
 
 import pytest
 import torch
@@ -26,7 +26,7 @@ LAUNCHES = {
 
 @pytest.mark.parametrize(("needed", "options", "expected"), LAUNCHES.values(), ids=LAUNCHES)
 def test_only_what_is_asked_for_is_launched(monkeypatch, needed, options, expected):
-    """By the kernels' names, and how the dQ kernel adds up the table's gradient."""
+    """The test compares the kernels' names, and the way in which the dQ kernel adds up the table's gradient."""
     launched = {}
 
     def record(kernel, config, blocks, others, arguments, constants, **named):

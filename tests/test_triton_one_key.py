@@ -136,7 +136,7 @@ def test_parts_of_the_keys_add_up_to_the_whole_where_a_row_has_one_key_in_a_part
 
 
 def _gradients_of_part(call, bias_origin: int, keys: slice) -> tuple[torch.Tensor, ...]:
-    """Of the keys `keys`, by the operator, with the rows' output, maximum and sum over all keys."""
+    """The gradients of the keys `keys`, by the operator, with the rows' output, maximum and sum over all keys."""
     ops = torch.ops.triton_offset_bias
     q, k, v, bias = (x.detach() for x in (call.q, call.k, call.v, call.bias))
 

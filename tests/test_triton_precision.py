@@ -52,7 +52,7 @@ def _restored_settings() -> Iterator[None]:
 
 @pytest.mark.parametrize(("change", "is_allowed"), SETTINGS.values(), ids=SETTINGS)
 def test_float32_is_multiplied_as_torch_is_told_to(change, is_allowed):
-    """By the older switch, the newer one, or its parent; 16-bit numbers have one way."""
+    """The older switch, the newer switch, or its parent decides; 16-bit numbers are multiplied in one way."""
     change()
     assert target.precision(HOPPER, torch.float32) == ("tf32" if is_allowed else "ieee")
     assert target.precision(HOPPER, torch.bfloat16) == target.precision(HOPPER, torch.float16) == "ieee"
@@ -60,7 +60,7 @@ def test_float32_is_multiplied_as_torch_is_told_to(change, is_allowed):
 
 @pytest.mark.parametrize("is_allowed", [False, True])
 def test_a_torch_without_the_newer_switch_is_asked_by_the_older(monkeypatch, is_allowed):
-    """As torch 2.6 to 2.8 are."""
+    """torch 2.6 to 2.8 have no newer switch."""
     monkeypatch.setattr(torch.backends.cuda, "matmul", types.SimpleNamespace(allow_tf32=is_allowed))
     assert target.precision(HOPPER, torch.float32) == ("tf32" if is_allowed else "ieee")
 
@@ -79,7 +79,7 @@ def test_tf32_is_asked_for_where_triton_has_it(backend, arch, expected):
 @pytest.mark.parametrize("compiles", [False, True], ids=["eager", "compiled"])
 @pytest.mark.parametrize("switch", ["matmul.fp32_precision", "fp32_precision"] if HAS_SWITCHES else ["allow_tf32"])
 def test_calls_are_served_after_a_switch(switch, compiles):
-    """In bfloat16 too; TF32 shows in the digits of float32, compared with the same call without it."""
+    """bfloat16 is served too. TF32 shows in the digits of float32, compared with the same call without it."""
     attention = torch.compile(offset_bias_attention, backend="aot_eager", fullgraph=True)
     if not compiles:
         attention = offset_bias_attention

@@ -80,7 +80,7 @@ def _filled(problem, unit=1.0):
 @needs_kernels
 @pytest.mark.parametrize("name", TABLES)
 def test_the_strip_is_the_table_at_every_offset(name):
-    """What a kernel reads for a pair is its bias, with the constant that it is counted from."""
+    """A kernel reads a pair's bias, less the constant that it is counted from."""
     problem = _problem(*PROBLEMS[name])
     expected, made = _biases_in_bits(problem, PROBLEMS[name][-1]), _filled(problem, math.log2(math.e))
     values, bounds = made.values, made.bounds

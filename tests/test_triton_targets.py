@@ -59,7 +59,7 @@ def test_devices_of_a_family_with_as_much_memory_get_the_same_blocks(name, like)
 @pytest.mark.parametrize("shared_kib", [48, 64, 99, 163, 227, 300])
 @pytest.mark.parametrize("arch", [70, 75, 90, 100, 107, 120, 130, 200])
 def test_tiles_of_any_device_leave_room_in_its_memory(arch, shared_kib):
-    """What a block of queries and one of keys take together with their gradients, whatever the driver says."""
+    """A block of queries and a block of keys fit with their gradients, whatever the driver says."""
     device = Target("cuda", arch, shared_kib * KIB)
     for function in (configs.dquery_config, configs.dkey_dvalue_config):
         for dtype, block_d in KINDS:
@@ -80,7 +80,7 @@ LARGEST = [
 @pytest.mark.parametrize("capability", [x for x in CAPABILITIES if x >= 80])
 @pytest.mark.parametrize(("kernel", "dtype", "head_dim"), LARGEST)
 def test_compiled_kernels_fit_into_shared_memory(monkeypatch, kernel, dtype, head_dim, capability):
-    """Of every capability that has tensor cores for these types; `make compile-kernels` has the other variants."""
+    """This takes every capability that has tensor cores for these types; `make compile-kernels` takes the rest."""
     variant = Variant(kernel, f"sm_{capability}", dtype, head_dim, changes={"PRECISION": "tf32"})
     assert shared_memory_of(variant, monkeypatch) <= target_of(f"sm_{capability}").shared_memory
 
@@ -88,7 +88,7 @@ def test_compiled_kernels_fit_into_shared_memory(monkeypatch, kernel, dtype, hea
 @pytest.mark.skipif(not COMPILES, reason="Triton's interpreter is on, and compiles nothing")
 @pytest.mark.parametrize("kernel", ["forward", "dquery", "dkey_dvalue"])
 def test_no_product_of_hopper_is_serialised(kernel):
-    """By the installed Triton and its ptxas; `make compile-kernels` asks for the other head dims and forms too."""
+    """The installed Triton and ptxas compile them; `make compile-kernels` takes the other head dims and forms too."""
     variant = Variant(kernel, "sm_90", torch.bfloat16, 64)
     assert compile_kernels._ptxas_usage(variant.compile(), variant)["serialised"] == 0
 

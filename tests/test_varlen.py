@@ -114,7 +114,7 @@ every_length = pytest.mark.parametrize("longest", LENGTHS.values(), ids=LENGTHS)
 
 @every_length
 def test_the_longest_length_may_be_a_tensor_with_one_integer(backend, longest):
-    """As flash-attn's callers have it; nothing changes by a bit."""
+    """flash-attn's callers pass such tensors; no bit of the results changes."""
     inputs = _inputs([5, 3], [4, 6], (2, 2), "HN")
     queries, keys = _bounds([5, 3]), _bounds([4, 6])
     expected = offset_bias_attention_varlen(*inputs, queries, keys, 5, 6, backend=backend)

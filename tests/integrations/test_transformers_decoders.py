@@ -116,12 +116,12 @@ def test_a_static_cache_compiles_as_one_graph_after_padded_prompts(family):
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_the_tokens_generated_in_bfloat16_are_those_of_exact_attention(family):
-    """Where rounding does not decide between two."""
+    """Tokens between which rounding decides are left out."""
     cases.assert_bfloat16_generates_what_rounding_leaves_decided(_case(family, "none"))
 
 
 def test_falcons_slopes_are_rounded_as_its_own_are():
-    """To bfloat16: of 32 heads most are no powers of 2. Their multiples by 0, 1 and 2 need no rounding of their own."""
+    """Rounding to bfloat16 changes most slopes of 32 heads. The rounded slopes' multiples by 0, 1 and 2 are exact."""
     config = {**SPECIAL, **FALCON, "hidden_size": 64, "num_attention_heads": 32}
     model = cases.randomized(transformers.FalconForCausalLM, transformers.FalconConfig(**config), "sdpa")
     ids = cases.tokens(2, 3, 0)

@@ -25,7 +25,7 @@ FAMILIES = {
 
 @pytest.mark.parametrize(("build", "inputs", "name"), FAMILIES.values(), ids=FAMILIES)
 def test_every_familys_dropout_is_for_training_alone(build, inputs, name):
-    """Of the attention's weights, with all other dropout off."""
+    """The dropout of attention's weights is tested, with all other dropout off."""
     model = cases.enabled_copy(build())
     expected = model(**inputs).logits
     assert torch.equal(model.train()(**inputs).logits, expected)

@@ -33,7 +33,7 @@ def test_disabling_gives_the_model_its_own_attention_back():
 
 @pytest.mark.parametrize("copied", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))])
 def test_copies_and_pickles_of_an_enabled_model_are_enabled(copied):
-    """And can be disabled without the original."""
+    """A copy can be disabled without the original."""
     model = models.t5()
     inputs = models.t5_inputs()
     fast = cases.enabled_copy(model)
@@ -109,7 +109,7 @@ REFUSED_MODELS = {
 
 @pytest.mark.parametrize(("build", "error", "message"), REFUSED_MODELS.values(), ids=REFUSED_MODELS)
 def test_a_model_that_is_not_served_is_refused_with_the_reason(build, error, message):
-    """And a model of an unknown type is told which types are served."""
+    """For a model of an unknown type, the error lists the types that are served."""
     model = build()
     with pytest.raises(error, match=message):
         enable_offset_bias(model)
@@ -132,7 +132,7 @@ def test_the_package_never_imports_transformers_by_itself():
 
 
 def test_a_model_built_from_an_enabled_ones_configuration_is_an_error_not_a_wrong_answer():
-    """Also where transformers knows the name, because a T5 was enabled in the process."""
+    """This holds even if transformers knows the name, because a T5 was enabled in the process."""
     t5, mpt = models.t5(), models.mpt()
     enable_offset_bias(t5)
     enable_offset_bias(mpt)

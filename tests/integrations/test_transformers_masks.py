@@ -14,7 +14,7 @@ MASK = torch.tensor([[1, 1, 1, 1], [0, 1, 1, 0]])
 
 
 def test_a_causal_mask_ends_with_the_last_querys_own_key():
-    """Of a cache that holds 9, with 3 written before, the fourth; and a key that the caller left out is hidden."""
+    """The cache holds 9 keys, 3 of them written: the mask ends with the fourth. The caller's left-out key is hidden."""
     made = key_mask(2, 1, 9, 3, mask_function=causal_mask_function, attention_mask=MASK)
     assert torch.equal(made, MASK.bool())
     assert torch.equal(
@@ -24,7 +24,7 @@ def test_a_causal_mask_ends_with_the_last_querys_own_key():
 
 
 def test_a_mask_that_is_not_causal_is_as_long_as_the_keys():
-    """And none at all where nothing is padded."""
+    """There is no mask where nothing is padded."""
     made = key_mask(2, 1, 4, mask_function=bidirectional_mask_function, attention_mask=MASK)
     assert torch.equal(made, MASK.bool())
     assert key_mask(2, 1, 4, mask_function=bidirectional_mask_function) is None
@@ -70,7 +70,7 @@ def test_a_sequence_that_is_all_padding_gives_finite_numbers():
 
 
 def test_a_mask_of_one_row_for_all_queries_is_padding():
-    """As bool, and as what is added to scores."""
+    """The mask is bool, or numbers that are added to scores."""
     fast = cases.enabled_copy(models.t5())
     inputs = models.t5_inputs()
     expected = fast(**inputs).logits
@@ -142,7 +142,7 @@ def test_a_padding_mask_with_beits_bias_is_refused():
 
 @pytest.mark.parametrize("name", ["bloom", "falcon"])
 def test_a_padded_query_sees_what_the_last_attended_token_before_it_would(name):
-    """As in the model's own attention, with gaps in the mask or without."""
+    """The model's own attention does the same, with gaps in the mask or without."""
     falcon = transformers.FalconConfig(**models.FALCON, alibi=True)
     model = models.bloom() if name == "bloom" else cases.randomized(transformers.FalconForCausalLM, falcon, "sdpa")
     mask = torch.ones(1, 20, dtype=torch.int64)
@@ -153,7 +153,7 @@ def test_a_padded_query_sees_what_the_last_attended_token_before_it_would(name):
 
 
 def test_a_mask_that_leaves_out_the_cached_keys_is_an_error():
-    """Not a mask of the newest ones."""
+    """It is not taken for a mask of the newest keys."""
     with pytest.raises(ValueError, match=r"`attention_mask` must cover all 6 keys.*got shape \(2, 4\)"):
         numbered_key_mask(2, 4, 6, q_offset=2, attention_mask=MASK)
 

@@ -1,4 +1,4 @@
-"""What is computed of every pair of tokens: nothing."""
+"""No tensor is computed with an element for every pair of tokens."""
 
 import pytest
 import torch

@@ -83,5 +83,5 @@ def test_the_generated_tokens_equal_eager_attention(family, options):
 
 @pytest.mark.parametrize("family", GENERATING)
 def test_the_tokens_generated_in_bfloat16_are_those_of_exact_attention(family):
-    """Where rounding does not decide between two."""
+    """Tokens between which rounding decides are left out."""
     cases.assert_bfloat16_generates_what_rounding_leaves_decided(_case(family))

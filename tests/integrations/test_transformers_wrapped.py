@@ -232,7 +232,7 @@ def test_an_attention_that_is_passed_over_afterwards_raises(name, attentions):
 
 
 def test_a_derived_class_is_served_unless_it_overrides_attention(attentions):
-    """As `fully_shard` and parametrizations derive one; a subclass with a forward of its own is refused by name."""
+    """`fully_shard` and parametrizations derive classes. A subclass with a forward of its own is refused by name."""
     build, inputs = EVERY_TYPE["bloom"]
     model = build()
     expected = _outputs(model, inputs)

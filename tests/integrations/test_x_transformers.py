@@ -49,7 +49,7 @@ def test_decoding_with_a_cache_gives_the_same_text():
 
 
 def test_what_the_adapter_does_not_serve_is_an_error():
-    """Not a wrong bias."""
+    """A wrong bias would be worse."""
     with pytest.raises(ValueError, match="no memory keys and values"):
         use_offset_bias(Encoder(attn_flash=True, attn_num_mem_kv=2, **OPTIONS), T5Bias(4))
     with pytest.raises(ValueError, match="attn_flash=True"):
@@ -157,7 +157,7 @@ def test_positions_of_ones_own_go_with_a_cache(embedding):
 @every_embedding
 @pytest.mark.filterwarnings("ignore:The .grad attribute")  # torch's, where x-transformers turns autocast off
 def test_layers_with_a_table_compile_as_one_graph(embedding):
-    """What carries the table is no tensor."""
+    """An object that is no tensor carries the table."""
     _, new = _pair(Decoder, **embedding)
     x = torch.randn(2, 9, 32)
     torch._dynamo.reset()
@@ -165,7 +165,7 @@ def test_layers_with_a_table_compile_as_one_graph(embedding):
 
 
 def test_positions_that_cannot_be_served_are_an_error():
-    """Not a wrong mask or place."""
+    """A wrong mask or place would be worse."""
     encoder, decoder = (_pair(cls)[1] for cls in (Encoder, Decoder))
     x = torch.randn(1, 4, 32)
     with pytest.raises(ValueError, match="`pos` must rise from token to token in a Decoder"):

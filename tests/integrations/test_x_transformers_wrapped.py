@@ -1,4 +1,4 @@
-"""What wraps or replaces the modules of x-transformers, before the adapter is used or afterwards."""
+"""Wrappers and replacements of x-transformers' modules, from before the adapter is used or afterwards."""
 
 import copy
 import functools
@@ -31,7 +31,7 @@ def _partial(module: nn.Module) -> None:
 @pytest.mark.parametrize("wrap", [_hooked, _bound, _partial])
 @pytest.mark.parametrize("when", ["before", "after", "both"])
 def test_what_wraps_the_forward_of_a_module_does_not_lose_the_table(wrap, when):
-    """Of every module, as accelerate does it; copies and what is unwrapped again attend alike."""
+    """Every module is wrapped, as accelerate does it. Copies and unwrapped modules attend alike."""
     old = Decoder(alibi_pos_bias=True, rotary_pos_emb=True, verbose=False, **OPTIONS)
     new = Decoder(attn_flash=True, rotary_pos_emb=True, verbose=False, **OPTIONS)
     new.load_state_dict(old.state_dict())
@@ -74,7 +74,7 @@ def _of_another_class(attend: Attend) -> None:
 
 @pytest.mark.parametrize("change", [_apart, _replaced, _with_flash_attn, _of_another_class])
 def test_an_attention_that_would_not_come_here_is_refused_by_name(change):
-    """And nothing is changed."""
+    """After the error nothing is changed."""
     layers = Decoder(attn_flash=True, **OPTIONS)
     attends = [module for module in layers.modules() if isinstance(module, Attend)]
     change(attends[1])

@@ -206,7 +206,7 @@ def key_tiles(
 
 @triton.jit
 def kept_keys(key_mask_ptr, offs_n, len_k, HAS_MASK: tl.constexpr):
-    """Which of the keys `offs_n` exist and are not padding, (BLOCK_N,)."""
+    """True for the keys `offs_n` that exist and are not padding, (BLOCK_N,)."""
     if HAS_MASK:
         return tl.load(key_mask_ptr + offs_n, mask=offs_n < len_k, other=0) != 0
     else:
