@@ -137,7 +137,7 @@ def summary(table: pd.DataFrame) -> pd.DataFrame:
 
 
 def whole_pass(table: pd.DataFrame) -> pd.DataFrame:
-    """Modelled cycles of all tiles at L = WHOLE_LENGTH, not causal, over those of the kernels without a bias."""
+    """The ratio of modelled cycles of all tiles, with a bias over without, at L = WHOLE_LENGTH, not causal."""
     lines = []
     for (target, head_dim), rows in table.groupby(["target", "D"]):
         for name, kernels in PASSES.items():

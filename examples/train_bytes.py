@@ -124,9 +124,9 @@ def peak_resident() -> int:
 
 
 def step_memory(args: argparse.Namespace, length: int, materialised: bool) -> int:
-    """Bytes by which a process's first training step raises its peak above the peak of building the model.
+    """Bytes by which a process's first training step, at its peak, exceeds the memory with the model built.
 
-    For a fresh process: a peak is never forgotten.
+    Call it in a fresh process: a peak is never forgotten.
     """
     model = build_model(args, with_bias=True)
     optimizer = build_optimizer(model)

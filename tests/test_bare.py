@@ -1,4 +1,4 @@
-"""On a bare machine, without optional libraries, engine or the device: tests are listed, and skipped with a reason."""
+"""Tests on a bare machine, without optional libraries, engine or the device, are listed, and skipped with a reason."""
 
 import os
 import re

@@ -70,7 +70,7 @@ def test_a_table_of_very_negative_finite_numbers_forbids_nothing(backend, lowest
 
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")  # numpy's, in Triton's interpreter
 def test_nan_and_infinite_inputs_are_not_hidden(backend):
-    """What SDPA answers with NaN is NaN here too: a NaN or an infinity in a query in its row, in a key everywhere."""
+    """Results that are NaN in SDPA are NaN here: a NaN or infinity in a query in its row, in a key everywhere."""
     q, k, v = (torch.randn(1, 1, 20, 8) for _ in range(3))
     for poisoned in (float("nan"), float("inf")):
         bad_query, bad_key = q.clone(), k.clone()

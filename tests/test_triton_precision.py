@@ -1,4 +1,4 @@
-"""How float32 is multiplied on GPUs follows torch's settings, whichever of its switches was used, and asks no other."""
+"""GPUs multiply float32 by torch's settings, whichever of its switches was used, and by no other setting."""
 
 import sys
 import types

@@ -198,7 +198,7 @@ def offset_bias_attention_varlen(
         max_seqlen_k: the longest key length, or more: an int or a tensor, as `max_seqlen_q`.
         return_lse: also return the log-sum-exp, (Hq, total_q).
 
-    The other keywords are those of `offset_bias_attention`.
+    `offset_bias_attention` documents the other keywords.
 
     Returns:
         The output, (total_q, Hq, Dv); with `return_lse` a pair, see `offset_bias_attention`.

@@ -70,7 +70,7 @@ class KerpleBias(nn.Module):
         return raw.exp() if self.kind == "log" else 2.0 * raw.sigmoid()
 
     def set_values(self, r1: Tensor, r2: Tensor) -> None:
-        """Sets r1 and r2, for example to those of a trained model.
+        """Sets r1 and r2, for example to a trained model's values.
 
         Args:
             r1: (num_heads,) positive.

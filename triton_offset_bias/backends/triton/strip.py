@@ -176,7 +176,7 @@ def _strip_offsets(problem: Problem, bounds: Bounds) -> tuple[int, int]:
 def _changing(problem: Problem) -> tuple[int, int]:
     """The lowest and the highest offset up to which the bias changes: the ends of the table, as the caller counts."""
     assert problem.bias is not None
-    outside = problem.beyond == "zero"  # there the end itself differs from what is beyond
+    outside = problem.beyond == "zero"  # the end's bias differs from the 0 beyond it
     first, last = -problem.bias_origin, problem.bias.shape[-1] - 1 - problem.bias_origin
     return first - outside, last + outside
 

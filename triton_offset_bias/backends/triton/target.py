@@ -46,7 +46,7 @@ class Target:
     def is_asynchronous(self) -> bool:
         """Whether products are asynchronous.
 
-        With fewer stages or wider tiles, ptxas serialises those of Hopper (C7511, C7515).
+        With fewer stages or wider tiles, ptxas serialises Hopper's products (C7511, C7515).
         """
         return self.is_hopper or self.is_blackwell
 

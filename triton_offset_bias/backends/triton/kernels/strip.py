@@ -61,7 +61,7 @@ def strip_kernel(
         x = tl.where(is_inside & (source != within), 0.0, x)
     if HAS_CONSTANTS:
         x -= tl.load(constants_ptr + row)
-    # Comparisons, unlike minimum and maximum, let what is not a number pass.
+    # Comparisons let NaN pass, unlike minimum and maximum.
     x = tl.where((x > limit) & (x <= LARGEST), limit, x)
     x = tl.where((x < -limit) & (x >= -LARGEST), -limit, x)
     tl.store(strip_ptr + row.to(tl.int64) * width + column, x * unit, mask=column < width)
