@@ -215,20 +215,80 @@ def test_an_attention_out_of_reach_is_refused_by_name_and_nothing_is_changed():
 
 
 @pytest.mark.parametrize("name", EVERY_TYPE)
-def test_an_attention_that_is_passed_over_afterwards_raises(name, attentions):
-    """The library's own forward is put back on the instance; T5's comes to this package all the same."""
+def test_an_attention_that_is_passed_over_afterwards_raises(name):
+    """The library's own forward is put back on the instance."""
     build, inputs = EVERY_TYPE[name]
     model = build()
-    expected = _outputs(model, inputs)
     enable_offset_bias(model)
     for module in model.modules():
         if isinstance(module, ReplacedAttention):
             module.forward = types.MethodType(module.replaced.forward, module)
-    if SERVED[name] == "t5" and name != "longt5":
-        _assert_attends_here(model, inputs, expected, attentions)
-        return
     with pytest.raises((RuntimeError, TypeError, ValueError, KeyError)):
         _outputs(model, inputs)
+
+
+@pytest.mark.parametrize("is_first", [True, False], ids=["compiled first", "enabled first"])
+@pytest.mark.parametrize("way", ["module", "forward", "parent"])
+@pytest.mark.parametrize("name", ["t5", "bloom", "swinv2"])
+def test_attentions_that_are_compiled_one_by_one_attend_here(name, way, is_first):
+    """Nothing watches what is compiled, and disabling finds its way under it."""
+    build, inputs = EVERY_TYPE[name]
+    model = build()
+    expected = _outputs(model, inputs)
+
+    def compile_each() -> None:
+        chosen = [
+            (parent, key, x) for parent in model.modules() for key, x in parent.named_children() if is_attention(x)
+        ]
+        for parent, key, attention in chosen:
+            if way == "module":
+                attention.compile(backend="eager")
+            elif way == "forward":
+                attention.forward = torch.compile(attention.forward, backend="eager")
+            else:
+                setattr(parent, key, torch.compile(attention, backend="eager"))
+
+    def is_attention(module: torch.nn.Module) -> bool:
+        return type(module).__name__ in ("T5Attention", "BloomAttention", "Swinv2SelfAttention")
+
+    for step in (compile_each, enable_offset_bias) if is_first else (enable_offset_bias, compile_each):
+        step(*(() if step is compile_each else (model,)))
+    for _ in range(2):
+        torch.testing.assert_close(_outputs(model, inputs), expected, rtol=1e-4, atol=1e-4)
+    disable_offset_bias(model)
+    torch.testing.assert_close(_outputs(model, inputs), expected, rtol=1e-5, atol=1e-5)
+    assert not any(isinstance(module, Replacement) for module in model.modules())
+    torch.compiler.reset()
+
+
+def test_a_copied_layer_gets_its_own_attention_back():
+    """The copy has a configuration of its own."""
+    build, inputs = EVERY_TYPE["beit"]
+    model = build()
+    enable_offset_bias(model)
+    layers = next(x for x in model.modules() if isinstance(x, torch.nn.ModuleList))
+    layers[1] = copy.deepcopy(layers[0])
+    expected = _outputs(model, inputs)
+    disable_offset_bias(model)
+    torch.testing.assert_close(_outputs(model, inputs), expected, rtol=1e-4, atol=1e-4)
+
+
+def test_a_wrapper_that_only_names_the_attention_is_refused():
+    """It keeps what it calls in a list."""
+    model = models.bloom()
+    attention = model.transformer.h[0].self_attention
+    kept = [attention.forward]
+    attention.forward = functools.update_wrapper(lambda *args, **kwargs: kept[0](*args, **kwargs), attention.forward)
+    with pytest.raises(NotImplementedError, match=r"'transformer\.h\.0\.self_attention'"):
+        enable_offset_bias(model)
+
+
+def test_a_dense_bias_given_by_hand_is_refused():
+    """An enabled T5 layer takes tables."""
+    model = models.t5()
+    enable_offset_bias(model)
+    with pytest.raises(ValueError, match=r"`position_bias` must be a table, .*got shape \(1, 2, 5, 5\)"):
+        model.encoder.block[0].layer[0].SelfAttention(torch.randn(1, 5, 16), position_bias=torch.randn(1, 2, 5, 5))
 
 
 def test_a_derived_class_is_served_unless_it_overrides_attention(attentions):
@@ -248,6 +308,14 @@ def test_a_derived_class_is_served_unless_it_overrides_attention(attentions):
     _assert_attends_itself(model, inputs, expected, attentions)
     second.__class__ = type("OtherAttention", (own,), {"forward": lambda self, *args, **kwargs: None})
     with pytest.raises(NotImplementedError, match=r"h.1.self_attention'.*class OtherAttention overrides forward of"):
+        enable_offset_bias(model)
+
+    class CallsSuper(own):
+        def train(self, mode=True):
+            return super().train(mode)
+
+    second.__class__ = CallsSuper
+    with pytest.raises(NotImplementedError, match=r"h.1.self_attention'.*class CallsSuper calls super\(\) in train"):
         enable_offset_bias(model)
 
 

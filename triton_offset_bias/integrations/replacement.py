@@ -58,6 +58,7 @@ class ReplacedAttention(Replacement):
     """A replacement that attends, and whose calls are watched."""
 
     _last_attention: object = None
+    _is_compiled = False
 
     def __call__(self, *args: object, **kwargs: object) -> object:
         """Calls the module, through whatever is wrapped around it.
@@ -65,10 +66,12 @@ class ReplacedAttention(Replacement):
         Raises:
             RuntimeError: the call did not come to `attention`.
         """
+        if not isinstance(self, ReplacedAttention):  # a wrapper holds this method of a module that is restored
+            return nn.Module.__call__(self, *args, **kwargs)
         before = self._last_attention
-        result = super().__call__(*args, **kwargs)  # type: ignore[misc]
+        result = nn.Module.__call__(self, *args, **kwargs)  # type: ignore[arg-type]
         # The object is new in every call, whichever thread leaves it. Compiled calls are not watched.
-        if self._last_attention is before and not torch.compiler.is_compiling():
+        if self._last_attention is before and not (self._is_compiled or torch.compiler.is_compiling()):
             raise RuntimeError(
                 f"{self.replaced.__name__} must attend through triton_offset_bias until it is disabled, but a "
                 "`forward` that was put on the module since it was enabled attends in its own way"
@@ -77,7 +80,9 @@ class ReplacedAttention(Replacement):
 
     def attention(self, query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None, **options: Any) -> Tensor:
         """`offset_bias_attention` by this module's backend, with the heads side by side: (B, Lq, Hq * Dv)."""
-        if not torch.compiler.is_compiling():
+        if torch.compiler.is_compiling():
+            self._is_compiled = True
+        else:
             self._last_attention = object()
         out = offset_bias_attention(query, key, value, bias, backend=self.offset_bias_backend, **options)
         return out.transpose(1, 2).flatten(2)
@@ -96,6 +101,10 @@ def unreplaceable_reason(module: nn.Module, replacement: type[Replacement]) -> s
     overridden = sorted(name for name in derived & added if not name.startswith("__"))
     if overridden:
         return f"its class {type(module).__name__} overrides {', '.join(overridden)} of {own.__name__}"
+    for cls in lines[0]:
+        methods = {name: x for name, x in vars(cls).items() if isinstance(x, FunctionType) and name != "__init__"}
+        if names := sorted(name for name, x in methods.items() if "__class__" in x.__code__.co_freevars):
+            return f"its class {cls.__name__} calls super() in {', '.join(names)}, which a class made of it cannot"
     if "forward" in vars(module) and not any(True for _ in _places(module, own.forward, replacement.forward)):
         return f"a `forward` was put on it in which {own.__name__}'s own is out of reach: wrap the module afterwards"
     return None
@@ -114,7 +123,7 @@ def restore(module: nn.Module) -> None:
     for cls in type(module).__mro__:
         if issubclass(cls, Replacement) and "replaced" in vars(cls):
             module.__class__ = _exchanged(type(module), cls, cls.replaced)
-            for name in ("offset_bias_backend", "_last_attention"):
+            for name in ("offset_bias_backend", "_last_attention", "_is_compiled"):
                 vars(module).pop(name, None)
             return
 
@@ -174,7 +183,8 @@ def _held_by(x: object) -> Iterator[tuple[object, Callable[[object], None]]]:
         with contextlib.suppress(ValueError):  # an empty cell
             yield cell.cell_contents, functools.partial(setattr, cell, "cell_contents")
     for name, held in getattr(x, "__dict__", {}).items():
-        yield held, functools.partial(_put_attribute, x.__dict__, name)
+        if name != "__wrapped__":  # is for people, and nobody calls it
+            yield held, functools.partial(_put_attribute, x.__dict__, name)
 
 
 def _put_attribute(attributes: dict[str, object], name: str, x: object) -> None:

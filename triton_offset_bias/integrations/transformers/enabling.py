@@ -89,13 +89,17 @@ def disable_offset_bias(model: PreTrainedModel) -> None:
     Raises:
         ValueError: the model is not enabled.
     """
-    if not hasattr(model, _STATE):
+    if _STATE not in getattr(model, "__dict__", {}):
         raise ValueError("`model` must be one that `enable_offset_bias` was called with")
-    for config, implementation in getattr(model, _STATE):
-        config._attn_implementation = implementation
+    configs = getattr(model, _STATE)
     delattr(model, _STATE)
+    for config, implementation in configs:
+        config._attn_implementation = implementation
     for module in model.modules():
         restore(module)
+        config = vars(module).get("config")
+        if getattr(config, "_attn_implementation", None) in (PLAIN, TABLE, NUMBERED):  # of a layer that was copied
+            config._attn_implementation = configs[0][1]
 
 
 def _replacements(model: PreTrainedModel) -> dict[type, type[Replacement]]:

@@ -126,8 +126,7 @@ def attend_with_table(
         attention_mask: what `padding_of` takes.
         scaling: factor on the products, 1 in this family.
         dropout: probability of dropping a weight.
-        position_bias: the table of `module` or of the first layer. A table without columns means no bias. So does a
-            dense bias: only a layer without a bias builds one, of zeros, and only if its `forward` here is not called.
+        position_bias: the table of `module` or of the first layer. A table without columns means no bias.
         output_attentions: must be False.
 
     Returns:
@@ -135,6 +134,7 @@ def attend_with_table(
 
     Raises:
         TypeError: `enable_offset_bias` has not changed `module`.
+        ValueError: `position_bias` is dense.
     """
     if not isinstance(module, _TableAttention):
         raise TypeError(
@@ -142,7 +142,12 @@ def attend_with_table(
             f"{type(module).__name__}: build the model with attn_implementation='eager'"
         )
     refuse_attentions(output_attentions)
-    bias = None if position_bias is None or position_bias.dim() != 2 or not position_bias.shape[1] else position_bias
+    if position_bias is not None and position_bias.dim() != 2:
+        raise ValueError(
+            f"`position_bias` must be a table, (heads, offsets), got shape {tuple(position_bias.shape)}: "
+            "call disable_offset_bias(model) to hand a dense bias over"
+        )
+    bias = position_bias if position_bias is not None and position_bias.shape[1] else None
     out = module.attend(
         query,
         key,
