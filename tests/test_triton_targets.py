@@ -86,6 +86,16 @@ def test_compiled_kernels_fit_into_shared_memory(monkeypatch, kernel, dtype, hea
 
 
 @pytest.mark.skipif(not COMPILES, reason="Triton's interpreter is on, and compiles nothing")
+@pytest.mark.parametrize("capability", [80, 86])
+def test_the_most_decoding_rows_fit_into_shared_memory(monkeypatch, capability):
+    """In float32 with the largest head dim: GeForce has less room than data centres' devices."""
+    target = target_of(f"sm_{capability}")
+    config = configs.decode_config(target, torch.float32, 256, configs.MAX_DECODE_ROWS)
+    variant = Variant("decode", f"sm_{capability}", torch.float32, 256, config=config)
+    assert shared_memory_of(variant, monkeypatch) <= target.shared_memory
+
+
+@pytest.mark.skipif(not COMPILES, reason="Triton's interpreter is on, and compiles nothing")
 @pytest.mark.parametrize("kernel", ["forward", "dquery", "dkey_dvalue"])
 def test_no_product_of_hopper_is_serialised(kernel):
     """The installed Triton and ptxas compile them; `make compile-kernels` takes the other head dims and forms too."""

@@ -144,6 +144,9 @@ def decode_config(target: Target, dtype: torch.dtype, block_d: int, rows: int) -
     """Launch configuration of `decode_kernel`."""
     fewest = 64 if target.backend == "hip" else 16  # Triton 3.6.0 does not compile fewer for AMD
     block_m = max(fewest, 1 << (rows - 1).bit_length())
+    is_narrow = target.backend == "cuda" and target.shared_memory < 160 * KIB
+    if is_narrow and dtype == torch.float32 and block_d > 128 and block_m > 16:
+        return Config(block_m, 16, 4, 1)  # GeForce has no room for more
     return Config(block_m, 64 if block_d <= 128 and dtype != torch.float32 else 32, 4, 2)
 
 
