@@ -107,6 +107,7 @@ MASKS = [
 DTYPES = [
     Case("float16", (61, 67), (64, 64), dtype=torch.float16, through_lse=True),
     Case("float16, all masks", (130, 130), dtype=torch.float16, mask="holes", options={"window_size": (50, 20)}),
+    Case("float16, the table much shorter", (45, 201), (32, 32), dtype=torch.float16, columns=33),
     Case("bfloat16, causal", (130, 130), (32, 24), dtype=torch.bfloat16, options={"is_causal": True}),
     Case("bfloat16 throughout", (50, 50), heads=(4, 1), dtype=torch.bfloat16, bias_dtype=torch.bfloat16),
     Case("float64", (53, 61), (20, 12), dtype=torch.float64, bias_dtype=torch.float64, through_lse=True),
