@@ -47,7 +47,7 @@ def main() -> None:
     """Writes one PNG for each kind of measurement that the CSV holds."""
     parser = argparse.ArgumentParser("python -m bench.plots", description=__doc__)
     parser.add_argument("csv", type=Path, nargs="?", default=ROOT / "bench" / "out" / "cpu.csv")
-    parser.add_argument("--output", type=Path, help="folder of the plots (default: that of the CSV)")
+    parser.add_argument("--output", type=Path, help="folder to write the plots into (default: the folder of the CSV)")
     options = parser.parse_args()
     if not options.csv.exists():
         parser.error(f"argument csv: {options.csv} does not exist; `python -m bench` makes it")

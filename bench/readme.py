@@ -43,16 +43,16 @@ NUMBERS = {
     "cache_bf16": ("h8_cache32k_bf16", FORWARD, "copy_fraction", "ours"),
 }
 WORTH = """\
-How many times longer others take than this package, on one thread of an {processor}, in float32, with batch size 1,
-8 heads, head dim 64 and length 1024:
+The table says how many times longer other ways take than this package. They ran on one thread of an {processor}, in
+float32, with batch size 1, 8 heads, head dim 64 and length 1024.
 
 {table}
 
-A training step at length 4096 takes {memory:.1f} MiB beside its inputs.
-The leanest SDPA with a bias takes {dense_memory:.0f} MiB.
+A training step at length 4096 takes {memory:.1f} MiB in addition to its inputs.
+The SDPA with a bias that takes least memory takes {dense_memory:.0f} MiB.
 """
 SENTENCES = """\
-Short sequences, in float32 with B=8, H=8, D=64, forward + backward:
+Forward + backward of short sequences, in float32, with B=8, H=8, D=64:
 
 {short_table}
 
@@ -62,17 +62,17 @@ More figures of one thread of the same processor, in float32 unless said otherwi
   many floating point operations a second as torch's sgemm, which does {sgemm:.0f} GFLOP/s.
 * **bfloat16.** At L=512, forward + backward, SDPA without a bias takes {bf16:.2f} times as long as the package.
   T5-style attention, compiled, takes {bf16_compiled:.2f} times as long.
-* **Memory.** A training step at L=4096 takes {memory:.1f} MiB beside its inputs. The leanest SDPA with a bias takes
-  {dense_memory:.0f} MiB.
+* **Memory.** A training step at L=4096 takes {memory:.1f} MiB in addition to its inputs. The SDPA with a bias that
+  takes least memory takes {dense_memory:.0f} MiB.
 * **Windows.** With a window of 128 keys on each side, a training step at L=8192 is {window:.1f} times faster than
   without a window.
 * **Decoding.** One query reads a cache of 32768 keys at {cache:.2f} of the rate at which the machine copies memory
-  (bytes read and written). With D=128 it is {cache_d128:.2f}, in bfloat16 {cache_bf16:.2f}.
+  (bytes read and written, per second). With D=128 the fraction is {cache_d128:.2f}, in bfloat16 {cache_bf16:.2f}.
 """
 
 
 def worth(results: pd.DataFrame) -> str:
-    """The README's part: one table and one sentence, from medians with one thread.
+    """The README's part: one table and two sentences, from medians with one thread.
 
     Raises:
         ValueError: the results lack one of the numbers.
@@ -87,7 +87,8 @@ def paragraphs(results: pd.DataFrame) -> str:
         ValueError: the results lack one of the numbers.
     """
     heading = (
-        f"One thread of an {_processor(results)}, float32, B=1, H=8, D=64, L=1024; how many times longer others take:"
+        f"How many times longer other ways take, on one thread of an {_processor(results)}, in float32, with B=1, H=8, "
+        "D=64, L=1024:"
     )
     short_table = _table(results, SHORT_PEERS, SHORT_COLUMNS)
     sentences = SENTENCES.format(short_table=short_table, **_numbers(results))

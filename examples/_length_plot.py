@@ -93,7 +93,7 @@ def plot_tables(axes: Axes, tables: dict[str, Tensor], colours: dict[str, str], 
     lowest, highest = axes.dataLim.intervaly
     axes.set_ylim(max(LOWEST_BIAS, lowest - 1), highest + 1)
     axes.xaxis.set_major_formatter("{x:.0f}")
-    axes.set(xlabel="offset (bytes back)", ylabel="mean bias of all heads, less that of offset 1 (nats)")
+    axes.set(xlabel="offset (bytes back)", ylabel="mean bias of all heads, minus the mean at offset 1 (nats)")
     axes.set_title("What the biases say\n(dotted: the longest offset in training)")
     axes.grid(alpha=0.3)
     axes.legend(loc="lower left", frameon=False)

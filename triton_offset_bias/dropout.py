@@ -1,4 +1,4 @@
-"""Dropout's choice of weights: a function of the seed and of a weight's place alone, the same on all backends.
+"""Dropout's choice of weights. It depends on the seed and on a weight's place alone, and is the same on all backends.
 
 The weight of query i and key j, in head h of H of sequence b, has 32 random bits:
 
@@ -33,7 +33,7 @@ def largest_dropped(dropout_p: float) -> int:
 
 
 def kept_scale(dropout_p: float) -> float:
-    """The factor on the kept weights, with which the expected output stays the same."""
+    """The factor on the kept weights. It keeps the expected output the same."""
     return 0.0 if dropout_p == 1.0 else 1.0 / (1.0 - dropout_p)
 
 

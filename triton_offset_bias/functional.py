@@ -61,44 +61,46 @@ def offset_bias_attention(
 ) -> Tensor | tuple[Tensor, Tensor]:
     r"""Exact attention with a learnable bias per query-key offset, in O(Lq + Lk) memory, forward and backward.
 
-    Query i and key j are ``offset = i - j`` apart, where i counts from ``query_start`` and j from 0:
+    The pair of query i and key j has ``offset = i - j``, where i counts from ``query_start`` and j from 0:
 
         S[b,h,i,j] = scale * <query[b,h,i], key[b,h,j]> + bias[h, offset]        out = softmax(S) @ value
 
     A query with no key to attend to gives output 0, log-sum-exp -inf and zero gradients, whatever its incoming
-    gradients are. Elsewhere NaN and +inf are never hidden. A row with one of them among its attended scores has a NaN
+    gradients are. Elsewhere NaN and +inf are never hidden. A row with NaN or +inf among its attended scores has a NaN
     output and log-sum-exp. A NaN or infinity in an attended value reaches the output. Neither reaches another head or
-    sequence. Keys and values that are masked for a row must be finite: as 0 * NaN is NaN, a NaN in them may reach the
-    row or not.
+    sequence. Keys and values that are masked for a row must be finite, because 0 * NaN is NaN: a NaN in them may reach
+    the row.
 
     Args:
         query: (B, Hq, Lq, D), float16, bfloat16, float32 or float64. Any strides.
         key: (B, Hkv, Lk, D), dtype and device of `query`.
         value: (B, Hkv, Lk, Dv), dtype and device of `query`.
-        bias: (N,), (H, N) or (B, H, N) with H in {1, Hq}: the table, one column per offset, of any float dtype. It is
-            used and its gradient accumulated in float32 (float64 when `query` is float64), in nats (natural log units).
-            May hold -inf: never attend at that offset. None: attention without a bias.
+        bias: (N,), (H, N) or (B, H, N) with H in {1, Hq}: the table, one column per offset, in nats (natural log
+            units), of any float dtype. The table is used in float32 (float64 when `query` is float64), and its gradient
+            is accumulated in the same dtype. -inf forbids its offset. None: attention without a bias.
         dropout_p: probability of dropping an attention weight, as in SDPA.
         is_causal: attend only where offset >= 0. With the default `query_start` this is bottom-right aligned.
-        scale: factor on the dot products; default ``D ** -0.5``. May be 0 or negative.
+        scale: factor on the dot products; default ``D ** -0.5``. It may be 0 or negative.
         enable_gqa: allow Hkv to be a divisor of Hq; head h of `query` then uses head ``h // (Hq // Hkv)`` of `key`.
-        bias_origin: column of `bias` that holds offset 0; default ``(N - 1) // 2``, a symmetric table. May lie outside
-            the table.
-        beyond: the bias of offsets outside the table: "clamp" takes the table's nearest end, "zero" no bias; "error"
-            raises if any such offset is attended to.
+        bias_origin: column of `bias` that holds offset 0; default ``(N - 1) // 2``, as in a symmetric table. It may lie
+            outside the table.
+        beyond: the bias of offsets outside the table. "clamp" gives them the number at the table's nearest end. "zero"
+            gives them no bias. "error" raises if any such offset is attended to.
         query_start: position of query 0 counted from key 0; default ``Lk - Lq``: the last query is on the last key.
-        window_size: (left, right): attend only where -right <= offset <= left; -1 is unlimited (as in flash-attn).
+        window_size: (left, right), as in flash-attn: attend only where -right <= offset <= left; -1 sets no limit.
         key_padding_mask: (B, Lk) bool, True = attend.
         query_positions: (Lq,) or (B, Lq) integers. The offset is then ``query_positions[i] - key_positions[j]``. With
-            positions a GPU computes every tile, also tiles that causality or a window masks as a whole. The CPU engine
-            skips such tiles if the positions are contiguous. For contiguous positions, pass ``query_start`` instead.
+            positions a GPU computes every tile of scores, even if causality or a window masks the whole tile. The CPU
+            engine skips such tiles if the positions are contiguous. For contiguous positions, pass ``query_start``
+            instead.
         key_positions: (Lk,) or (B, Lk) integers.
-        deterministic: bitwise equal gradients in repeated runs. None follows
+        deterministic: whether repeated runs give bitwise equal gradients. None follows
             ``torch.are_deterministic_algorithms_enabled()``. The CPU engine is always deterministic. On a GPU,
             determinism costs two more matrix products in the backward pass. Without it the table's gradient may
             differ from run to run by rounding; all other results are equal.
         return_lse: also return the log-sum-exp of every row of scores.
-        backend: "auto", "triton", "cpp" or "reference". A named backend serves the call or raises an error.
+        backend: "auto", "triton", "cpp" or "reference". "auto" takes the first of "cpp", "triton" and "reference" that
+            can serve the call. A named backend serves the call or raises an error.
 
     Returns:
         The output, (B, Hq, Lq, Dv), in `query`'s dtype (the autocast dtype under autocast). With `return_lse` a pair:
@@ -106,8 +108,9 @@ def offset_bias_attention(
 
     Raises:
         TypeError: an argument has the wrong type or dtype.
-        ValueError: an argument has the wrong shape, device or value; or `beyond` is "error" and an offset is.
-        NotImplementedError: the backend cannot serve this call; the message lists why.
+        ValueError: an argument has the wrong shape, device or value; or `beyond` is "error" and an attended offset lies
+            outside the table.
+        NotImplementedError: the backend cannot serve this call; the message lists the reasons.
 
     Source:
         Shaw et al. 2018, "Self-Attention with Relative Position Representations" (arXiv:1803.02155); Raffel et al. 2020
@@ -182,8 +185,8 @@ def offset_bias_attention_varlen(
     """`offset_bias_attention` over sequences of different lengths packed one after another (flash-attn's convention).
 
     Sequence s has the queries ``cu_seqlens_q[s]`` to ``cu_seqlens_q[s + 1]`` and the keys ``cu_seqlens_k[s]`` to
-    ``cu_seqlens_k[s + 1]``. Queries attend to keys of their own sequence alone. Each sequence counts its offsets
-    from its own first key, its last query on its last key.
+    ``cu_seqlens_k[s + 1]``. Queries attend only to keys of their own sequence. Each sequence counts positions from its
+    own first key, and its last query lies on its last key.
 
     Args:
         query: (total_q, Hq, D).
@@ -193,8 +196,8 @@ def offset_bias_attention_varlen(
         cu_seqlens_q: (B + 1,) int32 or int64: 0, then the running sum of the sequences' query lengths.
         cu_seqlens_k: (B + 1,) int32 or int64: the same for keys.
         max_seqlen_q: the longest query length, or more: an int, or a tensor with one integer such as ``lengths.max()``.
-            The call reads a tensor's number. On a GPU it waits for the device. Under `torch.compile` the graph breaks
-            there, unless ``fullgraph=True`` or ``torch._dynamo.config.capture_scalar_outputs`` is set.
+            The call reads the integer in a tensor. On a GPU it waits for the device. Under `torch.compile` the graph
+            breaks there, unless ``fullgraph=True`` or ``torch._dynamo.config.capture_scalar_outputs`` is set.
         max_seqlen_k: the longest key length, or more: an int or a tensor, as `max_seqlen_q`.
         return_lse: also return the log-sum-exp, (Hq, total_q).
 
@@ -206,7 +209,7 @@ def offset_bias_attention_varlen(
     Raises:
         TypeError, ValueError, NotImplementedError: as in `offset_bias_attention`.
     """
-    # This comes first: compiled code may break its graph here, and goes on with nothing but the caller's tensors.
+    # Lengths come first. Compiled code may break its graph here, and then keeps nothing but the caller's tensors.
     longest_q, longest_k = checked_length("max_seqlen_q", max_seqlen_q), checked_length("max_seqlen_k", max_seqlen_k)
     query, key, value = with_autocast(query, key, value)
     problem = checked_varlen(

@@ -1,4 +1,4 @@
-"""`python -m triton_offset_bias.info`: a report of every backend: what it serves, its build, and why it cannot serve.
+"""`python -m triton_offset_bias.info` reports on every backend: what it serves, its build, and why it cannot serve.
 
 With `--features` it prints a table of what every backend serves on the machines that it is made for.
 """
@@ -38,7 +38,10 @@ def features() -> str:
 
 def main(arguments: list[str] | None = None) -> None:
     """Prints what `arguments`, or the command line, ask for."""
-    parser = argparse.ArgumentParser("python -m triton_offset_bias.info", description="What is ready on this machine.")
+    parser = argparse.ArgumentParser(
+        "python -m triton_offset_bias.info",
+        description="Prints which backends are ready on this machine, and why others are not.",
+    )
     parser.add_argument("--features", action="store_true", help="print what every backend serves, as a Markdown table")
     print(features() if parser.parse_args(arguments).features else report())
 

@@ -1,4 +1,4 @@
-"""The operators: schemas, shape functions, and the autograd rule. The one module that knows `torch.library`."""
+"""The operators: schemas, shape functions, and the autograd rule. Only this module knows `torch.library`."""
 
 from typing import get_type_hints
 
@@ -26,7 +26,7 @@ _attention_backward_op = torch.ops.triton_offset_bias.attention_backward.default
 
 
 def attention(problem: Problem, backend: str) -> tuple[Tensor, Tensor]:
-    """Output and log-sum-exp of `problem` by a backend that serves it, differentiable.
+    """Computes output and log-sum-exp of `problem`, differentiably, by a backend that serves it.
 
     Raises:
         NotImplementedError: a fused backend under a transform of torch.func, or asked for a forward-mode derivative.
@@ -79,15 +79,15 @@ def _forward_fake(*args):
 def _backward(dout, dlse, out, row_max, row_sum, needs, *args):
     """The gradients that are needed, and empty tensors for the others.
 
-    Tensors may have any strides. `out`, `row_max` and `row_sum` come from `attention`. Its rows may have attended to
-    more keys than this call holds: P and delta belong to the whole rows. So the keys may be split over several calls.
-    Each call gets its part's `query_start`, mask or positions, and the whole's `dout`, `dlse` and statistics. It gives
-    its part's dkey and dvalue, and summands of dquery and dbias. Every call must get the whole, unchanged table:
-    `row_max` counts from a constant of the table.
+    Tensors may have any strides. `out`, `row_max` and `row_sum` come from `attention`. The rows may have attended to
+    more keys than this call holds, because P and delta belong to the whole rows. So the keys may be split over several
+    calls. Each call gets `query_start`, the mask or positions of its own keys, and `dout`, `dlse` and statistics of the
+    whole rows. It returns dkey and dvalue of its own keys, and summands of dquery and dbias. Every call must get the
+    whole, unchanged table, because `row_max` counts from a constant of the table.
 
-    If the parts were attended to one by one, with one table, their statistics may be merged: the maximum of `row_max`,
-    and the sum of row_sum * 2 ** (row_max - maximum). Dropout allows no parts, since a key's place in the call decides
-    which weights are dropped.
+    The rows may also have attended to the parts one by one, with one table. Their statistics are then merged: the
+    maximum of `row_max`, and the sum of row_sum * 2 ** (row_max - maximum). Dropout allows no parts, because a key's
+    place in the call decides which weights are dropped.
 
     Source: P and delta as in FlashAttention-2 (Dao 2023, arXiv:2307.08691), algorithm 2.
     """
@@ -139,7 +139,7 @@ def _empty_like(x: Tensor, dim: int) -> Tensor:
 
 
 class _Attention(torch.autograd.Function):
-    """The operator's gradient. `apply` takes all other arguments as one, because every argument costs time."""
+    """The gradient of `attention`. `apply` takes all arguments without a gradient as one, since each costs time."""
 
     @staticmethod
     def forward(ctx, *args):
@@ -182,7 +182,7 @@ def _below_autograd(op, args):
 
 
 def _refuse_forward_mode(args):
-    """Raises for a tangent, which the operators would drop."""
+    """Raises if an argument has a tangent, which the operators would drop."""
     if any(isinstance(x, Tensor) and torch.autograd.forward_ad.unpack_dual(x).tangent is not None for x in args):
         raise NotImplementedError(
             "offset_bias_attention has no forward-mode derivative on the fused backends; "

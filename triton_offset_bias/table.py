@@ -1,8 +1,8 @@
 """The layout of a bias table: the column of every offset, for all code but the kernels.
 
 A table is a tensor whose last axis has one column per offset. `origin` is the column of offset 0, so offset `o` lives
-in column `o + origin`. `beyond` decides which bias offsets outside of the table see: the table's nearest end ("clamp"),
-0 ("zero"), or none, because `check_reach` raises ("error").
+in column `o + origin`. `beyond` decides the bias of offsets outside of the table: the number at the table's nearest end
+("clamp"), 0 ("zero"), or an error, which `check_reach` raises ("error").
 """
 
 import torch
@@ -110,7 +110,10 @@ def attended_extremes_of_positions(
 
 
 def extended(bias: Tensor, origin: int, beyond: str) -> tuple[Tensor, int]:
-    """A table that is always clamped, and the offset of its first column: "zero" becomes a column at each end."""
+    """The table that stands for `bias` under "clamp", and the offset of its first column.
+
+    Under "zero" it has a column of zeros more at each end.
+    """
     if beyond != "zero":
         return bias, -origin
     return torch.nn.functional.pad(bias, (1, 1)), -origin - 1

@@ -139,7 +139,7 @@ def test_a_model_built_from_an_enabled_ones_configuration_is_an_error_not_a_wron
     with pytest.raises(ValueError, match="offset_bias"):
         type(mpt)(mpt.config)
     stranger = type(t5)(t5.config)
-    with pytest.raises(TypeError, match=r"`config` must not be that of a model .*attn_implementation='eager'"):
+    with pytest.raises(TypeError, match=r"`config` must not come from a model .*attn_implementation='eager'"):
         stranger(**models.t5_inputs())
 
 

@@ -1,1 +1,1 @@
-"""The backends. `contract` says what one is and lists them; no backend imports another."""
+"""The backends. `contract` says what a backend is, and lists them. No backend imports another."""

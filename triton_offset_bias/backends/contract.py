@@ -1,8 +1,8 @@
 """The contract of a backend, and the one registry of backends.
 
-A backend is a module, or a package, with the names of one of the protocols below; mypy compares them. It reads from a
-`Problem` what it needs, and imports no other backend. Lists of reasons hold one sentence fragment per reason, such as
-"serves CPU tensors, got cuda", and are empty where there is none.
+A backend is a module, or a package, that has the names of `FusedBackend` or of `TorchBackend`. mypy compares them. A
+backend reads from a `Problem` what it needs, and imports no other backend. A list of reasons holds one fragment of a
+sentence per reason, such as "serves CPU tensors, got cuda". It is empty where there is no reason.
 """
 
 from typing import Protocol
@@ -17,33 +17,34 @@ class Backend(Protocol):
     """The names that every backend has.
 
     Attributes:
-        PROPERTIES: what the backend serves, and how, for people: Markdown under the same keys for every backend.
-            "serves" names kinds of tensors, every dtype and the head dims.
+        PROPERTIES: what the backend serves, and how, for people. The values are Markdown. Every backend has the same
+            keys. "serves" names kinds of tensors, every dtype and the head dims.
     """
 
     PROPERTIES: dict[str, str]
 
     def build_description(self) -> str:
-        """A text for people: what the backend is built for on this machine."""
+        """Says, for people, what the backend is built for on this machine."""
 
     def unavailable_reasons(self) -> list[str]:
-        """Why the backend cannot serve any call on this machine."""
+        """The reasons why the backend cannot serve any call on this machine."""
 
     def unsupported_reasons(self, problem: Problem) -> list[str]:
-        """Why the backend cannot serve `problem` on this machine; `unavailable_reasons` are among the reasons."""
+        """The reasons why the backend cannot serve `problem` on this machine, `unavailable_reasons` included."""
 
 
 class FusedBackend(Backend, Protocol):
     """A backend that has kernels for both directions, which the operators of `ops` call.
 
-    `ops` checks the tensors and their data, allocates what is written, and leaves out calls without queries or keys.
+    `ops` checks the tensors and their data, and allocates the outputs. It does not call a backend without queries or
+    without keys.
     """
 
     def forward(self, problem: Problem, out: Tensor, lse: Tensor, row_max: Tensor, row_sum: Tensor) -> None:
         """Writes the output (B, Hq, Lq, Dv), and three numbers for every row, each (B, Hq, Lq).
 
-        `lse` is the log-sum-exp in nats. `row_max` is the largest score in bits, counted from a constant of the
-        backend's choice. `row_sum` is the sum of ``2 ** (score - row_max)``. `backward` gets the last two again.
+        `lse` is the log-sum-exp in nats. `row_max` is the largest score in bits, less a constant that the backend
+        chooses. `row_sum` is the sum of ``2 ** (score - row_max)``. `backward` gets `row_max` and `row_sum` again.
         `out` may have any strides.
         """
 
@@ -71,7 +72,7 @@ class TorchBackend(Backend, Protocol):
     """A backend made of torch's own operators, which autograd differentiates and `torch.func` transforms."""
 
     def attention(self, problem: Problem) -> tuple[Tensor, Tensor]:
-        """Output (B, Hq, Lq, Dv) and log-sum-exp (B, Hq, Lq) in nats."""
+        """Computes the output (B, Hq, Lq, Dv) and the log-sum-exp (B, Hq, Lq) in nats."""
 
 
 FUSED_BACKENDS: dict[str, FusedBackend] = {"cpp": cpp, "triton": triton}

@@ -11,7 +11,7 @@ MAX_LENGTH = 2**30
 def exceeded_limits(problem: Problem) -> list[str]:
     """Reasons not to serve `problem` that hold for every fused backend.
 
-    Asking for a length while tracing would bind it, so lengths are checked when the operator runs.
+    Comparing a length while tracing would make it a constant. Lengths are therefore checked when the operator runs.
     """
     reasons = []
     if problem.query.shape[3] > MAX_HEAD_DIM or problem.value.shape[3] > MAX_HEAD_DIM:

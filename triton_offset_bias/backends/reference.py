@@ -2,7 +2,7 @@
 
     S = scale * Q K^T + b[offset]        O = softmax(S) V        lse = log sum exp S
 
-It stores every score, works in any float dtype up to float64 (half precision is computed in float32), on any device.
+It stores every score. It works on any device, in any float dtype up to float64; half precision is computed in float32.
 """
 
 from contextlib import nullcontext
@@ -20,30 +20,30 @@ PROPERTIES = {
     "options and packed sequences": "all",
     "runs on": "anything torch runs on",
     "memory": "O(Lq Lk)",
-    "few queries against a long key cache": "as any other",
-    "same bits in repeated runs": "as torch",
+    "few queries against a long key cache": "like any other call",
+    "same bits in repeated runs": "where torch's operators give them",
     "`torch.compile(fullgraph=True)`, `torch.export`, autocast, checkpointing": "yes",
     "second derivatives, forward mode, `torch.func`": "yes",
 }
 
 
 def build_description() -> str:
-    """A text for people: what this backend is built for here."""
+    """Says, for people, what this backend is built for here."""
     return "plain PyTorch, wherever torch runs"
 
 
 def unavailable_reasons() -> list[str]:
-    """No reasons: this backend serves calls on every machine."""
+    """An empty list, because this backend serves calls on every machine."""
     return []
 
 
 def unsupported_reasons(problem: Problem) -> list[str]:
-    """No reasons: this backend serves every problem."""
+    """An empty list, because this backend serves every problem."""
     return []
 
 
 def attention(problem: Problem) -> tuple[Tensor, Tensor]:
-    """Output (B, Hq, Lq, Dv) and log-sum-exp (B, Hq, Lq), both differentiable as often as torch can."""
+    """Computes output (B, Hq, Lq, Dv) and log-sum-exp (B, Hq, Lq), differentiable as often as torch's operators are."""
     check_data(problem)
     device_type = problem.query.device.type
     with torch.autocast(device_type, enabled=False) if has_autocast(device_type) else nullcontext():

@@ -1,4 +1,4 @@
-"""Checks of one argument at a time: each returns the value it was asked about, or raises an error that names it."""
+"""Checks of one argument at a time. Each raises an error that names the argument, or returns a valid value."""
 
 import sys
 from numbers import Integral, Real
@@ -37,7 +37,7 @@ def checked_int(name: str, value: int) -> int:
     """`value`, an int; NumPy's integers become one."""
     if isinstance(value, bool) or not isinstance(value, int | torch.SymInt | Integral):
         raise TypeError(f"`{name}` must be an int, got {value!r}")
-    # A comparison would bind a symbolic number. Tensors' sizes keep such a number small.
+    # A comparison would make a symbolic number a constant. Such numbers are small, because they are sizes of tensors.
     if not isinstance(value, torch.SymInt) and not -table.UNLIMITED < value < table.UNLIMITED:
         raise ValueError(f"`{name}` must be between -2**61 and 2**61, got {value}")
     return value if isinstance(value, int | torch.SymInt) else int(value)
@@ -109,7 +109,7 @@ def checked_dropout(dropout_p: float) -> float:
 
 
 def checked_beyond(beyond: str) -> str:
-    """`value`, one of `table.BEYOND`."""
+    """`beyond`, one of `table.BEYOND`."""
     if beyond not in table.BEYOND:
         raise ValueError(f"`beyond` must be one of {', '.join(map(repr, table.BEYOND))}, got {beyond!r}")
     return beyond

@@ -1,4 +1,4 @@
-"""Checks of a call: they turn the public arguments into a `Problem`, or raise an error that names the mistake."""
+"""Checks of a call. They turn the public arguments into a `Problem`, or raise an error that names the mistake."""
 
 from typing import TypedDict
 
@@ -27,9 +27,9 @@ from triton_offset_bias.problem import Problem
 
 
 class Options(TypedDict, total=False):
-    """The keywords of both public functions that are checked here. `functional` declares its own from them.
+    """The keywords that both public functions have and that are checked here. `functional` adds its own.
 
-    Callers of the public functions may leave some out; the functions here get all of them.
+    Callers of the public functions may leave some out. The functions here get all of them.
     """
 
     dropout_p: float
@@ -97,7 +97,7 @@ def checked_varlen(
     *,
     options: Options,
 ) -> Problem:
-    """Checks every argument of `offset_bias_attention_varlen` but the longest lengths and the values of the bounds.
+    """Checks every argument of `offset_bias_attention_varlen` except the longest lengths and the numbers in the bounds.
 
     Raises:
         TypeError: an argument has the wrong type or dtype.

@@ -1,7 +1,7 @@
-"""Checks inside the operators: values, which tracing does not see, and tensors, which a graph may get wrong.
+"""Checks inside the operators: numbers in tensors, which tracing does not see, and tensors that a graph may get wrong.
 
-On a GPU, reading a value waits for the device. It is done for `beyond="error"` alone, whose user asks for it. On a GPU
-nobody reads `cu_seqlens_q` and `cu_seqlens_k`, as in flash-attn.
+On a GPU, reading a number waits for the device. Only `beyond="error"`, which a user chooses, reads numbers there. The
+bounds `cu_seqlens_q` and `cu_seqlens_k` are not read on a GPU, as in flash-attn.
 """
 
 import itertools
@@ -16,7 +16,7 @@ from triton_offset_bias.problem import Problem
 
 
 def check_data(problem: Problem) -> None:
-    """Raises ValueError for tensors that do not fit, for wrong bounds, and for offsets that "error" forbids."""
+    """Raises for tensors that do not fit, for wrong bounds, and for offsets that `beyond="error"` forbids."""
     check_fit(problem)
     if problem.cu_seqlens_q is not None and problem.query.device.type == "cpu":
         sequences(problem)
@@ -44,15 +44,15 @@ def check_fit(problem: Problem) -> None:
     if problem.cu_seqlens_q is None and lengths != (problem.max_seqlen_q, problem.max_seqlen_k):
         raise ValueError(
             f"`query` and `key` must have the lengths that this graph was traced for, {problem.max_seqlen_q} and "
-            f"{problem.max_seqlen_k}, got {lengths[0]} and {lengths[1]}: torch.jit.trace and make_fx make constants of "
-            "them; torch.export and torch.compile need not"
+            f"{problem.max_seqlen_k}, got {lengths[0]} and {lengths[1]}: torch.jit.trace and make_fx make lengths "
+            "constant; torch.export and torch.compile can keep them symbolic"
         )
 
 
 def check_rows(
     problem: Problem, dout: Tensor | None, dlse: Tensor | None, out: Tensor, row_max: Tensor, row_sum: Tensor
 ) -> None:
-    """Raises unless the tensors with a row per query, which `attention_backward` gets, fit the problem."""
+    """Raises unless the tensors that `attention_backward` gets beside the problem fit it. All have a row per query."""
     query = problem.query
     rows, real = query.shape[:3], torch.promote_types(query.dtype, torch.float32)
     for name, tensor in (("out", out), ("dout", dout)):

@@ -21,7 +21,10 @@ def check_padded(
     enable_gqa: bool,
     num_sequences: int | None = None,
 ) -> None:
-    """Raises unless the tensors fit one another. A `bias` may have a table for each of `num_sequences` (or batch)."""
+    """Raises unless the tensors fit one another.
+
+    A `bias` may have a table for each of `num_sequences` sequences, by default for each batch entry.
+    """
     check_tensors(query, key, value, "(batch, heads, length, head_dim)", 4)
     for name, tensor in (("key", key), ("value", value)):
         if tensor.shape[0] != query.shape[0]:
@@ -118,7 +121,7 @@ def _check_positions(
         ("key_positions", key_positions, len_k),
     ):
         if positions is None:
-            raise ValueError(f"`{name}` must be given too: positions come for queries and keys together, got None")
+            raise ValueError(f"`{name}` must be given too, because queries and keys need positions together, got None")
         check_tensor(name, positions)
         if positions.dtype not in INTEGER_DTYPES:
             raise TypeError(f"`{name}` must have an integer dtype, got {positions.dtype}")

@@ -1,1 +1,1 @@
-"""Models of other libraries on this package's attention. The package itself imports nothing from here."""
+"""Models of other libraries that run on this package's attention. The package itself imports nothing from here."""

@@ -1,13 +1,14 @@
 """Classes that take the place of other libraries' classes in modules that exist already.
 
-A module changes its class and keeps its parameters, hooks and name. Other code changes modules as well: accelerate's
-hooks and many wrappers put a `forward` on the instance, which calls the `forward` that it found there; `fully_shard`
-and parametrizations derive a class. No order of all these may leave a module on attention that it should not run:
+A module changes its class and keeps its parameters, hooks and name. Other code changes modules as well. accelerate's
+hooks and many wrappers put a `forward` on the instance, which calls the `forward` that it found there. `fully_shard`
+and parametrizations derive a class. These changes come in any order. After each of them a module must run the attention
+that it should run:
 
-* `replace` finds the module's own `forward` wherever a wrapper keeps it, and puts the replacement's there. Where a
-  wrapper keeps it out of reach, `unreplaceable_reason` says so, before anything is changed.
-* The `forward` of a replacement runs the module's own once the module has its own class back, since a wrapper may still
-  hold it.
+* `replace` finds the module's own `forward` wherever a wrapper keeps it, and puts the `forward` of the replacement in
+  its place. If a wrapper keeps it out of reach, `unreplaceable_reason` says so before anything is changed.
+* A wrapper may still hold the `forward` of a replacement when the module has its own class back. That `forward` then
+  runs the module's own.
 * A call of a `ReplacedAttention` that does not end in `offset_bias_attention` raises.
 """
 
@@ -26,12 +27,12 @@ from triton_offset_bias.functional import offset_bias_attention
 class Replacement:
     """Base of the classes that instances of other libraries' modules are turned into.
 
-    The last base of such a class is the class that it replaces, whose name it takes, for libraries look modules up by
-    the names of their classes. It adds no parameters, buffers or submodules.
+    The last base of such a class is the class that it replaces. A replacement takes that class's name, because
+    libraries look modules up by the names of their classes. It adds no parameters, buffers or submodules.
 
     Attributes:
         replaced: the class that is replaced.
-        offset_bias_backend: the backend that `offset_bias_attention` is asked for.
+        offset_bias_backend: the `backend` argument of the module's calls of `offset_bias_attention`.
     """
 
     replaced: ClassVar[type[nn.Module]]
@@ -39,7 +40,7 @@ class Replacement:
     offset_bias_backend: str
 
     def __init_subclass__(cls, **kwargs: object) -> None:
-        """Completes a class whose last base is a module that is not a replacement itself."""
+        """Completes a new class if its last base is a module that is not a replacement itself."""
         super().__init_subclass__(**kwargs)
         own = cls.__bases__[-1]
         if not issubclass(own, nn.Module) or issubclass(own, Replacement):
@@ -64,13 +65,13 @@ class ReplacedAttention(Replacement):
         """Calls the module, through whatever is wrapped around it.
 
         Raises:
-            RuntimeError: the call did not come to `attention`.
+            RuntimeError: the call did not reach `attention`.
         """
-        if not isinstance(self, ReplacedAttention):  # a wrapper holds this method of a module that is restored
+        if not isinstance(self, ReplacedAttention):  # the module is restored, but a wrapper still holds this method
             return nn.Module.__call__(self, *args, **kwargs)
         before = self._last_attention
         result = nn.Module.__call__(self, *args, **kwargs)  # type: ignore[arg-type]
-        # The object is new in every call, whichever thread leaves it. Compiled calls are not watched.
+        # Every call of `attention`, in any thread, leaves a new object. Compiled calls are not watched.
         if self._last_attention is before and not (self._is_compiled or torch.compiler.is_compiling()):
             raise RuntimeError(
                 f"{self.replaced.__name__} must attend through triton_offset_bias until it is disabled, but a "
@@ -79,7 +80,7 @@ class ReplacedAttention(Replacement):
         return result
 
     def attention(self, query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None, **options: Any) -> Tensor:
-        """`offset_bias_attention` by this module's backend, with the heads side by side: (B, Lq, Hq * Dv)."""
+        """Calls `offset_bias_attention` on this module's backend, and lays heads side by side: (B, Lq, Hq * Dv)."""
         if torch.compiler.is_compiling():
             self._is_compiled = True
         else:
@@ -89,7 +90,7 @@ class ReplacedAttention(Replacement):
 
 
 def replacement_for(module: nn.Module, replacements: dict[type, type[Replacement]]) -> type[Replacement] | None:
-    """The replacement of the first class in the module's line that has one."""
+    """The replacement of the first class that has one, from the module's class up through its base classes."""
     return next((replacements[cls] for cls in type(module).__mro__ if cls in replacements), None)
 
 
@@ -104,9 +105,11 @@ def unreplaceable_reason(module: nn.Module, replacement: type[Replacement]) -> s
     for cls in lines[0]:
         methods = {name: x for name, x in vars(cls).items() if isinstance(x, FunctionType) and name != "__init__"}
         if names := sorted(name for name, x in methods.items() if "__class__" in x.__code__.co_freevars):
-            return f"its class {cls.__name__} calls super() in {', '.join(names)}, which a class made of it cannot"
+            return f"its class {cls.__name__} calls super() in {', '.join(names)}, which a class derived from it cannot"
     if "forward" in vars(module) and not any(True for _ in _places(module, own.forward, replacement.forward)):
-        return f"a `forward` was put on it in which {own.__name__}'s own is out of reach: wrap the module afterwards"
+        return (
+            f"a `forward` was put on it that keeps {own.__name__}'s own out of reach: wrap the module after enabling it"
+        )
     return None
 
 
@@ -129,7 +132,7 @@ def restore(module: nn.Module) -> None:
 
 
 def _while_replaced(cls: type[Replacement], forward: Callable[..., object]) -> Callable[..., object]:
-    """`forward` for instances of `cls`, and the replaced class's own for others."""
+    """A function that runs `forward` on instances of `cls`, and the replaced class's own `forward` on other modules."""
     own = cls.replaced.forward
 
     @functools.wraps(forward)
@@ -140,7 +143,7 @@ def _while_replaced(cls: type[Replacement], forward: Callable[..., object]) -> C
 
 
 def _exchanged(cls: type, old: type, new: type) -> type:
-    """The class with `new` for the base `old`."""
+    """The class `cls` with the base `new` in place of `old`."""
     if cls is old:
         return new
     bases = tuple(_exchanged(base, old, new) if issubclass(base, old) else base for base in cls.__bases__)
@@ -149,7 +152,7 @@ def _exchanged(cls: type, old: type, new: type) -> type:
 
 
 def _places(module: nn.Module, own: Callable, ours: Callable) -> Iterator[Callable[[], None]]:
-    """Functions of which each puts `ours` into one place where a wrapper on the instance keeps the function `own`."""
+    """Yields a function for each place where a wrapper on the instance keeps `own`. The function puts `ours` there."""
     seen: set[int] = set()
     for name, x in vars(module).items():
         yield from _places_in(x, functools.partial(_put_attribute, vars(module), name), own, ours, seen)
@@ -158,7 +161,7 @@ def _places(module: nn.Module, own: Callable, ours: Callable) -> Iterator[Callab
 def _places_in(
     x: object, put: Callable[[object], None], own: Callable, ours: Callable, seen: set[int]
 ) -> Iterator[Callable[[], None]]:
-    """The functions of `_places` for one object, which `put` replaces, and for the callables that it holds."""
+    """Yields the functions of `_places` for the object `x`, which `put` replaces, and for the callables in it."""
     function = x.__func__ if isinstance(x, MethodType) else x
     if function is own or function is ours:
         yield lambda: put(MethodType(ours, x.__self__) if isinstance(x, MethodType) else ours)
@@ -169,7 +172,7 @@ def _places_in(
 
 
 def _held_by(x: object) -> Iterator[tuple[object, Callable[[object], None]]]:
-    """The objects that a callable holds, each with a function that puts another object in its place."""
+    """Yields the objects that a callable holds, each with a function that puts another object in its place."""
     if isinstance(x, MethodType):
         yield from _held_by(x.__func__)
         if not isinstance(x.__self__, nn.Module | type):
@@ -183,7 +186,7 @@ def _held_by(x: object) -> Iterator[tuple[object, Callable[[object], None]]]:
         with contextlib.suppress(ValueError):  # an empty cell
             yield cell.cell_contents, functools.partial(setattr, cell, "cell_contents")
     for name, held in getattr(x, "__dict__", {}).items():
-        if name != "__wrapped__":  # is for people, and nobody calls it
+        if name != "__wrapped__":  # for inspection: nobody calls it
             yield held, functools.partial(_put_attribute, x.__dict__, name)
 
 

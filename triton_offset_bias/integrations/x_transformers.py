@@ -1,4 +1,4 @@
-"""x-transformers: its encoders and decoders with any bias module of this package, in O(L) memory."""
+"""Runs encoders and decoders of x-transformers with any bias module of this package, in O(L) memory."""
 
 from collections.abc import Callable
 from functools import partial
@@ -16,12 +16,13 @@ ASTRAY = "`Attend` must run through triton_offset_bias, as `use_offset_bias` has
 
 
 class OffsetTable:
-    """The bias that `RelativePositionTable` gives. `TableAttend` alone can read it; any other attention raises.
+    """The bias that `RelativePositionTable` gives. Only `TableAttend` can read it. Any other attention raises.
 
     Args:
         table: (H, offsets).
         origin: the column of offset 0.
-        positions: (len_k,) or (B, len_k) integers. The last of them are the queries'. None: positions count up.
+        positions: (len_k,) or (B, len_k) integers: where the keys lie. The queries lie on the last of them. None:
+            positions count up by one.
     """
 
     def __init__(self, table: Tensor, origin: int, positions: Tensor | None = None) -> None:
@@ -31,7 +32,7 @@ class OffsetTable:
 
     @classmethod
     def __torch_function__(cls, func: Callable, types: object, args: tuple = (), kwargs: object = None) -> object:
-        """The table itself where `Attention` pads it by 0 memory keys; any other use raises TypeError."""
+        """Returns the table where `Attention` pads it by 0 memory keys. Any other use raises TypeError."""
         if func is pad and not any(args[1]):
             return args[0]
         raise TypeError(f"{ASTRAY} the table of offsets in `{getattr(func, '__name__', func)}`")
@@ -42,7 +43,7 @@ class OffsetTable:
 
 
 class TableAttend(Attend):
-    """x-transformers' `Attend` with an `OffsetTable` as its `attn_bias` instead of (H, len_q, len_k)."""
+    """x-transformers' `Attend`, with an `OffsetTable` as its `attn_bias` instead of a tensor (H, len_q, len_k)."""
 
     def flash_attn(
         self,
@@ -54,11 +55,11 @@ class TableAttend(Attend):
         flash_pack_seq_kwargs: dict | None = None,
         causal: bool | None = None,
     ) -> tuple[Tensor, Intermediates]:
-        """Attention with a table.
+        """Attends with a table.
 
         Args:
             q: (B, H, len_q, D).
-            k, v: (B, Hkv, len_k, D), or (B, len_k, D) for one head that all queries share.
+            k, v: (B, Hkv, len_k, D), or (B, len_k, D) if all query heads share one head.
             mask: (B or 1, 1, 1, len_k) bool, True = attend, or None.
             attn_bias: the table, or None.
             flash_pack_seq_kwargs, causal: not used. Packed layers are refused, and a layer knows whether it is causal.
@@ -68,8 +69,8 @@ class TableAttend(Attend):
 
         Raises:
             TypeError: `attn_bias` is no table.
-            ValueError: `mask` differs between queries; there is not one column per offset, or not one position per key;
-                or positions do not rise in causal attention.
+            ValueError: `mask` differs between queries; the table does not have one column per offset; there is not one
+                position per key; or positions do not rise in causal attention.
         """
         if mask is not None and mask.shape[1:3] != (1, 1):
             raise ValueError(f"`mask` must mask keys alone, (B, 1, 1, len_k), got shape {shape(mask)}")
@@ -112,10 +113,10 @@ class TableAttend(Attend):
 
 
 class RelativePositionTable(AlibiPositionalBias):
-    """A module in the place of x-transformers' `rel_pos`. Its parameters have their names there.
+    """A module that takes the place of x-transformers' `rel_pos`. Its parameters have the names that they have there.
 
-    Its type is a kind of ALiBi, because x-transformers allows custom positions for ALiBi alone. It shares nothing else
-    with ALiBi.
+    It derives from ALiBi's class, because x-transformers allows custom positions only with ALiBi. It has nothing else
+    in common with ALiBi.
 
     Args:
         bias: a module that gives a table, ``bias(min_offset, max_offset) -> (H, offsets)``.
@@ -128,13 +129,14 @@ class RelativePositionTable(AlibiPositionalBias):
         self.scale = scale
 
     def forward(self, len_q: int, len_k: int) -> OffsetTable:
-        """The table for `len_q` queries and `len_k` keys; the last query is on the last key."""
+        """The table for `len_q` queries and `len_k` keys. The last query lies on the last key."""
         return OffsetTable(self.scale * self.relative_attention_bias(1 - len_q, len_k - 1), len_q - 1)
 
     def forward_custom_pos(self, pos_i: Tensor) -> OffsetTable:
         """The table for tokens at the positions `pos_i`, (L,) or (B, L) integers.
 
-        The table has a column for each offset that the positions span. On a GPU, reading them waits for the device.
+        The table has a column for each offset within the positions' span. On a GPU the call waits for the device to
+        read the positions.
 
         Raises:
             TypeError: `pos_i` holds no integers.
@@ -164,7 +166,7 @@ def use_offset_bias(layers: AttentionLayers, bias: nn.Module, scale: float = 1.0
     Raises:
         TypeError: `layers` is no Encoder, Decoder or CrossAttender, but for example a whole TransformerWrapper.
         ValueError: the layers are built in another way; or they have a position bias, for example from an earlier call
-            of this function; or they have memory keys, which are at no position; or one of them attends by code of its
+            of this function; or they have memory keys, which have no position; or one of them attends by code of its
             own.
     """
     if not isinstance(layers, AttentionLayers):
@@ -190,7 +192,7 @@ def use_offset_bias(layers: AttentionLayers, bias: nn.Module, scale: float = 1.0
 
 def _check_attention(attention: Attention) -> None:
     if attention.num_mem_kv:
-        raise ValueError("`layers` must have no memory keys and values, for these are at no position")
+        raise ValueError("`layers` must have no memory keys and values, because these have no position")
     if attention.data_dependent_alibi is not None or attention.rel_proj_pos_bias is not None:
         raise ValueError("`layers` must have no bias that depends on the content")
     if attention.max_attend_past is not None:
@@ -199,13 +201,13 @@ def _check_attention(attention: Attention) -> None:
 
 def _check_attend(name: str, attend: Attend) -> None:
     if attend.add_zero_kv:
-        raise ValueError("`layers` must have no memory keys and values, for these are at no position")
+        raise ValueError("`layers` must have no memory keys and values, because these have no position")
     if type(attend) is not Attend or "flash_attn" in vars(attend):
         raise ValueError(f"`layers` must attend by x-transformers' own `Attend`, got another in {name}")
     # x-transformers' flash path ignores or refuses everything else.
     is_softmax = isinstance(attend.attn_fn, partial) and attend.attn_fn.func is softmax
     if not is_softmax or not attend.flash or attend.flash_pack_seq or attend.l2_distance:
-        raise ValueError("`layers` must attend by a plain softmax, unpacked, and be built with attn_flash=True")
+        raise ValueError("`layers` must attend by a plain softmax, unpacked, and must be built with attn_flash=True")
 
 
 class _Reached(Exception):
@@ -221,7 +223,7 @@ class _Probe(OffsetTable):
 
 
 def _reaches_the_table(attend: Attend) -> bool:
-    """Whether a `forward` on the module itself, where hooks put one, goes on to the `forward` of the module's class."""
+    """Whether a call of the module reaches the `forward` of its class, also if hooks have put one on the module."""
     if "forward" in vars(attend):
         try:
             attend(*torch.zeros(3, 1, 1, 1, 1), attn_bias=_Probe())
@@ -233,7 +235,8 @@ def _reaches_the_table(attend: Attend) -> bool:
 def _with_embeddings(layers: AttentionLayers, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
     """Adds, before a call without `pos`, the rotary or polar embeddings that `layers` would make.
 
-    `layers` would also hand its positions, which count up, to `rel_pos`, which cannot know that they do.
+    If `layers` made them, it would also hand its positions to `rel_pos`. They count up by one, but `rel_pos` cannot
+    know that.
     """
     if len(args) > 1 or kwargs.get("pos") is not None:
         return None

@@ -1,4 +1,4 @@
-"""Position biases as modules: each gives a table for a range of offsets, to be used by any attention call."""
+"""Position biases as modules. Each gives a table for a range of offsets, which any attention call can use."""
 
 from triton_offset_bias.modules.alibi import ALiBiBias, alibi_slopes
 from triton_offset_bias.modules.attention import OffsetBiasAttention

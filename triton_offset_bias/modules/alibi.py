@@ -11,7 +11,7 @@ def alibi_slopes(num_heads: int, device: torch.device | str | None = None) -> Te
     """The slope of every head: a geometric sequence, for any number of heads.
 
         slope[h] = 2 ** (-8 (h + 1) / m)         for h < m, the largest power of 2 that is at most num_heads
-        slope[h] = 2 ** (-4 (2 (h - m) + 1) / m)   beyond: every second slope of 2 m heads
+        slope[h] = 2 ** (-4 (2 (h - m) + 1) / m)   for the other h: every second slope of 2 m heads
 
     Args:
         num_heads: heads.
@@ -25,8 +25,8 @@ def alibi_slopes(num_heads: int, device: torch.device | str | None = None) -> Te
         ValueError: `num_heads` is below 1.
 
     Source:
-        Press et al. 2022 (ALiBi, arXiv:2108.12409), section 3; for other numbers of heads than powers of 2, their
-        public code, ``get_slopes``.
+        Press et al. 2022 (ALiBi, arXiv:2108.12409), section 3. For numbers of heads that are no powers of 2: the
+        authors' public code, ``get_slopes``.
     """
     power = 2 ** (checked_count("num_heads", num_heads).bit_length() - 1)
     heads = torch.arange(num_heads, device=device)
@@ -39,8 +39,8 @@ class ALiBiBias(nn.Module):
 
         bias[h, offset] = -slope[h] * |offset|
 
-    The paper defines it for causal attention, where ``|offset| = offset``. In other attention this is the symmetric
-    form: a key after the query gets the penalty of a key as far before it.
+    The paper defines the penalty for causal attention, where ``|offset| = offset``. In other attention this module is
+    symmetric: a key after the query gets the penalty of a key at the same distance before it.
 
     Args:
         num_heads: heads.
@@ -66,7 +66,8 @@ class ALiBiBias(nn.Module):
         self.num_heads = checked_count("num_heads", num_heads)
         check_flag("learnable", learnable)
         self.register_parameter("slopes", nn.Parameter(alibi_slopes(num_heads)) if learnable else None)
-        # Fixed slopes are computed anew, because `module.half()` would round a buffer. This one only knows the device.
+        # Fixed slopes are computed in each call, because `module.half()` would round a buffer of slopes. This buffer
+        # is empty. It moves with the module, and so tells the device.
         self.register_buffer("_device_marker", torch.empty(0), persistent=False)
 
     def forward(self, min_offset: int, max_offset: int) -> Tensor:

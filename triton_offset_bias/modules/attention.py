@@ -20,10 +20,10 @@ class OffsetBiasAttention(nn.Module):
         dropout_p: probability of dropping an attention weight while training.
 
     Raises:
-        TypeError: a count is no int, `is_causal` no bool, `dropout_p` no float, `bias` no module, or one for positions
-            (`OffsetBias2d`).
+        TypeError: a count is no int, `is_causal` is no bool, `dropout_p` is no float, `bias` is no module, or `bias` is
+            a module for positions (`OffsetBias2d`).
         ValueError: a count is below 1, `dropout_p` is no probability, `embed_dim` is no multiple of `num_heads`, or
-            `num_heads` none of `num_kv_heads`.
+            `num_heads` is no multiple of `num_kv_heads`.
 
     Source:
         Vaswani et al. 2017 (arXiv:1706.03762), section 3.2.2; Ainslie et al. 2023 (GQA, arXiv:2305.13245).
@@ -50,7 +50,7 @@ class OffsetBiasAttention(nn.Module):
         self.head_dim = embed_dim // num_heads
         if isinstance(bias, OffsetBias2d):
             raise TypeError(
-                "`bias` must give a table for a range of offsets, got OffsetBias2d, which goes with positions"
+                "`bias` must give a table for a range of offsets, got OffsetBias2d, whose table is for positions"
             )
         if bias is not None and not isinstance(bias, nn.Module):
             raise TypeError(f"`bias` must be a module that gives a table, or None, got {type(bias).__name__}")

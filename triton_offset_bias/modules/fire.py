@@ -22,7 +22,7 @@ class FireBias(nn.Module):
     position of at most `threshold`, even if its keys are near.
 
     FIRE is made for causal attention, where ``|offset| = offset``. In other attention a key after the query gets the
-    bias of a key as far before it, as in the authors' code.
+    bias of a key at the same distance before it, as in the authors' code.
 
     Args:
         num_heads: heads, each an output of the network.
@@ -36,7 +36,7 @@ class FireBias(nn.Module):
         hidden, out: f's layers, Linear(1, hidden_size), then ReLU, and Linear(hidden_size, num_heads), initialised as
             torch does.
 
-    State dicts in which `c` and `limit` have no axis, (), load too.
+    State dicts in which `c` and `limit` have shape () load too.
 
     Raises:
         TypeError: an argument is no int.
@@ -51,7 +51,7 @@ class FireBias(nn.Module):
         self.num_heads = checked_count("num_heads", num_heads)
         self.threshold = checked_count("threshold", threshold)
         self.hidden_size = checked_count("hidden_size", hidden_size)
-        # The parameters have an axis, because `fully_shard` takes none without.
+        # The parameters have an axis, because `fully_shard` takes no parameters of shape ().
         self.c = nn.Parameter(torch.full((1,), 0.1))
         self.limit = nn.Parameter(torch.full((1,), float(threshold)))
         self.hidden = nn.Linear(1, hidden_size)
@@ -71,7 +71,7 @@ class FireBias(nn.Module):
         for name, offset in (("min_offset", min_offset), ("max_offset", max_offset)):
             if abs(offset) > self.threshold:
                 raise ValueError(
-                    f"`{name}` must be within {self.threshold} of 0, for beyond its threshold FIRE depends on the "
+                    f"`{name}` must be within {self.threshold} of 0, because beyond its threshold FIRE depends on the "
                     f"query's position and is no table, got {offset}; build FireBias with a larger `threshold`"
                 )
         largest = torch.finfo(self.limit.dtype).max

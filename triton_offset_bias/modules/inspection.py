@@ -47,7 +47,7 @@ def plot_bias(module: nn.Module, min_offset: int, max_offset: int, ax: "Axes | N
         module: gives a table, ``module(min_offset, max_offset) -> (H, offsets)``, such as `OffsetBias`.
         min_offset: first offset (query minus key).
         max_offset: last offset, at least `min_offset`.
-        ax: matplotlib axes to draw into; default a new figure's.
+        ax: matplotlib axes to draw into; by default the axes of a new figure.
 
     Returns:
         The axes.

@@ -9,7 +9,7 @@ from triton_offset_bias.checks.arguments import check_tensor, checked_count, sha
 from triton_offset_bias.modules.ranges import distance_range
 
 KINDS = ("log", "power")
-# The initial values keep this far from the ends of their ranges, where the authors' code clamps them.
+# The least distance of initial values from the ends of their ranges. The authors' code clamps values there.
 MARGIN = 0.01
 
 
@@ -20,8 +20,9 @@ class KerpleBias(nn.Module):
         "power":  bias[h, offset] = -r1[h] * |offset| ** r2[h]             r2 < 2
 
     The numbers are positive by construction: ``r1 = exp(raw_r1)``, and ``r2 = exp(raw_r2)`` (log) or
-    ``2 * sigmoid(raw_r2)`` (power). Initially they are drawn as the authors draw them: r1 from 0 to 2 and r2 from 0 to
-    1 (log), or r1 from 0 to 1 and r2 from 0 to 2 (power), 0.01 away from the ends. ALiBi is "power" with r2 = 1.
+    ``2 * sigmoid(raw_r2)`` (power). Initial values are drawn as the authors draw them: r1 from 0 to 2 and r2 from 0 to
+    1 (log), or r1 from 0 to 1 and r2 from 0 to 2 (power), at least 0.01 away from the ends. ALiBi is "power" with
+    r2 = 1.
 
     Args:
         num_heads: heads, each with numbers of its own.
@@ -32,7 +33,7 @@ class KerpleBias(nn.Module):
 
     Raises:
         TypeError: `num_heads` is no int.
-        ValueError: `num_heads` is below 1, or `kind` is another.
+        ValueError: `num_heads` is below 1, or `kind` is neither "log" nor "power".
 
     Source:
         Chi et al. 2022 (KERPLE, arXiv:2205.09921), the logarithmic and the power variant; initial values as in the
@@ -65,7 +66,9 @@ class KerpleBias(nn.Module):
 
     @property
     def r2(self) -> Tensor:
-        """The rate per position, positive (log), or the exponent, from 0 to 2 (power), of every head: float32."""
+        """The number r2 of every head, (num_heads,) float32: a positive rate per position (log), or an exponent from 0
+        to 2 (power).
+        """
         raw = self.raw_r2.float()
         return raw.exp() if self.kind == "log" else 2.0 * raw.sigmoid()
 
@@ -77,8 +80,8 @@ class KerpleBias(nn.Module):
             r2: (num_heads,) positive; below 2 for "power".
 
         Raises:
-            TypeError: one of them is no tensor.
-            ValueError: one of them has another shape, or a value out of range.
+            TypeError: `r1` or `r2` is no tensor.
+            ValueError: `r1` or `r2` has another shape, or a value out of range.
         """
         highest = float("inf") if self.kind == "log" else 2.0
         for name, values, bound in (("r1", r1, float("inf")), ("r2", r2, highest)):

@@ -16,8 +16,9 @@ class OffsetBias(nn.Module):
 
         bias[h, offset] = weight[h, offset + origin]
 
-    The origin is ``max_length - 1`` (``2 * max_length - 1`` parameters a head); when not bidirectional it is 0
-    (``max_length`` parameters a head, for the offsets of causal attention). Offsets outside see the nearest end.
+    The origin is ``max_length - 1``, with ``2 * max_length - 1`` parameters a head. When not bidirectional, it is 0,
+    with ``max_length`` parameters a head for the offsets of causal attention. An offset without a parameter sees the
+    nearest end.
 
     Args:
         num_heads: heads, each with numbers of its own.
@@ -66,10 +67,10 @@ class OffsetBias(nn.Module):
             "interpolate":  new[h, offset] = bias[h, offset * (self.max_length - 1) / (max_length - 1)]
             "extend":       new[h, offset] = bias[h, offset]
 
-        "interpolate" stretches or shrinks each side of offset 0 as a whole, with linear interpolation: the furthest
-        offset keeps the furthest number. "extend" leaves every offset its number, and repeats or cuts off the ends.
-        Attention then sees the same bias as before, and offsets beyond the old ends have numbers of their own to train.
-        A new module loads the result:
+        "interpolate" stretches or shrinks each side of offset 0 as a whole, with linear interpolation: the number of
+        the old furthest offset becomes the number of the new furthest offset. "extend" leaves every offset its number,
+        and repeats or cuts off the ends. Attention then sees the same bias as before, and offsets beyond the old ends
+        have numbers of their own to train. A new module loads the result:
 
             new = OffsetBias(num_heads, max_length, bidirectional)
             new.load_state_dict({"weight": old.resized(max_length)})
@@ -79,16 +80,17 @@ class OffsetBias(nn.Module):
             method: "interpolate" (default) or "extend".
 
         Returns:
-            (num_heads, 2 * max_length - 1), or (num_heads, max_length) when not bidirectional; differentiable, in the
-            parameter's dtype, interpolated in float32 or finer; the same numbers if the length is the same.
+            (num_heads, 2 * max_length - 1), or (num_heads, max_length) when not bidirectional. The result is
+            differentiable, in the parameter's dtype, and interpolated in float32 or finer. The same length gives the
+            same numbers.
 
         Raises:
             TypeError: `max_length` is no int.
-            ValueError: `max_length` is below 1, or `method` is another.
+            ValueError: `max_length` is below 1, or `method` is neither "interpolate" nor "extend".
 
         Source:
-            Chen et al. 2023 (Position Interpolation, arXiv:2306.15595), equation 4, for positions that are scaled down
-            into the trained range; here by the furthest offset, which is ``length - 1``.
+            Chen et al. 2023 (Position Interpolation, arXiv:2306.15595), equation 4, which scales positions down into
+            the trained range by the ratio of lengths. Here the ratio is of the furthest offsets, ``length - 1``.
         """
         checked_count("max_length", max_length)
         if method not in METHODS:

@@ -13,19 +13,19 @@ class OffsetBias2d(nn.Module):
         bias[h, drow, dcol] = relative_position_bias_table[(drow + height - 1) * (2 width - 1) + dcol + width - 1, h]
 
     where (drow, dcol) is the query's place minus the key's. With the positions ``row * (2 width - 1) + col`` every
-    (drow, dcol) is one offset of its own. The table is a table of these offsets, symmetric about its middle:
+    (drow, dcol) is one offset of its own. The module gives the table of these offsets, with offset 0 in the middle:
 
         offset_bias_attention(query, key, value, bias(), query_positions=p, key_positions=p)   with p = bias.positions()
 
-    The tokens of a window are taken row by row.
+    The tokens of a window come row by row.
 
     Args:
         num_heads: heads, each with numbers of its own.
         window_size: (height, width) of the window, in tokens.
 
     Attributes:
-        relative_position_bias_table: ((2 height - 1) * (2 width - 1), num_heads) parameter in nats, initially 0. Name
-            and layout are Swin's, whose state dicts load and save unchanged.
+        relative_position_bias_table: ((2 height - 1) * (2 width - 1), num_heads) parameter in nats, initially 0. Its
+            name and layout are those that Swin uses, so Swin's state dicts load and save unchanged.
 
     Raises:
         TypeError: `num_heads` or a size is no int.
@@ -60,7 +60,7 @@ class OffsetBias2d(nn.Module):
         return bias[:, offsets + table.default_origin(bias.shape[-1])]
 
     def resized(self, window_size: tuple[int, int]) -> Tensor:
-        """The parameter of a module for another window: this parameter as an image, interpolated bicubically.
+        """The parameter of a module for another window: this parameter, interpolated bicubically as an image.
 
             image[h, drow + height - 1, dcol + width - 1] = the bias of head h at (drow, dcol)
             new image = interpolate(image, (2 new height - 1, 2 new width - 1), mode="bicubic", align_corners=False)
@@ -76,16 +76,17 @@ class OffsetBias2d(nn.Module):
             window_size: (height, width) of the new window, in tokens.
 
         Returns:
-            ((2 new height - 1) * (2 new width - 1), num_heads), differentiable, in the parameter's dtype, interpolated
-            in float32 or finer; the same numbers if the window is the same.
+            ((2 new height - 1) * (2 new width - 1), num_heads). The result is differentiable, in the parameter's dtype,
+            and interpolated in float32 or finer. The same window gives the same numbers.
 
         Raises:
             TypeError: a size is no int.
             ValueError: a size is below 1, or `window_size` is no pair.
 
         Source:
-            ``load_pretrained`` in Swin's public code (Liu et al. 2021, arXiv:2103.14030), ``utils.py``; the same in
-            timm's ``resize_rel_pos_bias_table_simple``. The kernel is Keys's (1981), with torch's factor -0.75.
+            ``load_pretrained`` in Swin's public code (Liu et al. 2021, arXiv:2103.14030), ``utils.py``, and
+            ``resize_rel_pos_bias_table_simple`` in timm. The interpolation's kernel is from Keys 1981, with torch's
+            factor -0.75.
         """
         height, width = _checked_window(window_size)
         weight = self.relative_position_bias_table

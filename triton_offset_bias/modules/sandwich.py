@@ -13,7 +13,7 @@ class SandwichBias(nn.Module):
         bias[h, offset] = num_heads / (8 (h + 1)) * sum of cos(offset / 10000 ** (i / embed_dim))
                                                     over the even i from 0 to embed_dim - 2
 
-    It is symmetric in the offset. Implementations that subtract its value at offset 0 give the same attention.
+    The bias is symmetric in the offset. Implementations that subtract the value at offset 0 give the same attention.
 
     Args:
         num_heads: heads; head h is divided by ``8 (h + 1) / num_heads``.
@@ -24,8 +24,8 @@ class SandwichBias(nn.Module):
         ValueError: an argument is below 1, or `embed_dim` is odd.
 
     Source:
-        Chi et al. 2023 (Sandwich, arXiv:2212.10356); the embeddings are those of Vaswani et al. 2017
-        (arXiv:1706.03762), section 3.5.
+        Chi et al. 2023 (Sandwich, arXiv:2212.10356); Vaswani et al. 2017 (arXiv:1706.03762), section 3.5, for the
+        embeddings.
     """
 
     _device_marker: Tensor
@@ -36,7 +36,7 @@ class SandwichBias(nn.Module):
         if checked_count("embed_dim", embed_dim) % 2:
             raise ValueError(f"`embed_dim` must be even, got {embed_dim}")
         self.embed_dim = embed_dim
-        # The module has no parameters. Without this buffer it would not know its device.
+        # The module has no parameters. This empty buffer moves with it, and so tells the device.
         self.register_buffer("_device_marker", torch.empty(0), persistent=False)
 
     def forward(self, min_offset: int, max_offset: int) -> Tensor:

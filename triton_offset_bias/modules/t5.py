@@ -17,7 +17,7 @@ def t5_buckets(
     bidirectional: bool = True,
     device: torch.device | str | None = None,
 ) -> Tensor:
-    """The bucket of every offset from `min_offset` to `max_offset`, both included, equal to the public T5's.
+    """The bucket of every offset from `min_offset` to `max_offset`, both included, as in the public T5.
 
     T5 counts ``key - query``, the negative of this package's offset. Half of a direction's buckets hold one distance
     each. The others grow in logarithmic steps up to `max_distance`. All longer distances share the last bucket.
@@ -26,10 +26,10 @@ def t5_buckets(
         min_offset: first offset (query minus key).
         max_offset: last offset, at least `min_offset`.
         num_buckets: buckets in all: at least 4, or 2 if not bidirectional.
-        max_distance: distance from which on all distances share the last bucket; more than the number of distances
-            that have a bucket of their own.
-        bidirectional: whether keys after the query (negative offsets) have buckets of their own, the upper half;
-            otherwise they share the bucket of offset 0.
+        max_distance: all distances from this one on share the last bucket. It must exceed the number of distances that
+            have a bucket of their own.
+        bidirectional: whether keys after the query (negative offsets) have buckets of their own, the upper half of the
+            buckets. Otherwise they share the bucket of offset 0.
         device: where to compute.
 
     Returns:
@@ -76,12 +76,12 @@ class T5Bias(nn.Module):
     Args:
         num_heads: heads, each with numbers of its own.
         num_buckets: buckets in all, at least 4, or 2 if not bidirectional.
-        max_distance: distance from which on all offsets share the last bucket.
+        max_distance: all distances from this one on share the last bucket.
         bidirectional: True for T5's encoder, False for its decoder's causal attention.
 
     Attributes:
-        weight: (num_buckets, num_heads) parameter in nats, initially 0. Its layout equals T5's
-            ``relative_attention_bias.weight``, which loads and saves unchanged.
+        weight: (num_buckets, num_heads) parameter in nats, initially 0. It has the layout of T5's
+            ``relative_attention_bias.weight``, which therefore loads and saves unchanged.
 
     Raises:
         TypeError: an argument has the wrong type.

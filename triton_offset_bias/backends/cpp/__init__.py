@@ -1,6 +1,6 @@
-"""The compiled CPU engine (`csrc_ref/`), called through ctypes; the contract is in `csrc_ref/engine.h`.
+"""The call into the compiled CPU engine (`csrc_ref/`) through ctypes. `csrc_ref/engine.h` is the engine's contract.
 
-`library` decides which build is called. A process that was forked after the import works on one thread.
+`library` decides which build is called. A process that was forked after the import works with one thread.
 """
 
 import ctypes
@@ -33,7 +33,7 @@ _PROCESS = os.getpid()
 
 
 def build_description() -> str:
-    """A text for people: what the engine here is built for, and why this build was chosen."""
+    """Says, for people, what the engine here is built for, and why this build was chosen."""
     if _ENGINE is None:
         return "not built"
     found = ", ".join(build for build in BUILDS if library.path_of(build))
@@ -41,12 +41,12 @@ def build_description() -> str:
 
 
 def unavailable_reasons() -> list[str]:
-    """Why this backend cannot serve any call here."""
+    """The reasons why this backend cannot serve any call here."""
     return [_REASON] if _ENGINE is None else []
 
 
 def unsupported_reasons(problem: Problem) -> list[str]:
-    """Why this backend cannot serve `problem` here."""
+    """The reasons why this backend cannot serve `problem` here."""
     reasons = unavailable_reasons()
     if problem.query.device.type != "cpu":
         reasons.append(f"serves CPU tensors, got {problem.query.device.type}")
@@ -153,7 +153,7 @@ def _engine() -> ctypes.CDLL:
 def _num_threads() -> int:
     """The number of threads: torch's, or 1 in a forked process.
 
-    Threads do not survive a fork, and GCC's OpenMP runtime would wait for the parent's threads for ever.
+    Threads do not survive a fork. GCC's OpenMP runtime would wait for the parent's threads forever.
     """
     return torch.get_num_threads() if os.getpid() == _PROCESS else 1
 

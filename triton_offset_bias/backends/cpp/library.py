@@ -27,9 +27,9 @@ def path_of(build: str) -> Path | None:
 
 
 def fastest_builds(runnable: tuple[str, ...], is_intel: bool) -> tuple[str, ...]:
-    """The builds to choose from, the fastest first, where a processor can run those in `runnable`.
+    """The builds to choose from, the fastest first, on a processor that can run the builds in `runnable`.
 
-    Intel's processors multiply bfloat16 numbers (VDPBF16PS) at half the rate of float32 ones.
+    Intel's processors multiply bfloat16 numbers (VDPBF16PS) at half the rate of float32 numbers.
     """
     return tuple(build for build in runnable if not (is_intel and build == "avx512_bf16"))
 
@@ -52,7 +52,7 @@ def load() -> Engine:
     if portable is None:
         return Engine(None, "the engine was not compiled: install a C++ compiler, then install the package again")
     try:
-        # The engine's OpenMP calls bind to the runtime that torch has brought into the process: there is no second.
+        # The engine's OpenMP calls bind to the runtime that torch has brought into the process. It loads no other.
         library = ctypes.CDLL(str(portable))
         library.tob_widest_build.restype = ctypes.c_char_p
         runnable = BUILDS[BUILDS.index(library.tob_widest_build().decode()) :]

@@ -1,4 +1,4 @@
-"""The places of queries and keys as the CPU engine takes them.
+"""The positions of queries and keys in the form that the CPU engine takes.
 
 A sequence with contiguous positions has a start; other positions are tensors.
 """
@@ -23,7 +23,7 @@ class Placed(NamedTuple):
     Attributes:
         sequences: five int64 for each sequence: first query row, first key row, number of queries, number of keys, and
             the first query's position counted from the first key.
-        query_positions, key_positions: (L,) or (B, L) contiguous int32; None where the sequences tell.
+        query_positions, key_positions: (L,) or (B, L) contiguous int32; None where `sequences` has all positions.
     """
 
     sequences: "array[int]"
@@ -35,7 +35,7 @@ def placed(problem: Problem) -> Placed:
     """Places the sequences of a problem whose tensors are on the CPU.
 
     Raises:
-        ValueError: positions are out of `table`'s range, or spread wider than 32-bit arithmetic can tell even when gaps
+        ValueError: positions are out of `table`'s range, or spread too wide for 32-bit arithmetic even after gaps
             beyond the table and the window are shortened.
     """
     if problem.cu_seqlens_q is not None:
@@ -85,7 +85,7 @@ def _narrowed(problem: Problem) -> tuple[Tensor, Tensor]:
 
 
 def _reach(problem: Problem) -> int:
-    """The distance from offset 0, to either side, from which on bias and mask do not change any more."""
+    """The distance from offset 0, to either side, beyond which bias and mask stay the same."""
     limits = [x for x in (problem.min_offset, problem.max_offset) if abs(x) != table.UNLIMITED]
     if problem.bias is not None:
         limits += [-problem.bias_origin, problem.bias.shape[-1] - 1 - problem.bias_origin]
@@ -101,7 +101,7 @@ def _moved_together(queries: Tensor, keys: Tensor, reach: int) -> tuple[Tensor, 
     if spread >= LARGEST_SPREAD:
         raise ValueError(
             f"`query_positions` and `key_positions` must lie within {LARGEST_SPREAD} of each other for backend 'cpp', "
-            f"gaps beyond the table and the window left aside, got positions {spread} apart; backend 'reference' has "
+            f"not counting gaps beyond the table and the window, got positions {spread} apart; backend 'reference' has "
             "no such limit"
         )
     near_queries, near_keys = places[point_of].split([queries.numel(), keys.numel()])

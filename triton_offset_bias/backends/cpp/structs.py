@@ -13,7 +13,7 @@ from triton_offset_bias import table
 from triton_offset_bias.backends.cpp.positions import LARGEST_SPREAD
 from triton_offset_bias.backends.limits import MAX_HEAD_DIM, MAX_LENGTH
 
-# Declarations as in C: a type, which is a letter of Python's `struct` or the name of a struct above, and its fields.
+# Declarations as in C: a type, then its fields. A type is a letter of Python's `struct`, or the name of a struct above.
 STRUCTS = {
     "tob_tensor": "P data, q stride_b stride_h stride_l stride_d",
     "tob_sequence": "q first_query first_key len_q len_k query_start",
@@ -26,7 +26,7 @@ STRUCTS = {
         "q has_dropout, Q seed, I largest_dropped, d kept_scale"
     ),
 }
-FUNCTIONS = {"tob_forward": 4, "tob_backward": 9}  # their arguments: every one is an address, or the bytes of a struct
+FUNCTIONS = {"tob_forward": 4, "tob_backward": 9}  # numbers of arguments, each an address or the bytes of a struct
 DTYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
 ERROR_MEMORY = 1
 NUMBERS = {
@@ -63,7 +63,7 @@ class LayoutEntry(ctypes.Structure):
 
 
 def layout() -> list[str]:
-    """The layout that an engine has to have, one line for each fact."""
+    """The layout that an engine must have, one line for each fact."""
     lines = []
     for name in STRUCTS:
         fields = _fields(name)
@@ -88,6 +88,6 @@ def layout_of(engine: ctypes.CDLL) -> list[str]:
 
 
 def difference(engine: ctypes.CDLL) -> str | None:
-    """The first line where an engine's layout is not this package's, for people."""
+    """Says, for people, where an engine's layout first differs from this package's; None if they are equal."""
     pairs = itertools.zip_longest(layout_of(engine), layout(), fillvalue="nothing")
     return next((f"it has {got!r} where {expected!r} was expected" for got, expected in pairs if got != expected), None)

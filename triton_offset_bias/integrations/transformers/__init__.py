@@ -1,4 +1,4 @@
-"""Hugging Face transformers, 5.15 or newer: its models with a relative position bias, in O(L) memory.
+"""Runs models of Hugging Face transformers (5.15 or newer) that have a relative position bias, in O(L) memory.
 
 from triton_offset_bias.integrations.transformers import enable_offset_bias
 

@@ -1,6 +1,6 @@
-"""ALiBi in BLOOM, MPT and Falcon.
+"""BLOOM, MPT and Falcon have ALiBi.
 
-These models add slope times the key's position. For the softmax of a row this equals minus slope times the offset.
+They add slope times the key's position to a score. For the softmax of a row this equals minus slope times the offset.
 """
 
 from collections.abc import Sequence
@@ -19,16 +19,16 @@ from triton_offset_bias.modules.alibi import alibi_slopes
 
 
 def unserved_reason(config: PretrainedConfig) -> str | None:
-    """Why a model of this configuration is not served; None if it is."""
+    """The reason why a model of this configuration is not served; None if it is served."""
     if config.model_type == "falcon" and not config.alibi:
-        return "alibi=False: rotary positions are no bias per offset, and Falcon's own attention is as good for them"
+        return "alibi=False: rotary positions are no bias per offset, and Falcon's own attention serves them as well"
     if config.model_type == "bloom" and config.slow_but_exact and config.pretraining_tp > 1:
         return "slow_but_exact=True and pretraining_tp > 1: its sliced output projection is not reproduced"
     return None
 
 
 def _penalties(slopes: Tensor, num_keys: int) -> Tensor:
-    """(heads, num_keys): minus slope times offset, for the offsets from 0 on that causal attention has."""
+    """Minus slope times offset, for the offsets from 0 on that causal attention has: (heads, num_keys)."""
     return -slopes[:, None] * torch.arange(num_keys, device=slopes.device)
 
 
@@ -95,7 +95,7 @@ class OffsetBiasMptAttention(MaskedAttention, MptAttention):
 
         Args:
             hidden_states: (B, Lq, hidden_size).
-            position_bias: (heads, 1, max_seq_len): slope times key position, 0 for the last.
+            position_bias: (heads, 1, max_seq_len), slope times key position, counted so that the last position is 0.
             cache: the cache that keys and values are added to.
             attention_mask: (B, keys) bool of `key_mask`.
             past_key_values: the name of `cache` in older versions.
@@ -132,7 +132,7 @@ class OffsetBiasMptAttention(MaskedAttention, MptAttention):
 
 
 class OffsetBiasMptBlock(Replacement, MptBlock):
-    """MPT's block, which alone is told whether attention weights are asked for."""
+    """MPT's block. In MPT only the block is told whether attention weights are asked for."""
 
     def forward(
         self,
@@ -150,7 +150,7 @@ class OffsetBiasMptBlock(Replacement, MptBlock):
 
 
 class OffsetBiasFalconAttention(MaskedAttention, FalconAttention):
-    """Falcon's attention with ALiBi, as its `sdpa` implementation has it: the `eager` one adds ALiBi twice."""
+    """Falcon's attention with ALiBi, as in its `sdpa` implementation. Its `eager` implementation adds ALiBi twice."""
 
     def forward(
         self,
@@ -164,7 +164,7 @@ class OffsetBiasFalconAttention(MaskedAttention, FalconAttention):
         position_embeddings: Sequence[Tensor] | None = None,
         **kwargs: object,
     ) -> tuple[Tensor, None]:
-        """Attends with ALiBi, whose slopes are rounded to bfloat16. Falcon scales it by the factor of the products.
+        """Attends with ALiBi, whose slopes are rounded to bfloat16. Falcon multiplies ALiBi by the scale, too.
 
         Args:
             hidden_states: (B, Lq, hidden_size).

@@ -28,7 +28,7 @@ class MaskedAttention(ReplacedAttention):
 
         Args:
             query: (B, Hq, Lq, D).
-            key: (B, Hkv, Lk, D). A causal mask may be shorter than Lk; the keys after it do not exist yet.
+            key: (B, Hkv, Lk, D). A causal mask may be shorter than Lk. The keys beyond its end do not exist yet.
             value: (B, Hkv, Lk, Dv).
             bias: the table, or None.
             mask: what `padding_of` takes.
@@ -43,7 +43,7 @@ class MaskedAttention(ReplacedAttention):
             key, value = key[:, :, : padding.shape[1]], value[:, :, : padding.shape[1]]
         if padding is not None and padding.dtype != torch.bool:
             key_positions, padding = padding, padding > 0
-            # A padded query has the number of the last attended token before it.
+            # The number of a padded query is that of the last attended token before it.
             query_positions = padding.cumsum(-1)[:, -query.shape[2] :]
         return self.attention(
             query,
@@ -63,7 +63,7 @@ class MaskedAttention(ReplacedAttention):
 
 
 def refuse_attentions(output_attentions: object) -> None:
-    """Raises NotImplementedError if attention weights are asked for: they are never stored."""
+    """Raises NotImplementedError if attention weights are asked for, because they are never stored."""
     if output_attentions:
         raise NotImplementedError(
             "`output_attentions` must be False: offset-bias attention never stores attention weights; "

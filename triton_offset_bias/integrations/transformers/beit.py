@@ -1,4 +1,4 @@
-"""BEiT: the window is the whole image, and a class token has numbers of its own."""
+"""BEiT's window is the whole image, and its class token has numbers of its own."""
 
 from typing import NamedTuple
 
@@ -14,16 +14,16 @@ from triton_offset_bias.integrations.transformers.windows import places_of
 
 
 def unserved_reason(config: PretrainedConfig) -> str | None:
-    """Why a model of this configuration is not served; None if it is."""
+    """The reason why a model of this configuration is not served; None if it is served."""
     if config.use_relative_position_bias or config.use_shared_relative_position_bias:
         return None
     return "use_relative_position_bias=False and use_shared_relative_position_bias=False: it has no bias"
 
 
 class WindowBias(NamedTuple):
-    """A table and the places of all tokens, the class token first, in place of BEiT's dense bias.
+    """A table and the positions of all tokens, the class token first. It takes the place of BEiT's dense bias.
 
-    It is a tuple, so that code that moves or looks for tensors finds the tensors in it.
+    It is a tuple, so that code which moves or collects tensors finds the tensors in it.
 
     Attributes:
         table: (H, offsets).
@@ -50,9 +50,9 @@ class WindowBias(NamedTuple):
 class OffsetBiasBeitRelativePositionBias(Replacement, BeitRelativePositionBias):
     """BEiT's bias.
 
-    Its table ends with three numbers: class token to patch, patch to class token, and class token to itself. The class
-    token's place makes them the table's lowest, highest and second highest offset. The ends of the table stand for all
-    offsets beyond them.
+    BEiT's table ends with three numbers: class token to patch, patch to class token, and class token to itself. The
+    class token's position gives them the table's lowest, highest and second highest offset. Under "clamp" the ends of
+    the table stand for all offsets beyond them.
     """
 
     def forward(
@@ -61,23 +61,23 @@ class OffsetBiasBeitRelativePositionBias(Replacement, BeitRelativePositionBias):
         """The bias of an image of this many patches.
 
         Args:
-            window_size: rows and columns of patches. For other numbers than the configuration's, the table is
+            window_size: numbers of rows and columns of patches. If they are not the configuration's, the table is
                 interpolated as BEiT does it.
             interpolate_pos_encoding: whether the bias of all pairs is interpolated to `dim_size` tokens.
             dim_size: number of tokens.
 
         Raises:
-            NotImplementedError: the bias of all pairs is to be interpolated, to another number of tokens.
+            NotImplementedError: the bias of all pairs would have to be interpolated to another number of tokens.
         """
         height, width = window_size
         if interpolate_pos_encoding and dim_size != height * width + 1:
             raise NotImplementedError(
                 f"`interpolate_pos_encoding` must be False for {height} x {width} patches and {dim_size} tokens: "
-                "a bias interpolated from pair to pair is not served"
+                "a bias that is interpolated for each pair is not served"
             )
         table = self.relative_position_bias_table.T
         patches, (from_class, to_class, within_class) = table[:, :-3], table[:, -3:].split(1, dim=1)
-        # Width before height is BEiT's own order, which its interpolation depends on.
+        # BEiT has width before height here. Its interpolation depends on this order.
         rows, columns = (2 * size - 1 for size in reversed(self.window_size))
         patches = patches.unflatten(1, (rows, columns)).unsqueeze(0)
         patches = functional.interpolate(patches, size=(2 * height - 1, 2 * width - 1), mode="bilinear")

@@ -1,4 +1,4 @@
-"""`enable_offset_bias` turns a model's attention into this package's; `disable_offset_bias` turns it back."""
+"""`enable_offset_bias` makes a model attend through this package, and `disable_offset_bias` undoes it."""
 
 import copy
 from importlib import import_module
@@ -44,14 +44,14 @@ def enable_offset_bias(model: PreTrainedModel, backend: str = "auto") -> None:
     keys) tensor of biases, scores or masks is built, except for the masks of Swin's shifted windows and of LongT5's
     blocks, which the models themselves make. Parameters, `state_dict` and saved files stay as they are.
 
-    Three results differ. A query whose every key is padding gets 0 from attention, not an average over the padding.
-    Regions of Swin's shifted windows do not see each other at all; Swin weighs them by exp(-100). Falcon equals its
-    default, ``attn_implementation="sdpa"``, since its eager attention adds ALiBi twice. Falcon rounds slope times
-    position to bfloat16; here the slope alone is rounded. Both are equal up to position 256 for slopes that are powers
-    of 2, and approximately equal for others.
+    Three results differ. A query whose keys are all padding gets 0 from attention, not an average over the padding.
+    Regions of Swin's shifted windows do not see each other at all, whereas Swin weighs pairs of different regions by
+    exp(-100). Falcon is compared with its default, ``attn_implementation="sdpa"``, because its eager attention adds
+    ALiBi twice. Falcon rounds slope times position to bfloat16, and this package rounds the slope alone. Both are equal
+    up to position 256 for slopes that are powers of 2, and approximately equal for others.
 
-    The model gets a copy of its configuration, which other models may share. Hooks and wrappers, such as accelerate's,
-    may be on the model before the call, and may come and go afterwards.
+    The model gets its own copy of its configuration, because other models may share the configuration. Hooks and
+    wrappers, such as accelerate's, may be on the model before the call, and may come and go afterwards.
 
     Args:
         model: a model of one of the `SERVED` types, with any head.
@@ -59,9 +59,9 @@ def enable_offset_bias(model: PreTrainedModel, backend: str = "auto") -> None:
 
     Raises:
         TypeError: `model` is no `PreTrainedModel`.
-        ValueError: the model's type is not served, it is enabled already or returns attention weights; or `backend` is
-            unknown.
-        NotImplementedError: the model's type is served, but not with this configuration; or a wrapper around one of its
+        ValueError: the model's type is not served, the model is enabled already or returns attention weights, or
+            `backend` is unknown.
+        NotImplementedError: the model's type is served, but not with this configuration; or a wrapper around one of the
             modules keeps the module's own attention out of reach. Nothing is changed then.
 
     Source:
@@ -98,12 +98,12 @@ def disable_offset_bias(model: PreTrainedModel) -> None:
     for module in model.modules():
         restore(module)
         config = vars(module).get("config")
-        if getattr(config, "_attn_implementation", None) in (PLAIN, TABLE, NUMBERED):  # of a layer that was copied
+        if getattr(config, "_attn_implementation", None) in (PLAIN, TABLE, NUMBERED):  # a copied layer's own copy
             config._attn_implementation = configs[0][1]
 
 
 def _replacements(model: PreTrainedModel) -> dict[type, type[Replacement]]:
-    """The class that each of the model's own classes is replaced by, if the model can be served."""
+    """The replacement of each of the model's own classes. Raises if the model cannot be served."""
     if not isinstance(model, PreTrainedModel):
         raise TypeError(f"`model` must be a transformers.PreTrainedModel, got {type(model).__name__}")
     model_type = model.config.model_type
@@ -131,7 +131,9 @@ def _replaced_modules(
             continue
         reason = unreplaceable_reason(module, cls)
         if reason is not None:
-            raise NotImplementedError(f"`model` has {name!r}, which cannot be made to attend through here: {reason}")
+            raise NotImplementedError(
+                f"`model` has {name!r}, which cannot be made to attend through triton_offset_bias: {reason}"
+            )
         replaced.append((module, cls))
     if not replaced:
         raise NotImplementedError(
@@ -142,7 +144,7 @@ def _replaced_modules(
 
 
 def _own_configs(model: PreTrainedModel) -> list[PretrainedConfig]:
-    """Gives the model copies of its configurations, which name the implementation of attention."""
+    """Gives the model copies of its configurations, which name the implementation of attention; returns the copies."""
     copies: dict[int, PretrainedConfig] = {}
     originals = []
     for module in model.modules():
@@ -150,7 +152,7 @@ def _own_configs(model: PreTrainedModel) -> list[PretrainedConfig]:
         if not isinstance(config, PretrainedConfig):
             continue
         if id(config) not in copies:
-            originals.append(config)  # alive, so that no id is given twice
+            originals.append(config)  # keeps the object alive, so that no other object gets its id
             copies[id(config)] = copy.deepcopy(config)
         module.config = copies[id(config)]
     return list(copies.values())

@@ -1,7 +1,7 @@
-"""Masks of transformers in the form that this package takes: one bool per key, (batch, keys), True = attend.
+"""Masks of transformers' models, in the form that this package takes: one bool per key, (batch, keys), True = attend.
 
-Models call `key_mask` where they would build a (batch, 1, queries, keys) mask. Each layer knows by itself whether it is
-causal.
+Models call `key_mask` where they would build a (batch, 1, queries, keys) mask. The mask does not say whether attention
+is causal, since each layer knows that itself.
 """
 
 from collections.abc import Callable
@@ -12,8 +12,8 @@ from torch import Tensor
 from transformers import AttentionMaskInterface, PretrainedConfig
 from transformers.masking_utils import bidirectional_mask_function, causal_mask_function
 
-# The names under which models find these masks, as `config._attn_implementation`. The tables' name is also the name of
-# an attention function. Transformers refuses to build models from a configuration with one of the other names.
+# The names under which models find these masks, as `config._attn_implementation`. TABLE is also the name of an
+# attention function. transformers refuses to build models from a configuration with one of the other names.
 PLAIN, TABLE, NUMBERED = "offset_bias", "offset_bias_table", "offset_bias_numbered"
 
 
@@ -31,8 +31,7 @@ def key_mask(
 ) -> Tensor | None:
     """The mask of keys that may be attended to, as `transformers.AttentionMaskInterface` asks for it.
 
-    A causal mask has the keys that exist by now, so that its last key is the last query's own. A static cache also has
-    places for later keys; they are cut off.
+    A causal mask ends with the last query's own key. A static cache also has places for later keys, which are cut off.
 
     Returns:
         (batch_size, keys) bool; None if nothing is padded and the attention is not causal.
@@ -50,7 +49,7 @@ def key_mask(
         )
     if attention_mask is not None and attention_mask.dim() != 2:
         raise ValueError(f"`attention_mask` must have shape (batch, keys), got shape {tuple(attention_mask.shape)}")
-    first = int(q_offset) if isinstance(q_offset, Tensor) else q_offset  # a tensor where a static cache is filled
+    first = int(q_offset) if isinstance(q_offset, Tensor) else q_offset  # it is a tensor while a static cache fills up
     num_keys = first + q_length if is_causal else kv_length
     if attention_mask is None:
         return torch.ones(batch_size, num_keys, dtype=torch.bool, device=device) if is_causal else None
@@ -67,13 +66,13 @@ def numbered_key_mask(
 ) -> Tensor | None:
     """`key_mask` for models that number the attended keys of a sequence one after the other.
 
-    With padding at the ends alone, the numbers differ from the places by a shift, which softmax does not see.
+    If padding is only at the ends, the numbers differ from the places by a shift, which softmax does not see.
 
     Returns:
         The mask of `key_mask`, unless some sequence has padding between attended keys. Then (batch_size, keys) int64:
         the attended keys' numbers, from 1 on, and 0 for padding. Given this result as its `attention_mask`, the
-        function returns it again: generation with a static cache makes masks ahead of the model, which takes them for
-        padding masks.
+        function returns it again. This is needed because generation with a static cache makes masks ahead of the model,
+        and the model takes them for padding masks.
 
     Raises:
         NotImplementedError: as `key_mask`.
@@ -84,14 +83,14 @@ def numbered_key_mask(
         return mask
     if attention_mask.shape[1] < mask.shape[1]:
         raise ValueError(
-            f"`attention_mask` must cover all {mask.shape[1]} keys, those in the cache too, "
+            f"`attention_mask` must cover all {mask.shape[1]} keys, also the keys in the cache, "
             f"got shape {tuple(attention_mask.shape)}"
         )
     # In a sequence without gaps, number minus place is the same for all attended keys.
     numbers = mask.cumsum(-1)
     shifts = numbers - 1 - torch.arange(mask.shape[1], device=mask.device)
     has_gaps = (mask & (shifts != -mask.int().argmax(-1, keepdim=True))).any()
-    # Compiled code cannot look at the mask. Numbers are right for every mask.
+    # Compiled code cannot look at the mask. It takes numbers, which are right for every mask.
     return numbers * mask if torch.compiler.is_compiling() or bool(has_gaps) else mask
 
 
@@ -99,13 +98,13 @@ def padding_of(mask: Tensor | None, batch_size: int, is_causal: bool) -> Tensor 
     """The mask per key, (batch_size, keys) bool or numbers, or None, from the mask that reached an attention layer.
 
     Args:
-        mask: from `key_mask` or `numbered_key_mask`, or (batch or 1, 1, 1, keys) as some encoders make it: bool, or
-            0 and the lowest number.
-        batch_size: of the query.
-        is_causal: whether the layer is causal. Then only a mask from `key_mask` is known to be causal too.
+        mask: a result of `key_mask` or of `numbered_key_mask`; or (batch or 1, 1, 1, keys) as some encoders make it,
+            with bools, or with 0 for attended keys and the lowest number for others.
+        batch_size: the batch size of the query.
+        is_causal: whether the layer is causal. Only a mask from `key_mask` is then known to be causal too.
 
     Raises:
-        ValueError: the mask differs between queries, holds something else than attend or not, or holds integers.
+        ValueError: the mask differs between queries, holds other numbers, or has four axes and holds integers.
     """
     if mask is not None and mask.dim() == 2:
         return mask

@@ -1,4 +1,4 @@
-"""MPNet: T5's buckets in an encoder that computes them once for all layers."""
+"""MPNet has T5's buckets, in an encoder that computes the bias once for all layers."""
 
 from torch import Tensor
 from transformers import PretrainedConfig
@@ -8,12 +8,12 @@ from triton_offset_bias.integrations.replacement import Replacement
 from triton_offset_bias.integrations.transformers.attention import MaskedAttention, refuse_attentions
 from triton_offset_bias.modules.t5 import t5_buckets
 
-# MPNet's code does not take them from its configuration.
+# MPNet's code has these numbers as constants, not in its configuration.
 _NUM_BUCKETS, _MAX_DISTANCE = 32, 128
 
 
 def unserved_reason(config: PretrainedConfig) -> None:
-    """No reason (None): every MPNet is served."""
+    """None, because every MPNet is served."""
     return
 
 
@@ -23,7 +23,7 @@ class OffsetBiasMPNetEncoder(Replacement, MPNetEncoder):
     def compute_position_bias(
         self, x: Tensor, position_ids: Tensor | None = None, num_buckets: int = _NUM_BUCKETS
     ) -> Tensor:
-        """(heads, offsets): the bias of every offset from -128 to 128; those beyond share the ends' buckets.
+        """The bias of every offset from -128 to 128, (heads, offsets). Offsets beyond share the buckets of the ends.
 
         Raises:
             NotImplementedError: `position_ids` are given, which the encoder never does.

@@ -1,6 +1,6 @@
 """T5 and its relatives: mT5, UMT5, LongT5 with local attention, Switch Transformers, Pop2Piano.
 
-Their layers look up a bucket's number for every pair: the first layer computes a (1, heads, queries, keys)
+Their layers look up a bucket's number for every pair. The first layer computes a (1, heads, queries, keys)
 `position_bias` and hands it to the others. Here the same argument carries the table, (heads, offsets), which has one
 column per offset up to `relative_attention_max_distance`. All offsets beyond share a bucket, so the table's ends stand
 for them. A table without columns stands for no bias, as in cross-attention.
@@ -23,7 +23,7 @@ from triton_offset_bias.modules.t5 import t5_buckets
 
 
 def unserved_reason(config: PretrainedConfig) -> str | None:
-    """Why a model of this configuration is not served; None if it is."""
+    """The reason why a model of this configuration is not served; None if it is served."""
     if getattr(config, "encoder_attention_type", "local") != "local":
         return (
             f"encoder_attention_type={config.encoder_attention_type!r}: the bias towards global tokens depends on "
@@ -33,7 +33,7 @@ def unserved_reason(config: PretrainedConfig) -> str | None:
 
 
 class _BucketTable(MaskedAttention):
-    """An attention layer of the family: it may have an embedding of buckets, which gives its table."""
+    """An attention layer of the family. It may have an embedding of buckets, which gives its table."""
 
     is_decoder: bool
     n_heads: int
@@ -48,7 +48,10 @@ class _BucketTable(MaskedAttention):
         return 0 if self.is_decoder else self.relative_attention_max_distance
 
     def table(self, device: torch.device) -> Tensor:
-        """The table (heads, offsets): offsets from -max_distance (decoders: 0) to max_distance; none without a bias."""
+        """The table of offsets from -max_distance (decoders: 0) to max_distance, (heads, offsets).
+
+        A layer without a bias has a table without columns.
+        """
         if not self.has_relative_attention_bias:
             return torch.empty(self.n_heads, 0, device=device)
         buckets = t5_buckets(
@@ -63,7 +66,7 @@ class _BucketTable(MaskedAttention):
 
 
 class _TableAttention(_BucketTable):
-    """Self- and cross-attention, whose own `forward` comes to `attend_with_table` by the `AttentionInterface`."""
+    """Self- and cross-attention whose own `forward` calls `attend_with_table` through the `AttentionInterface`."""
 
     config: PretrainedConfig
     is_causal: bool
@@ -74,7 +77,7 @@ class _TableAttention(_BucketTable):
         """The table in place of the dense bias.
 
         Raises:
-            RuntimeError: the model was told to attend in another way since it was enabled.
+            RuntimeError: the model's `attn_implementation` was changed after it was enabled.
         """
         self._check_implementation()
         return self.table(self.relative_attention_bias.weight.device if device is None else device)
@@ -88,7 +91,7 @@ class _TableAttention(_BucketTable):
 
 
 class _SharedTableAttention(_TableAttention):
-    """A layer that is handed the first layer's table."""
+    """A layer that gets the first layer's table."""
 
     def forward(
         self,
@@ -99,7 +102,7 @@ class _SharedTableAttention(_TableAttention):
         *args: object,
         **kwargs: object,
     ) -> tuple[Tensor, Tensor, None]:
-        """Calls the layer's own `forward` with a table, since without one it would build a dense bias of zeros."""
+        """Calls the layer's own `forward` with a table. Without a table it would build a dense bias of zeros."""
         self._check_implementation()
         position_bias = self.table(hidden_states.device) if position_bias is None else position_bias
         return super().forward(hidden_states, mask, key_value_states, position_bias, *args, **kwargs)  # type: ignore[misc]
@@ -124,7 +127,7 @@ def attend_with_table(
         module: the layer.
         query, key, value: (B, H, Lq, D), (B, H, Lk, D), (B, H, Lk, D).
         attention_mask: what `padding_of` takes.
-        scaling: factor on the products, 1 in this family.
+        scaling: factor on the dot products, which is 1 in this family.
         dropout: probability of dropping a weight.
         position_bias: the table of `module` or of the first layer. A table without columns means no bias.
         output_attentions: must be False.
@@ -138,14 +141,14 @@ def attend_with_table(
     """
     if not isinstance(module, _TableAttention):
         raise TypeError(
-            f"`config` must not be that of a model that enable_offset_bias was called with, got it in a new "
+            "`config` must not come from a model that enable_offset_bias was called with, got one that does in a new "
             f"{type(module).__name__}: build the model with attn_implementation='eager'"
         )
     refuse_attentions(output_attentions)
     if position_bias is not None and position_bias.dim() != 2:
         raise ValueError(
             f"`position_bias` must be a table, (heads, offsets), got shape {tuple(position_bias.shape)}: "
-            "call disable_offset_bias(model) to hand a dense bias over"
+            "call disable_offset_bias(model) before passing a dense bias"
         )
     bias = position_bias if position_bias is not None and position_bias.shape[1] else None
     out = module.attend(
@@ -172,7 +175,7 @@ class OffsetBiasMT5Attention(_SharedTableAttention, MT5Attention):
 
 
 class OffsetBiasUMT5Attention(_TableAttention, UMT5Attention):
-    """UMT5's attention: every layer has a table of its own, cross-attention has none."""
+    """UMT5's attention. Every self-attention layer has a table of its own. Cross-attention has none."""
 
     def forward(
         self,
@@ -188,7 +191,7 @@ class OffsetBiasUMT5Attention(_TableAttention, UMT5Attention):
         Args:
             hidden_states: (B, Lq, d_model).
             encoder_hidden_states: (B, Lk, d_model) in cross-attention, else None.
-            cache: the cache that keys and values are added to, in cross-attention once.
+            cache: the cache that keys and values are added to. Cross-attention adds them once.
             attention_mask: what `padding_of` takes.
             past_key_values: the name of `cache` in older versions.
 
@@ -206,7 +209,7 @@ class OffsetBiasUMT5Attention(_TableAttention, UMT5Attention):
         return self.o(out), None
 
     def _encoded(self, encoder_hidden_states: Tensor, cache: Cache | None) -> tuple[Tensor, Tensor]:
-        """Keys and values of the encoder, (B, H, Lk, D) each, from the cache if it has them."""
+        """Keys and values of the encoder's states, (B, H, Lk, D) each. They come from the cache if it has them."""
         own_cache = cache.cross_attention_cache if isinstance(cache, EncoderDecoderCache) else cache
         if isinstance(cache, EncoderDecoderCache) and cache.is_updated.get(self.layer_idx):
             layer = cache.cross_attention_cache.layers[self.layer_idx]
@@ -236,7 +239,7 @@ class OffsetBiasPop2PianoAttention(_SharedTableAttention, Pop2PianoAttention):
 
 
 class OffsetBiasLongT5LocalAttention(_BucketTable, LongT5LocalAttention):
-    """The attention of LongT5's encoder: blocks and their mask, which amount to a window of `local_radius`."""
+    """The attention of LongT5's encoder. Its blocks and their mask amount to a window of `local_radius` keys a side."""
 
     def forward(
         self,
@@ -249,8 +252,8 @@ class OffsetBiasLongT5LocalAttention(_BucketTable, LongT5LocalAttention):
 
         Args:
             hidden_states: (B, L, d_model).
-            mask: (B, 1, blocks, block_len, 3 * block_len) bool as the model makes it of its padding mask, or None.
-            position_bias: the table, from the first layer on.
+            mask: (B, 1, blocks, block_len, 3 * block_len) bool, which the model makes of its padding mask, or None.
+            position_bias: the table; None in the first layer.
             output_attentions: must be False.
 
         Returns:

@@ -1,7 +1,7 @@
-"""Windows of images: Swin and Swin V2.
+"""Swin and Swin V2 attend within windows of an image.
 
-A patch's place is one integer, row * (2 * width - 1) + column. The difference of two places tells how many rows and
-columns the patches are apart. The models' tables are in the order of these differences.
+A patch's position is one integer, row * (2 * width - 1) + column. The difference of two positions tells how many rows
+and columns the patches are apart. The models' tables are in the order of these differences.
 """
 
 import math
@@ -18,12 +18,12 @@ from triton_offset_bias.integrations.transformers.attention import refuse_attent
 
 
 def unserved_reason(config: PretrainedConfig) -> None:
-    """No reason (None): every Swin is served."""
+    """None, because every Swin is served."""
     return
 
 
 def places_of(height: int, width: int, device: torch.device) -> Tensor:
-    """The place of every patch, (height * width,) int64."""
+    """The position of every patch, (height * width,) int64."""
     rows, columns = torch.arange(height, device=device), torch.arange(width, device=device)
     return (rows[:, None] * (2 * width - 1) + columns).flatten()
 
@@ -37,15 +37,15 @@ def _attend_in_windows(
     scale: float,
     dropout_p: float,
 ) -> Tensor:
-    """Attention within windows, each token within its region.
+    """Attends within windows. A token attends only to its own region of the window.
 
     Args:
         module: the layer.
         states: query, key and value, each (B * windows, H, tokens, D).
-        table: (H, offsets), the offset 0 in its middle.
+        table: (H, offsets), with offset 0 in the middle.
         window_size: height and width of a window, whose product is the number of tokens.
         mask: (windows, tokens, tokens), 0 within a region and negative between regions of a shifted window; or None.
-        scale: factor on the products.
+        scale: factor on the dot products.
         dropout_p: probability of dropping a weight.
 
     Returns:
@@ -55,7 +55,7 @@ def _attend_in_windows(
     reach = table.shape[-1] // 2
     places = places_of(*window_size, query.device)
     if mask is not None:
-        # A region is called after its first token. Regions so far apart are out of each other's window of attention.
+        # A region's number is the index of its first token. Regions lie further apart than `window_size` reaches.
         regions = (mask == 0).int().argmax(-1)
         places = (places + regions * table.shape[-1]).repeat(query.shape[0] // mask.shape[0], 1)
     return module.attention(
@@ -72,7 +72,7 @@ def _attend_in_windows(
 
 
 class OffsetBiasSwinRelativePositionBias(Replacement, SwinRelativePositionBias):
-    """Swin's bias, a module of its own so that hooks on it have its parameter at hand."""
+    """Swin's bias. It stays a module of its own, so that hooks on it can bring its parameter to the device."""
 
     def forward(self) -> Tensor:
         """The table, (H, offsets)."""
@@ -117,7 +117,7 @@ class OffsetBiasSwinAttention(ReplacedAttention, SwinAttention):
 
 
 class OffsetBiasSwinv2SelfAttention(ReplacedAttention, Swinv2SelfAttention):
-    """Swin V2's attention: cosines times a learned scale per head, plus a bias that a small network computes."""
+    """Swin V2's attention. A score is a cosine times a learned scale of the head, plus a bias from a small network."""
 
     def forward(
         self, hidden_states: Tensor, attention_mask: Tensor | None = None, output_attentions: bool | None = False
