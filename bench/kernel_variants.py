@@ -120,7 +120,7 @@ class Variant:
     def form(self) -> str:
         """The changes in words."""
         named = {"IS_PACKED": "packed", "HAS_POSITIONS": "positions", "DROPOUT_ROUNDS": "dropout"}
-        named = {**named, "HAS_MASK": "ragged, masked"}
+        named = {**named, "HAS_MASK": "ragged, masked", "HAS_LENGTHS": "lengths"}
         return ", ".join(word for constant, word in named.items() if self.changes.get(constant)) or "even"
 
     @property
@@ -154,6 +154,7 @@ class Variant:
             HAS_MASK=False,
             HAS_POSITIONS=False,
             IS_PACKED=False,
+            HAS_LENGTHS=False,
             DROPOUT_ROUNDS=0,
             SPLIT_LSE=self.dtype == torch.float32,
             USE_ASM=self.device.backend == "cuda",
@@ -181,6 +182,7 @@ class Variant:
                 key_mask="*u8" if form.HAS_MASK else "constexpr",
                 **dict.fromkeys(("query_positions", "key_positions"), "*i64" if form.HAS_POSITIONS else "constexpr"),
                 **dict.fromkeys(("cu_seqlens_q", "cu_seqlens_k"), "*i32" if form.IS_PACKED else "constexpr"),
+                key_lengths="*i32" if form.HAS_LENGTHS else "constexpr",
                 seed="*i64" if form.DROPOUT_ROUNDS else "constexpr",
             ),
             "outputs": Outputs(tensor, "*fp32", "*fp32", "*fp32"),

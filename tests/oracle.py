@@ -31,18 +31,29 @@ class Results:
 
 
 def pair_offsets(
-    len_q: int, len_k: int, query_start: int | None, query_positions: Tensor | None, key_positions: Tensor | None
+    len_q: int,
+    len_k: int,
+    query_start: int | None,
+    query_positions: Tensor | None,
+    key_positions: Tensor | None,
+    key_lengths: Tensor | None = None,
 ) -> Tensor:
     """The offset of every pair, (1 or B, Lq, Lk) int64."""
     if query_positions is None:
-        query_positions = torch.arange(len_q) + (len_k - len_q if query_start is None else query_start)
+        lengths = torch.tensor([len_k]) if key_lengths is None else key_lengths.long()
+        starts = lengths[:, None] - len_q if query_start is None else query_start
+        query_positions = torch.arange(len_q) + starts
         key_positions = torch.arange(len_k)
     offsets = query_positions.long()[..., :, None] - key_positions.long()[..., None, :]
     return offsets if offsets.dim() == 3 else offsets.unsqueeze(0)
 
 
 def attended_pairs(
-    offsets: Tensor, is_causal: bool, window_size: tuple[int, int], key_padding_mask: Tensor | None
+    offsets: Tensor,
+    is_causal: bool,
+    window_size: tuple[int, int],
+    key_padding_mask: Tensor | None,
+    key_lengths: Tensor | None = None,
 ) -> Tensor:
     """True for pairs that are attended to, (1 or B, Lq, Lk) bool."""
     attended = torch.ones_like(offsets, dtype=torch.bool)
@@ -53,6 +64,8 @@ def attended_pairs(
         attended &= offsets <= left
     if right != -1:
         attended &= offsets >= -right
+    if key_lengths is not None:
+        attended &= torch.arange(offsets.shape[2]) < key_lengths[:, None, None]
     return attended if key_padding_mask is None else attended & key_padding_mask[:, None, :]
 
 
@@ -75,6 +88,7 @@ def oracle(
     key_padding_mask: Tensor | None = None,
     query_positions: Tensor | None = None,
     key_positions: Tensor | None = None,
+    key_lengths: Tensor | None = None,
     factors: Tensor | None = None,
 ) -> Results:
     """The results in `dtype`; the gradients as well when `dout` is given. `factors` is dropout's Z, (B, H, Lq, Lk)."""
@@ -82,8 +96,8 @@ def oracle(
     group = q.shape[1] // max(k.shape[1], 1) if enable_gqa else 1
     q, k, v = (x.to(dtype) for x in (q, k, v))
     k, v = (x.repeat_interleave(group, dim=1) for x in (k, v))
-    offsets = pair_offsets(q.shape[2], k.shape[2], query_start, query_positions, key_positions)
-    attended = attended_pairs(offsets, is_causal, window_size, key_padding_mask).unsqueeze(1)
+    offsets = pair_offsets(q.shape[2], k.shape[2], query_start, query_positions, key_positions, key_lengths)
+    attended = attended_pairs(offsets, is_causal, window_size, key_padding_mask, key_lengths).unsqueeze(1)
     scores = scale * (q @ k.mT)
     table = None if bias is None else _Table(bias, offsets, bias_origin, beyond, q.shape[:2])
     if table is not None:

@@ -62,6 +62,7 @@ CALLS = {
         **{"query_positions": torch.randint(0, 30, (2, 17)), "key_positions": torch.randint(0, 30, (2, 23))},
         beyond="zero",
     ),
+    "lengths": lambda dtype: _arguments(17, 23, dtype, key_lengths=torch.tensor([23, 9])),
     "one query": lambda dtype: _arguments(1, 45, dtype, bias=torch.randn(41)),
     "packed": _packed,
 }
@@ -214,6 +215,7 @@ def _oracles(arguments: dict) -> tuple[dict, dict, Tensor]:
         ({"row_sum": torch.zeros(2, 4, 9).half()}, "`row_sum` must be torch.float32 where `query` is torch.float32"),
         ({"dlse": torch.zeros(1, 4, 9)}, "`dlse` must have shape (2, 4, 9), got shape (1, 4, 9)"),
         ({"value": torch.zeros(2, 2, 9, 24)}, "`value` must have `key`'s length 11"),
+        ({"key_lengths": torch.tensor([5, -1, 3])}, "`key_lengths` must have shape (2,), got shape (3,)"),
         ({"max_seqlen_k": 12}, "the lengths that this graph was traced for, 9 and 12, got 9 and 11"),
     ],
     ids=lambda x: next(iter(x)) if isinstance(x, dict) else "",

@@ -9,6 +9,7 @@ from triton_offset_bias import offset_bias_attention
 EMPTY_ROWS = {
     "causal, the first queries before every key": {"query_start": -4, "is_causal": True},
     "a sequence whose keys are all padding": {"key_padding_mask": torch.tensor([[False] * 9, [True] * 9])},
+    "a sequence with fewer keys than queries, one with none": {"key_lengths": torch.tensor([5, 0]), "is_causal": True},
     "a window that ends before the last keys": {"query_start": 6, "window_size": (2, -1)},
 }
 

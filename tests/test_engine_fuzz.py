@@ -117,10 +117,14 @@ def tables(draw, batch: int, heads: int) -> Tensor | None:
 
 @st.composite
 def placements(draw, batch: int, len_q: int, len_k: int) -> dict:
-    """The places of queries and keys: a start, position tensors, or neither."""
-    kind = draw(st.sampled_from(["default", "start", "positions"]))
+    """The places of queries and keys: a start, position tensors, lengths, or none of them."""
+    kind = draw(st.sampled_from(["default", "start", "positions", "lengths"]))
     if kind == "default":
         return {}
+    if kind == "lengths":
+        return {
+            "key_lengths": torch.randint(0, len_k + 1, (batch,)).to(draw(st.sampled_from([torch.int32, torch.int64])))
+        }
     if kind == "start":
         return {"query_start": draw(st.one_of(st.integers(-60, 60), FAR))}
     positions = {}

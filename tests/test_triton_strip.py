@@ -48,7 +48,7 @@ def _problem(len_q, len_k, columns, options):
     q, k = torch.randn(1, 2, len_q, 8), torch.randn(1, 2, len_k, 8)
     bias = None if columns is None else torch.randn(2, columns)
     query_start = options.get("query_start")
-    masks = {"key_padding_mask": None, "query_positions": None, "key_positions": None}
+    masks = dict.fromkeys(("key_padding_mask", "query_positions", "key_positions", "key_lengths"))
     chosen = {**DEFAULTS, **{name: x for name, x in options.items() if name != "query_start"}}
     return checked_attention(q, k, k, bias, query_start=query_start, **masks, options=chosen)
 

@@ -21,6 +21,7 @@ class _PaddedOptions(_SharedOptions, total=False):
     key_padding_mask: Tensor | None
     query_positions: Tensor | None
     key_positions: Tensor | None
+    key_lengths: Tensor | None
 
 
 @overload
@@ -55,6 +56,7 @@ def offset_bias_attention(
     key_padding_mask: Tensor | None = None,
     query_positions: Tensor | None = None,
     key_positions: Tensor | None = None,
+    key_lengths: Tensor | None = None,
     deterministic: bool | None = None,
     return_lse: bool = False,
     backend: str = "auto",
@@ -94,6 +96,11 @@ def offset_bias_attention(
             engine skips such tiles if the positions are contiguous. For contiguous positions, pass ``query_start``
             instead.
         key_positions: (Lk,) or (B, Lk) integers.
+        key_lengths: (B,) int32 or int64, from 0 to Lk. Sequence b attends to its first ``key_lengths[b]`` keys alone,
+            and its last query lies on the last of them, as with flash-attn's ``cache_seqlens``. Other keys and values
+            may hold any numbers, NaN included; their gradients are 0. A GPU call does not wait for the lengths: a
+            length out of range counts as the nearest one in range. ``beyond="error"`` is judged as if every sequence
+            had Lk keys. Not with `query_start` or positions.
         deterministic: whether repeated runs give bitwise equal gradients. None follows
             ``torch.are_deterministic_algorithms_enabled()``. The CPU engine is always deterministic. On a GPU,
             determinism costs two more matrix products in the backward pass. Without it the table's gradient may
@@ -127,6 +134,7 @@ def offset_bias_attention(
         key_padding_mask=key_padding_mask,
         query_positions=query_positions,
         key_positions=key_positions,
+        key_lengths=key_lengths,
         options={
             "dropout_p": dropout_p,
             "is_causal": is_causal,

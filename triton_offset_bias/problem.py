@@ -19,6 +19,9 @@ class Problem(NamedTuple):
     With `cu_seqlens_q` and `cu_seqlens_k` the sequences are packed along the length, and the tensors' batch size is 1.
     The last query of each sequence lies on its last key, whatever `query_start` says. Only a `bias` may have a batch
     axis then.
+
+    With `key_lengths` each sequence has its first so many keys, its last query on the last of them. `query_start` is
+    then the start of a sequence that has all keys.
     """
 
     query: Tensor
@@ -28,6 +31,7 @@ class Problem(NamedTuple):
     key_padding_mask: Tensor | None
     query_positions: Tensor | None
     key_positions: Tensor | None
+    key_lengths: Tensor | None  # (B,), not yet compared with the number of keys
     cu_seqlens_q: Tensor | None  # (sequences + 1,)
     cu_seqlens_k: Tensor | None
     seed: Tensor | None  # () int64, selects the dropped weights; None without dropout

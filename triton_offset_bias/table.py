@@ -57,7 +57,7 @@ def dense_bias(bias: Tensor, offsets: Tensor, origin: int, beyond: str) -> Tenso
         batch, len_q, len_k = offsets.shape
         rows = bias.expand(batch, *bias.shape[1:])
         index = columns.reshape(batch, 1, len_q * len_k).expand(-1, bias.shape[1], -1)
-        dense = rows.gather(-1, index).unflatten(-1, (len_q, len_k))
+        dense = rows.gather(-1, index).view(batch, bias.shape[1], len_q, len_k)
         inside = inside.unsqueeze(1)
     return dense.where(inside, 0.0) if beyond == "zero" else dense
 

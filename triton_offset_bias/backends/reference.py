@@ -79,6 +79,9 @@ def _attention(problem: Problem, sequence: int = 0) -> tuple[Tensor, Tensor]:
     query = problem.query.to(compute)  # (B, Hq, Lq, D)
     key = problem.key.to(compute).repeat_interleave(groups, dim=1)  # (B, Hq, Lk, D)
     value = problem.value.to(compute).repeat_interleave(groups, dim=1)  # (B, Hq, Lk, Dv)
+    if problem.key_lengths is not None:  # what lies beyond may be anything, also NaN
+        beyond = ~_existing(problem)[:, None, :, None]
+        key, value = key.masked_fill(beyond, 0.0), value.masked_fill(beyond, 0.0)
 
     offsets = _offsets(problem)  # (Lq, Lk) or (B, Lq, Lk)
     attended = _attended(problem, offsets)  # broadcasts to (B, Hq, Lq, Lk)
@@ -111,7 +114,16 @@ def _offsets(problem: Problem) -> Tensor:
     if problem.query_positions is not None and problem.key_positions is not None:
         return table.dense_offsets(problem.query_positions.long(), problem.key_positions.long())
     query_positions = torch.arange(problem.query.shape[2], device=device) + problem.query_start
+    if problem.key_lengths is not None:
+        missing = problem.key.shape[2] - _existing(problem).sum(-1, keepdim=True)
+        query_positions = query_positions - missing  # (B, Lq)
     return table.dense_offsets(query_positions, torch.arange(problem.key.shape[2], device=device))
+
+
+def _existing(problem: Problem) -> Tensor:
+    """True for each sequence's first `key_lengths` keys, (B, Lk)."""
+    assert problem.key_lengths is not None
+    return torch.arange(problem.key.shape[2], device=problem.key.device) < problem.key_lengths.unsqueeze(-1)
 
 
 def _attended(problem: Problem, offsets: Tensor) -> Tensor:
@@ -119,4 +131,6 @@ def _attended(problem: Problem, offsets: Tensor) -> Tensor:
     attended = (attended if attended.dim() == 3 else attended.unsqueeze(0)).unsqueeze(1)  # (1 or B, 1, Lq, Lk)
     if problem.key_padding_mask is not None:
         attended = attended & problem.key_padding_mask[:, None, None, :]
+    if problem.key_lengths is not None:
+        attended = attended & _existing(problem)[:, None, None, :]
     return attended

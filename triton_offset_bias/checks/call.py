@@ -52,6 +52,7 @@ def checked_attention(
     key_padding_mask: Tensor | None,
     query_positions: Tensor | None,
     key_positions: Tensor | None,
+    key_lengths: Tensor | None,
     options: Options,
 ) -> Problem:
     """Checks every argument of `offset_bias_attention` and fills in the defaults.
@@ -60,14 +61,15 @@ def checked_attention(
         TypeError: an argument has the wrong type or dtype.
         ValueError: an argument has the wrong shape, device or value.
     """
-    masks = (key_padding_mask, query_positions, key_positions)
+    masks = (key_padding_mask, query_positions, key_positions, key_lengths)
     check_padded(query, key, value, bias, *masks, enable_gqa=options["enable_gqa"])
     len_q, len_k = query.shape[2], key.shape[2]
-    if query_positions is not None and query_start is not None:
-        raise ValueError(
-            "`query_start` must be None when positions are given, since these already place the queries, "
-            f"got {query_start!r}"
-        )
+    for name, others in (("positions", query_positions), ("`key_lengths`", key_lengths)):
+        if others is not None and query_start is not None:
+            raise ValueError(
+                f"`query_start` must be None when {name} are given, since these already place the queries, "
+                f"got {query_start!r}"
+            )
     problem = _checked_problem(
         query=query,
         key=key,
@@ -76,6 +78,7 @@ def checked_attention(
         key_padding_mask=key_padding_mask,
         query_positions=query_positions,
         key_positions=key_positions,
+        key_lengths=key_lengths,
         query_start=len_k - len_q if query_start is None else checked_int("query_start", query_start),
         max_seqlen_q=len_q,
         max_seqlen_k=len_k,
@@ -137,6 +140,7 @@ def _checked_problem(
     key_padding_mask: Tensor | None = None,
     query_positions: Tensor | None = None,
     key_positions: Tensor | None = None,
+    key_lengths: Tensor | None = None,
     cu_seqlens_q: Tensor | None = None,
     cu_seqlens_k: Tensor | None = None,
     query_start: int,
@@ -157,6 +161,7 @@ def _checked_problem(
         key_padding_mask=key_padding_mask,
         query_positions=query_positions,
         key_positions=key_positions,
+        key_lengths=key_lengths,
         cu_seqlens_q=cu_seqlens_q,
         cu_seqlens_k=cu_seqlens_k,
         seed=dropout.new_seed(query.device) if dropout_p > 0.0 else None,
@@ -189,10 +194,13 @@ def _is_castable(tensor: Tensor) -> bool:
 
 
 def _check_reach_of_lengths(problem: Problem) -> None:
-    """Checks `beyond="error"` if lengths alone decide the attended offsets. With masks or positions the data decide."""
-    if problem.beyond != "error" or problem.bias is None:
+    """Checks `beyond="error"` where the tensors' lengths decide: without positions, and with no mask or `key_lengths`.
+
+    `key_lengths` are data that nobody waits for. A sequence with all keys, none of them masked, stands for all.
+    """
+    if problem.beyond != "error" or problem.bias is None or problem.query_positions is not None:
         return
-    if problem.query_positions is not None or problem.key_padding_mask is not None:
+    if problem.key_padding_mask is not None and problem.key_lengths is None:
         return
     if problem.query.numel() == 0 or problem.key.numel() == 0:
         return

@@ -1,7 +1,7 @@
 """Checks inside the operators: numbers in tensors, which tracing does not see, and tensors that a graph may get wrong.
 
 On a GPU, reading a number waits for the device. Only `beyond="error"`, which a user chooses, reads numbers there. The
-bounds `cu_seqlens_q` and `cu_seqlens_k` are not read on a GPU, as in flash-attn.
+lengths `key_lengths` and the bounds `cu_seqlens_q` and `cu_seqlens_k` are not read on a GPU, as in flash-attn.
 """
 
 import itertools
@@ -16,10 +16,13 @@ from triton_offset_bias.problem import Problem
 
 
 def check_data(problem: Problem) -> None:
-    """Raises for tensors that do not fit, for wrong bounds, and for offsets that `beyond="error"` forbids."""
+    """Raises for tensors that do not fit, wrong lengths or bounds, and offsets that `beyond="error"` forbids."""
     check_fit(problem)
-    if problem.cu_seqlens_q is not None and problem.query.device.type == "cpu":
-        sequences(problem)
+    if problem.query.device.type == "cpu":
+        if problem.cu_seqlens_q is not None:
+            sequences(problem)
+        elif problem.key_lengths is not None and not torch.compiler.is_compiling():  # tracing sees no values
+            checked_key_lengths(problem)
     if problem.beyond != "error" or problem.bias is None or not problem.query.numel() or not problem.key.numel():
         return
     extremes = _attended_extremes(problem)
@@ -37,6 +40,7 @@ def check_fit(problem: Problem) -> None:
         problem.key_padding_mask,
         problem.query_positions,
         problem.key_positions,
+        problem.key_lengths,
         enable_gqa=True,
         num_sequences=problem.num_sequences,
     )
@@ -82,6 +86,19 @@ def sequences(problem: Problem) -> list[tuple[int, int, int, int]]:
     return [(q, k, q_end - q, k_end - k) for (q, q_end), (k, k_end) in ranges]
 
 
+def checked_key_lengths(problem: Problem) -> list[int]:
+    """The number of keys of every sequence of a problem with `key_lengths`."""
+    assert problem.key_lengths is not None
+    lengths: list[int] = problem.key_lengths.tolist()
+    for sequence, length in enumerate(lengths):
+        if not 0 <= length <= problem.key.shape[2]:
+            raise ValueError(
+                f"`key_lengths` must be between 0 and `key`'s length {problem.key.shape[2]}, "
+                f"got {length} for sequence {sequence}"
+            )
+    return lengths
+
+
 def _bounds(letter: str, cu_seqlens: Tensor, packed_name: str, packed: Tensor, max_seqlen: int) -> list[int]:
     name, total = f"cu_seqlens_{letter}", packed.shape[2]
     bounds = cu_seqlens.tolist()
@@ -110,6 +127,6 @@ def _attended_extremes(problem: Problem) -> tuple[int, int] | None:
         return table.attended_extremes_of_positions(
             problem.query_positions.long(), problem.key_positions.long(), problem.key_padding_mask, *limits
         )
-    if problem.key_padding_mask is None:
+    if problem.key_padding_mask is None or problem.key_lengths is not None:
         return None
     return table.attended_extremes(problem.key_padding_mask, problem.query.shape[2], problem.query_start, *limits)

@@ -17,6 +17,7 @@ def check_padded(
     key_padding_mask: Tensor | None,
     query_positions: Tensor | None,
     key_positions: Tensor | None,
+    key_lengths: Tensor | None,
     *,
     enable_gqa: bool,
     num_sequences: int | None = None,
@@ -37,6 +38,13 @@ def check_padded(
     if key_padding_mask is not None:
         _check_key_padding_mask(key_padding_mask, query, batch, len_k)
     _check_positions(query, query_positions, key_positions, batch, len_q, len_k)
+    if key_lengths is not None:
+        _check_key_lengths(key_lengths, query, batch)
+        if query_positions is not None:
+            raise ValueError(
+                "`key_lengths` must be None when positions are given, since these already place the queries, "
+                f"got shape {shape(key_lengths)}"
+            )
 
 
 def check_tensors(query: Tensor, key: Tensor, value: Tensor, layout: str, axes: int) -> None:
@@ -132,6 +140,16 @@ def _check_positions(
             )
         if positions.dim() == 2 and positions.shape[0] != batch:
             raise ValueError(f"`{name}` must have batch size {batch}, got shape {shape(positions)}")
+
+
+def _check_key_lengths(key_lengths: Tensor, query: Tensor, batch: int) -> None:
+    """Raises unless `key_lengths` is a (batch,) tensor of integers."""
+    check_tensor("key_lengths", key_lengths)
+    if key_lengths.dtype not in (torch.int32, torch.int64):
+        raise TypeError(f"`key_lengths` must be int32 or int64, got {key_lengths.dtype}")
+    _check_device("key_lengths", key_lengths, query)
+    if key_lengths.dim() != 1 or key_lengths.shape[0] != batch:
+        raise ValueError(f"`key_lengths` must have shape ({batch},), got shape {shape(key_lengths)}")
 
 
 def check_bounds(name: str, cu_seqlens: Tensor, query: Tensor) -> None:

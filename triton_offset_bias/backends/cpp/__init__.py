@@ -84,6 +84,9 @@ def backward(
         *(call.tensor(dquery), call.tensor(dkey), call.tensor(dvalue), _address(dbias)),
     )
     _check_status(status)
+    for gradient in (dkey, dvalue):
+        if gradient is not None and problem.key_lengths is not None:
+            call.clear_beyond(gradient)
     return None if dbias is None else call.fold(dbias)
 
 
@@ -97,12 +100,12 @@ class _Call:
         placed = positions.placed(problem)
         self.bias, bias_first = self._clamped_table()
         mask = problem.key_padding_mask
-        mask = None if mask is None else mask.contiguous()
-        self._alive = placed, mask
+        mask = None if mask is None else mask[:, : placed.longest_k].contiguous()
+        self._placed, self._mask = placed, mask
         is_dropping = problem.seed is not None
         self.problem = structs.PROBLEM.pack(
             *(structs.DTYPES[query.dtype], _num_threads(), problem.num_sequences, heads_q, key.shape[1]),
-            *(problem.max_seqlen_q, problem.max_seqlen_k, query.shape[3], value.shape[3]),
+            *(problem.max_seqlen_q, placed.longest_k, query.shape[3], value.shape[3]),
             *(problem.min_offset, problem.max_offset, problem.scale),
             *(*self._tensor(query), *self._tensor(key), *self._tensor(value)),
             placed.sequences.buffer_info()[0],
@@ -137,6 +140,11 @@ class _Call:
             return 0, 0, 0, 0, 0
         batch, *strides = tensor.stride()
         return tensor.data_ptr(), 0 if self._source.cu_seqlens_q is not None else batch, *strides
+
+    def clear_beyond(self, gradient: Tensor) -> None:
+        """Sets the gradients of keys or values beyond each sequence's last key to 0, which the engine passes over."""
+        for sequence, length in zip(gradient, self._placed.sequences[3::5], strict=True):
+            sequence[:, length:].zero_()
 
     def fold(self, dbias: Tensor) -> Tensor:
         """The gradient of the caller's table, made from the gradient of the engine's table."""

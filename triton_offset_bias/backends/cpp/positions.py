@@ -5,13 +5,14 @@ A sequence with contiguous positions has a start; other positions are tensors.
 
 import itertools
 from array import array
+from collections.abc import Iterable
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from triton_offset_bias import table
-from triton_offset_bias.checks.data import sequences
+from triton_offset_bias.checks.data import checked_key_lengths, sequences
 from triton_offset_bias.problem import Problem
 
 LARGEST_SPREAD = 2**29
@@ -23,10 +24,12 @@ class Placed(NamedTuple):
     Attributes:
         sequences: five int64 for each sequence: first query row, first key row, number of queries, number of keys, and
             the first query's position counted from the first key.
+        longest_k: the number of keys of the longest sequence, or more.
         query_positions, key_positions: (L,) or (B, L) contiguous int32; None where `sequences` has all positions.
     """
 
     sequences: "array[int]"
+    longest_k: int
     query_positions: Tensor | None
     key_positions: Tensor | None
 
@@ -38,17 +41,25 @@ def placed(problem: Problem) -> Placed:
         ValueError: positions are out of `table`'s range, or spread too wide for 32-bit arithmetic even after gaps
             beyond the table and the window are shortened.
     """
+    len_q, len_k = problem.max_seqlen_q, problem.max_seqlen_k
     if problem.cu_seqlens_q is not None:
-        packed = ((*rows, rows[3] - rows[2]) for rows in sequences(problem))
-        return Placed(array("q", itertools.chain.from_iterable(packed)), None, None)
-    alike = array("q", (0, 0, problem.max_seqlen_q, problem.max_seqlen_k, problem.query_start)) * problem.num_sequences
+        return Placed(_last_on_last(sequences(problem)), len_k, None, None)
+    if problem.key_lengths is not None:
+        lengths = checked_key_lengths(problem)
+        return Placed(_last_on_last((0, 0, len_q, length) for length in lengths), max(1, *lengths), None, None)
+    alike = array("q", (0, 0, len_q, len_k, problem.query_start)) * problem.num_sequences
     if problem.query_positions is None:
-        return Placed(alike, None, None)
+        return Placed(alike, len_k, None, None)
     starts = _contiguous_starts(problem)
     if starts is None:
-        return Placed(alike, *_narrowed(problem))
+        return Placed(alike, len_k, *_narrowed(problem))
     alike[4::5] = array("q", starts)
-    return Placed(alike, None, None)
+    return Placed(alike, len_k, None, None)
+
+
+def _last_on_last(rows: Iterable[tuple[int, int, int, int]]) -> "array[int]":
+    """Sequences from the first four of their numbers: the last query of each lies on its last key."""
+    return array("q", itertools.chain.from_iterable((*row, row[3] - row[2]) for row in rows))
 
 
 def _contiguous_starts(problem: Problem) -> list[int] | None:

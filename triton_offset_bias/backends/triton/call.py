@@ -68,6 +68,7 @@ class Call:
             key_positions=_contiguous(problem.key_positions),
             cu_seqlens_q=_contiguous(problem.cu_seqlens_q),
             cu_seqlens_k=_contiguous(problem.cu_seqlens_k),
+            key_lengths=_contiguous(problem.key_lengths),
             seed=problem.seed,
         )
 
@@ -110,6 +111,7 @@ class Call:
             HAS_MASK=problem.key_padding_mask is not None,
             HAS_POSITIONS=problem.query_positions is not None,
             IS_PACKED=self.is_packed,
+            HAS_LENGTHS=problem.key_lengths is not None,
             DROPOUT_ROUNDS=0 if problem.seed is None else dropout.ROUNDS,
             SPLIT_LSE=query.dtype == torch.float32,
             USE_ASM=self.target.backend == "cuda",

@@ -52,9 +52,11 @@ def run_kernel(
 
 
 def _loops(arguments: dict[str, Any], others: str) -> Loops:
-    """The loops, with REST where tiles leave a rest. Packed sequences may: the host does not know their lengths."""
+    """The loops, with REST where tiles may leave a rest, as in sequences whose lengths the host does not know."""
     block = arguments["BLOCK"] if "BLOCK" in arguments else arguments[{"len_q": "BLOCK_M", "len_k": "BLOCK_N"}[others]]
-    has_rest = arguments["FORM"].IS_PACKED.value or getattr(arguments["sizes"], others) % block != 0
+    form = arguments["FORM"]
+    is_unknown = form.IS_PACKED.value or (form.HAS_LENGTHS.value and others == "len_k")
+    has_rest = is_unknown or getattr(arguments["sizes"], others) % block != 0
     return arguments["LOOPS"]._replace(REST=tl.constexpr(has_rest))
 
 

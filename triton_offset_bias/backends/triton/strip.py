@@ -73,7 +73,7 @@ class Strip:
     def may_leave_rows_empty(self) -> bool:
         """Whether some query may have no key to attend to. Values of -inf in the table are not considered."""
         problem, bounds = self._problem, self.bounds
-        tensors = (problem.key_padding_mask, problem.query_positions, problem.cu_seqlens_q)
+        tensors = (problem.key_padding_mask, problem.query_positions, problem.cu_seqlens_q, problem.key_lengths)
         if any(x is not None for x in tensors):
             return True
         return bounds.band_lo > 0 or bounds.band_hi < problem.query.shape[2] - problem.key.shape[2]

@@ -22,6 +22,7 @@ class Inputs(NamedTuple):
     key_positions: Any = None  # (N,) or (B, N)
     cu_seqlens_q: Any = None  # (B + 1,)
     cu_seqlens_k: Any = None  # (B + 1,)
+    key_lengths: Any = None  # (B,)
     seed: Any = None  # () int64
 
 
@@ -82,8 +83,8 @@ class Sizes(NamedTuple):
 class Bounds(NamedTuple):
     """Ranges of offsets.
 
-    Offsets count from the first query and key. For packed sequences, and where tensors give the positions, they count
-    as the caller's do.
+    Offsets count from the first query and key; with HAS_LENGTHS, from those of a sequence that has all keys. For packed
+    sequences, and where tensors give the positions, they count as the caller's do.
     """
 
     zero: Any  # the strip's column of offset 0
@@ -105,6 +106,7 @@ class Form(NamedTuple):
     HAS_MASK: Any
     HAS_POSITIONS: Any
     IS_PACKED: Any
+    HAS_LENGTHS: Any  # whether every sequence has its own number of keys, its last query on the last of them
     DROPOUT_ROUNDS: Any  # of Philox; 0 without dropout
     SPLIT_LSE: Any  # whether a row's log of the sum is kept apart from its maximum
     USE_ASM: Any  # whether the bias is loaded by inline assembly

@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 
 from triton_offset_bias.backends.triton.kernels.arguments import Dropping
-from triton_offset_bias.backends.triton.kernels.blocks import sequence_rows
+from triton_offset_bias.backends.triton.kernels.blocks import first_position, sequence_keys, sequence_rows
 from triton_offset_bias.backends.triton.kernels.scores import (
     dropout_factors,
     kept_keys,
@@ -34,8 +34,9 @@ def dbias_kernel(
 ):  # fmt: skip
     """One diagonal of tiles of one row of the table: the sums along its diagonals, in a fixed order.
 
-    The tiles lie `distance` blocks from the strip's offset 0; distances count from first_distance. The tiles of packed
-    sequences begin up to BLOCK - 1 rows above the first query, so that one distance is one diagonal in all of them.
+    The tiles lie `distance` blocks from the strip's offset 0; distances count from first_distance. Where sequences
+    have lengths of their own, tiles begin up to BLOCK - 1 rows above the first query, so that one distance is one
+    diagonal in all of them.
     parts, (bias_batch, bias_heads, num_distances, 2, BLOCK): first the sums of the BLOCK offsets before the diagonal's,
     then the sums of the BLOCK offsets from the diagonal's on.
     """
@@ -52,11 +53,10 @@ def dbias_kernel(
     for index in range(0, batch // bias_batch):
         b = (first_b + index).to(tl.int64)
         first_q, seq_q = sequence_rows(inputs.cu_seqlens_q, b, sizes.len_q, sizes.rows_q, FORM.IS_PACKED)
-        first_k, seq_k = sequence_rows(inputs.cu_seqlens_k, b, sizes.len_k, sizes.rows_k, FORM.IS_PACKED)
-        first = 0  # position of the first query
+        first_k, seq_k = sequence_keys(inputs, b, sizes, FORM)
+        first = first_position(seq_q, seq_k, sizes, FORM)
         first_row = b * sizes.num_heads * sizes.rows_q
         if FORM.IS_PACKED:
-            first = seq_k - seq_q
             first_row = first_q
         above = (first % BLOCK + BLOCK) % BLOCK  # rows that the first tile begins above the first query
         blocks = distance - (first - above) // BLOCK  # that the tiles lie from the sequence's first one

@@ -98,6 +98,7 @@ def dkey_dvalue_kernel(
     len_q, len_k = sequence.len_q, sequence.len_k
     if FORM.IS_PACKED:
         first_row = sequence.first_q
+    if FORM.IS_PACKED or FORM.HAS_LENGTHS:
         len_q = tl.where(start_n < len_k, len_q, 0)
     k_ptr = inputs.k + (b * k_strides.b + head_kv.h * k_strides.h + sequence.first_k * k_strides.row)
     v_ptr = inputs.v + (b * v_strides.b + head_kv.h * v_strides.h + sequence.first_k * v_strides.row)
@@ -107,7 +108,7 @@ def dkey_dvalue_kernel(
     v_ptrs = tile_ptrs(v_ptr, offs_n, v_strides.row, v_strides.d, FORM.BLOCK_DV)
     k = load_tile(k_ptrs, offs_n, len_k, False, FORM.HEAD_DIM, FORM.BLOCK_D)  # (BLOCK_N, BLOCK_D)
     v = load_tile(v_ptrs, offs_n, len_k, False, FORM.HEAD_DIM_V, FORM.BLOCK_DV)  # (BLOCK_N, BLOCK_DV)
-    keep = kept_keys(of_sequence(inputs.key_mask, b * len_k, FORM.HAS_MASK), offs_n, len_k, FORM.HAS_MASK)
+    keep = kept_keys(of_sequence(inputs.key_mask, b * sizes.len_k, FORM.HAS_MASK), offs_n, len_k, FORM.HAS_MASK)
     positions_ptr = of_sequence(inputs.query_positions, b * shared_strides.query_positions_b, FORM.HAS_POSITIONS)
     rows = -tl.arange(0, BLOCK_N).to(tl.int64)
     if FORM.HAS_POSITIONS:
@@ -132,6 +133,10 @@ def dkey_dvalue_kernel(
                     FORM, BLOCK_M, BLOCK_N, (FAR_RIGHT, NEAR, FAR_LEFT, REST)[index],
                 )  # fmt: skip
 
+    if FORM.HAS_LENGTHS:  # what lies beyond has the gradient 0
+        exists = (offs_n < len_k)[:, None]
+        dk, dv = tl.where(exists, dk, 0.0), tl.where(exists, dv, 0.0)
+        len_k = sizes.len_k
     if HAS_DK:
         dk_ptr += b * dk_strides.b + head_kv.h * dk_strides.h + sequence.first_k * dk_strides.row
         dk_ptrs = tile_ptrs(dk_ptr, offs_n, dk_strides.row, dk_strides.d, FORM.BLOCK_D)

@@ -145,8 +145,9 @@ def dquery_kernel(
         positions_ptr = inputs.query_positions + head.b * shared_strides.query_positions_b
         rows = position_rows(positions_ptr, offs_m, sequence.len_q)
     keys = key_tiles(
-        inputs, sequence, len_k, head.b, head.h // sizes.group, offs_n, k_strides, v_strides, shared_strides, FORM
-    )
+        inputs, sizes, sequence, len_k, head.b, head.h // sizes.group,
+        offs_n, k_strides, v_strides, shared_strides, FORM,
+    )  # fmt: skip
     q_ptrs = tile_ptrs(q_ptr, offs_m, q_strides.row, q_strides.d, FORM.BLOCK_D)
     dout_ptrs = tile_ptrs(dout_ptr, offs_m, dout_strides.row, dout_strides.d, FORM.BLOCK_DV)
     q = load_tile(q_ptrs, offs_m, sequence.len_q, False, FORM.HEAD_DIM, FORM.BLOCK_D)  # (BLOCK, BLOCK_D)

@@ -48,12 +48,35 @@ def head_of(index, num_heads):
 
 @triton.jit
 def sequence_of(inputs, b, sizes, bounds, FORM: tl.constexpr):
-    """Sequence b of the call. The last query of a packed sequence lies on its last key."""
+    """Sequence b of the call, its bounds counted from its first query and key."""
     first_q, len_q = sequence_rows(inputs.cu_seqlens_q, b, sizes.len_q, sizes.rows_q, FORM.IS_PACKED)
-    first_k, len_k = sequence_rows(inputs.cu_seqlens_k, b, sizes.len_k, sizes.rows_k, FORM.IS_PACKED)
-    if FORM.IS_PACKED:
-        bounds = counted_from(len_k - len_q, bounds)
+    first_k, len_k = sequence_keys(inputs, b, sizes, FORM)
+    if FORM.IS_PACKED or FORM.HAS_LENGTHS:
+        bounds = counted_from(first_position(len_q, len_k, sizes, FORM), bounds)
     return Sequence(first_q, len_q, first_k, len_k, bounds)
+
+
+@triton.jit
+def first_position(len_q, len_k, sizes, FORM: tl.constexpr):
+    """The position of a sequence's first query where offsets count as those of `Bounds`, and its first key's is 0.
+
+    The last query of a sequence with a length of its own lies on its last key.
+    """
+    if FORM.IS_PACKED:
+        return len_k - len_q
+    elif FORM.HAS_LENGTHS:
+        return len_k - sizes.len_k
+    else:
+        return 0
+
+
+@triton.jit
+def sequence_keys(inputs, b, sizes, FORM: tl.constexpr):
+    """The first key of sequence b, and its number of keys."""
+    first, length = sequence_rows(inputs.cu_seqlens_k, b, sizes.len_k, sizes.rows_k, FORM.IS_PACKED)
+    if FORM.HAS_LENGTHS:  # unchecked
+        length = tl.minimum(tl.maximum(tl.load(inputs.key_lengths + b), 0), sizes.len_k).to(tl.int32)
+    return first, length
 
 
 @triton.jit

@@ -40,7 +40,9 @@ def decode_kernel(
     part_rows = ((split * batch + b) * sizes.num_heads + h) * sizes.len_q + offs_m
     sequence = sequence_of(inputs, b, sizes, bounds, FORM)
     offs_n = tl.arange(0, BLOCK_N)
-    keys = key_tiles(inputs, sequence, sequence.len_k, b, head_kv.h, offs_n, k_strides, v_strides, shared_strides, FORM)
+    keys = key_tiles(
+        inputs, sizes, sequence, sequence.len_k, b, head_kv.h, offs_n, k_strides, v_strides, shared_strides, FORM
+    )
     scoring = scoring_of(inputs, b, h, shared_strides, sequence.bounds, scale_log2, FORM)  # of each row
     rows = offs_m.to(tl.int64)
     if FORM.HAS_POSITIONS:

@@ -114,8 +114,9 @@ def forward_kernel(
         len_k = tl.where(start_m < sequence.len_q, len_k, 0)
     q_ptr = inputs.q + (head.b * q_strides.b + head.h * q_strides.h + sequence.first_q * q_strides.row)
     keys = key_tiles(
-        inputs, sequence, len_k, head.b, head.h // sizes.group, offs_n, k_strides, v_strides, shared_strides, FORM
-    )
+        inputs, sizes, sequence, len_k, head.b, head.h // sizes.group,
+        offs_n, k_strides, v_strides, shared_strides, FORM,
+    )  # fmt: skip
     scoring = scoring_of(inputs, head.b, head.h, shared_strides, sequence.bounds, scale_log2, FORM)
     rows = tl.arange(0, BLOCK_M).to(tl.int64)
     if FORM.HAS_POSITIONS:

@@ -188,7 +188,7 @@ def slope_weights(stats, FORM: tl.constexpr):
 
 @triton.jit
 def key_tiles(
-    inputs, sequence, length, b, h_kv, offs_n, k_strides, v_strides, shared_strides, FORM: tl.constexpr
+    inputs, sizes, sequence, length, b, h_kv, offs_n, k_strides, v_strides, shared_strides, FORM: tl.constexpr
 ):  # fmt: skip
     """The first `length` keys of a sequence and key head; the first tile has the keys `offs_n`."""
     k_ptr = inputs.k + (b * k_strides.b + h_kv * k_strides.h + sequence.first_k * k_strides.row)
@@ -198,7 +198,7 @@ def key_tiles(
         tile_ptrs(v_ptr, offs_n, v_strides.row, v_strides.d, FORM.BLOCK_DV),
         k_strides.row,
         v_strides.row,
-        of_sequence(inputs.key_mask, b * length, FORM.HAS_MASK),
+        of_sequence(inputs.key_mask, b * sizes.len_k, FORM.HAS_MASK),
         of_sequence(inputs.key_positions, b * shared_strides.key_positions_b, FORM.HAS_POSITIONS),
         length,
     )
