@@ -72,7 +72,7 @@ def make_parser() -> argparse.ArgumentParser:
     ):
         parser.add_argument(f"--{name}", nargs="+", choices=choices, metavar="NAME", help=f"{what} (names below)")
     parser.add_argument("--rounds", type=_count, help=f"rounds of each case and mode (default {ROUNDS})")
-    parser.add_argument("--limit", type=float, help=f"begin no round after so many seconds (default {LIMIT:g})")
+    parser.add_argument("--limit", type=float, help=f"seconds after which no round begins (default {LIMIT:g})")
     parser.add_argument("--threads", type=_count, default=1, help="threads of every provider (default 1)")
     parser.add_argument(
         "--device",
@@ -80,8 +80,12 @@ def make_parser() -> argparse.ArgumentParser:
         default=_device("cpu"),
         help="cpu, cuda or cuda:N: where the tensors are (default cpu)",
     )
-    parser.add_argument("--quick", action="store_true", help="about a minute: few cases, few rounds, nothing compiled")
-    parser.add_argument("--check", action="store_true", help="also print the table of what must be reached")
+    parser.add_argument(
+        "--quick", action="store_true", help="take about a minute: few cases, few rounds, nothing compiled"
+    )
+    parser.add_argument(
+        "--check", action="store_true", help="also print which figures must be reached, and whether they are"
+    )
     parser.add_argument("--output", type=Path, help="the CSV to write (default bench/out/DEVICE.csv)")
     parser.add_argument("--append", action="store_true", help="keep the rows of the CSV that are not measured again")
     return parser

@@ -162,7 +162,7 @@ SUITES = {
         "growth of the peak memory by one step, in a fresh process",
         _with_causal("h8_l2048", "h8_l4096", "h8_l8192"),
         (BOTH,),
-        ("ours", "sdpa_no_bias", "sdpa_strided"),  # of the dense ones the leanest
+        ("ours", "sdpa_no_bias", "sdpa_strided"),  # sdpa_strided takes the least memory of the dense providers
     ),
     "gpu": Suite(
         "time and rate of floating point operations on a GPU, over lengths, head dims, masks and clamps",

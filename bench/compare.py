@@ -1,4 +1,4 @@
-"""``python -m bench.compare OLD.csv NEW.csv``: the ratios of times between two runs on the same machine."""
+"""``python -m bench.compare OLD.csv NEW.csv`` prints the ratios of times between two runs on the same machine."""
 
 import argparse
 from pathlib import Path
@@ -13,8 +13,8 @@ KEY = ["case", "provider", "mode", "device"]
 def main(arguments: list[str] | None = None) -> None:
     """Prints the ratios of the times, new over old. Fails if one of this package's is above the tolerance."""
     parser = argparse.ArgumentParser("python -m bench.compare", description=__doc__)
-    parser.add_argument("old", type=Path)
-    parser.add_argument("new", type=Path)
+    parser.add_argument("old", type=Path, help="CSV of the earlier run")
+    parser.add_argument("new", type=Path, help="CSV of the later run")
     parser.add_argument("--tolerance", type=float, default=1.1, help="largest ratio of ours that passes (default 1.1)")
     options = parser.parse_args(arguments)
     table = ratios(read_results(options.old), read_results(options.new))

@@ -28,7 +28,9 @@ def main(arguments: list[str] | None = None) -> None:
     """Compiles, prints the table, and compares it with the budget."""
     parser = argparse.ArgumentParser("python -m bench.compile_kernels", description=__doc__)
     parser.add_argument("--target", nargs="+", choices=TARGETS, default=list(TARGETS), help="default: all")
-    parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="processes at work (default: all cores)")
+    parser.add_argument(
+        "--jobs", type=int, default=os.cpu_count(), help="processes at work (default: one for each core)"
+    )
     parser.add_argument(
         "--update", action="store_true", help="write these targets' budget instead of comparing with it"
     )

@@ -25,8 +25,8 @@ from bench.steps import make_step
 WARM_UP_LENGTH = 64
 # Copies of all B*H*M*N numbers that a dense provider may hold at once in a training step; an upper bound.
 DENSE_COPIES = 6
-# With these settings the C library gives freed memory back to the system at once. Memory of the warm-up would otherwise
-# be used again unseen.
+# With these settings the C library gives freed memory back to the system at once. Otherwise a step would reuse memory
+# of the warm-up, and its growth would look too small.
 ALLOCATOR = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "0"}
 
 
@@ -70,7 +70,7 @@ def _growth_here(case: Case, provider_name: str, mode: str) -> int:
     state = step.before()
     gc.collect()
     ctypes.CDLL(None).malloc_trim(0)
-    Path("/proc/self/clear_refs").write_text("5")  # the peak is the present again
+    Path("/proc/self/clear_refs").write_text("5")  # resets the peak to the present memory
     before = _status_bytes("VmRSS")
     result = step.timed(state)
     growth = _status_bytes("VmHWM") - before

@@ -1,4 +1,4 @@
-"""Plots of a CSV of the benchmark, from nothing but the CSV: ``python -m bench.plots FILE``."""
+"""Draws the plots of the benchmark from a CSV, and from nothing else: ``python -m bench.plots FILE``."""
 
 import argparse
 from pathlib import Path
@@ -46,7 +46,13 @@ MODE_COLORS = {FORWARD: OURS, BACKWARD: DENSE, BOTH: ELSE}
 def main() -> None:
     """Writes one PNG for each kind of measurement that the CSV holds."""
     parser = argparse.ArgumentParser("python -m bench.plots", description=__doc__)
-    parser.add_argument("csv", type=Path, nargs="?", default=ROOT / "bench" / "out" / "cpu.csv")
+    parser.add_argument(
+        "csv",
+        type=Path,
+        nargs="?",
+        default=ROOT / "bench" / "out" / "cpu.csv",
+        help="a CSV of `python -m bench` (default: bench/out/cpu.csv)",
+    )
     parser.add_argument("--output", type=Path, help="folder to write the plots into (default: the folder of the CSV)")
     options = parser.parse_args()
     if not options.csv.exists():

@@ -40,7 +40,7 @@ def requirements() -> list[Requirement]:
     """The figures that the CPU engine must reach, in fp32, with one thread except for the speed-up by a second one."""
     no_bias = ("sdpa_no_bias",)
     table = [
-        # what, mode, peers, bound, bound when causal; the ratio of medians is taken to the fastest of the peers
+        # what, mode, peers, bound, bound when causal. The ratio compares the median with that of the fastest peer.
         ("forward vs SDPA + bias[:, index]", FORWARD, ("sdpa_index",), 3.0, 8.0),
         ("forward vs the fastest SDPA + bias", FORWARD, SDPA_WITH_BIAS, None, None),
         ("forward vs SDPA, no bias", FORWARD, no_bias, 1.15, 1.4),

@@ -12,7 +12,7 @@ from bench.cases import BACKWARD, FORWARD, Inputs
 from bench.providers import Provider, Run
 from triton_offset_bias import offset_bias_attention
 
-# With more pairs than these the first head alone is checked: the dense reference would not fit.
+# With more pairs than this only the first head is checked, because the dense reference of all would not fit.
 MOST_PAIRS = 2**28
 # Largest error of an output or gradient, as a fraction of the reference's largest number or of 1 if that is larger.
 TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 5e-2}
@@ -33,7 +33,7 @@ def make_step(provider: Provider, run: Run, inputs: Inputs, mode: str, repeats_b
     """
     arguments = inputs.arguments()
     leaves = _leaves(provider, inputs)
-    # Leaves under no_grad do not do: their views still say that they require a gradient, and SDPA takes its slow path.
+    # Leaves under no_grad would not be enough: their views still require a gradient, and SDPA takes its slow path.
     detached = inputs.detached()
 
     def forward(_: object) -> Tensor:

@@ -115,7 +115,7 @@ def _warm(tasks: dict[str, Task], sample: Sampler, about: str) -> dict[str, Task
         try:
             sample(task)
             warm[name] = task
-        except RuntimeError as error:  # such as that memory is too small for what backward keeps
+        except RuntimeError as error:  # for example because memory is too small for what backward keeps
             if name.startswith("ours"):
                 raise
             tqdm.write(f"{about}: {name} is absent: {str(error).strip().partition(chr(10))[0]}")

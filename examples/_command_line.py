@@ -28,10 +28,10 @@ def example_parser(docstring: str | None, picture: str, numbers: dict[str, Numbe
         quick = "" if number.quick is None else f"; with --quick: {number.quick}"
         add(f"--{name}", type=int, metavar="N", help=f"{number.help} (default: {number.default}{quick})")
     default_device = "cuda" if torch.cuda.is_available() else "cpu"
-    add("--device", choices=("cpu", "cuda"), default=default_device, help="default: cuda if there is one")
+    add("--device", choices=("cpu", "cuda"), default=default_device, help="device (default: cuda if there is one)")
     out = Path(__file__).parent / "out" / picture
-    add("--output", type=Path, default=out, metavar="PNG", help=f"the picture (default: examples/out/{picture})")
-    add("--quick", action="store_true", help="little of everything: checks that all works")
+    add("--output", type=Path, default=out, metavar="PNG", help=f"picture to write (default: examples/out/{picture})")
+    add("--quick", action="store_true", help="train and measure little, to check that everything works")
     return parser
 
 

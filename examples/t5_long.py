@@ -4,9 +4,9 @@
     python examples/t5_long.py --quick    # about half a minute, too short to learn much
 
 The task is span corruption of the source of Python's standard library, a byte a token. At a short length the same model
-trains twice, on its eager attention and on this package, from the same start and on the same text: the losses are the
-same. Then each takes single steps at growing lengths, and trains at the longest, in processes that the operating system
-allows a stated number of bytes above what they hold once the model is built.
+trains twice, on its eager attention and on this package, from the same start and on the same text. The losses are the
+same. Then each model takes single steps at growing lengths, and trains at the longest. It does so in a process whose
+memory the operating system limits to a budget above the memory of the built model.
 """
 
 import argparse
@@ -200,11 +200,12 @@ def parse_args() -> argparse.Namespace:
     add("--length", type=int, default=4096, help="bytes per window of the long training (default: 4096)")
     add("--short-length", type=int, default=256, help="bytes per window of the comparison (default: 256)")
     add("--budget", type=int, default=512, help="MiB that training may take above its model (default: 512)")
-    add("--steps", type=int, help="of each short training (default: 100; with --quick: 6)")
-    add("--long-steps", type=int, help="of the long training (default: 40; with --quick: 3)")
-    add("--seed", type=int, default=0, help="of the initial values and the order of the text (default: 0)")
-    add("--output-dir", type=Path, default=Path(__file__).parent / "out", help="where t5_long.png goes")
-    add("--quick", action="store_true", help="few steps: checks that all works")
+    add("--steps", type=int, help="steps of each short training (default: 100; with --quick: 6)")
+    add("--long-steps", type=int, help="steps of the long training (default: 40; with --quick: 3)")
+    add("--seed", type=int, default=0, help="seed of the initial values and of the order of the text (default: 0)")
+    out = Path(__file__).parent / "out"
+    add("--output-dir", type=Path, default=out, help="folder to write t5_long.png into (default: examples/out)")
+    add("--quick", action="store_true", help="take few steps, to check that everything works")
     args = parser.parse_args()
     args.steps = (6 if args.quick else 100) if args.steps is None else args.steps
     args.long_steps = (3 if args.quick else 40) if args.long_steps is None else args.long_steps

@@ -174,10 +174,10 @@ def parse_args() -> argparse.Namespace:
     add("--batch", type=int, default=1, help="sequences per step (default: 1)")
     add("--width", type=int, default=128, help=f"size of the hidden state, a multiple of {NUM_HEADS} (default: 128)")
     add("--steps", type=int, help="training steps of each run (default: 500; with --quick: 40)")
-    add("--seed", type=int, default=0, help="of the initial values and the order of the text (default: 0)")
-    add("--device", choices=("cpu", "cuda"), default=default_device, help="default: cuda if there is one")
-    add("--output-dir", type=Path, default=out, help="where train_bytes.png goes (default: examples/out)")
-    add("--quick", action="store_true", help="few steps, one sequence length: checks that all works")
+    add("--seed", type=int, default=0, help="seed of the initial values and of the order of the text (default: 0)")
+    add("--device", choices=("cpu", "cuda"), default=default_device, help="device (default: cuda if there is one)")
+    add("--output-dir", type=Path, default=out, help="folder to write train_bytes.png into (default: examples/out)")
+    add("--quick", action="store_true", help="take few steps at one length, to check that everything works")
     args = parser.parse_args()
     if args.steps is None:
         args.steps = 40 if args.quick else 500

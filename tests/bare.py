@@ -22,7 +22,7 @@ OPTIONAL = {
 
 
 class OptionalModule(pytest.Module):
-    """A file of tests that are skipped where an optional library that the file imports is not installed."""
+    """A file of tests that are skipped if an optional library that the file imports is not installed."""
 
     def collect(self) -> Iterable[pytest.Item | pytest.Collector]:
         """The tests; an import that fails for any other reason is an error."""
@@ -37,7 +37,7 @@ class OptionalModule(pytest.Module):
 
 
 def skip_without(*libraries: str) -> pytest.MarkDecorator:
-    """A mark that skips a test where one of the optional libraries is not installed."""
+    """A mark that skips a test if one of the optional libraries is not installed."""
     missing = [name for name in libraries if name in OPTIONAL and not _is_installed(name)]
     return pytest.mark.skipif(bool(missing) and not REQUIRE_ALL, reason=f"{', '.join(missing)} is not installed")
 
@@ -58,7 +58,7 @@ def has_device(device: str) -> bool:
 
 
 def lacking_memory(item: pytest.Item, device: str) -> str:
-    """The reason why a test marked `large_memory(gigabytes)` does not fit into the device's free memory, or ""."""
+    """The reason why a test marked `large_memory(gigabytes)` does not fit into the free memory, or "" if it fits."""
     mark = item.get_closest_marker("large_memory")
     if mark is None or torch.device(device).type != "cuda":
         return ""

@@ -1,4 +1,4 @@
-"""A listed attention call: its tensors, its results on a backend, and the comparison of these with the oracle."""
+"""A listed attention call: its tensors, its results on a backend, and their comparison with the oracle."""
 
 from dataclasses import dataclass, field
 from typing import Any
@@ -75,7 +75,7 @@ def build(case: Case, seed: int = 0) -> Call:
 
 
 def lay_out(x: Tensor, layout: str) -> Tensor:
-    """The values of a (B, H, L, D) tensor in another place in memory ("expanded": its first head for all heads)."""
+    """The values of a (B, H, L, D) tensor in another memory layout ("expanded": its first head for all heads)."""
     if layout == "transposed BLHD":
         return x.transpose(1, 2).contiguous().transpose(1, 2)
     if layout == "slice of a packed qkv":
@@ -124,7 +124,10 @@ DROPOUT_SEED = 11
 
 
 def results_of(call: Call, backend: str) -> Results:
-    """The output, log-sum-exp and every gradient of a call on a backend; deterministic only if the case asks for it."""
+    """The output, log-sum-exp and every gradient of a call on a backend.
+
+    It is deterministic only if the case asks for it.
+    """
     torch.manual_seed(DROPOUT_SEED)
     options = {"deterministic": False, **call.options}  # poisoned memory turns torch's own switch on
     out, lse = offset_bias_attention(call.q, call.k, call.v, call.bias, **options, return_lse=True, backend=backend)

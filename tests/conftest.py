@@ -35,7 +35,7 @@ torch.set_default_device(DEVICE if has_device(DEVICE) else "cpu")
 
 
 def _serves_the_device(name: str) -> bool:
-    """Whether the backend can serve calls here with tensors on the device of the tests."""
+    """Whether the backend can serve calls on this machine with tensors on the device of the tests."""
     backend = BACKENDS[name]
     if backend.unavailable_reasons():
         return False
@@ -89,7 +89,7 @@ def backend(request: pytest.FixtureRequest) -> str:
 
 @pytest.fixture(params=[name for name in AVAILABLE if name != "triton"])
 def precise_backend(request: pytest.FixtureRequest) -> str:
-    """Each backend that serves float64 and rounds as IEEE 754 says; Triton's interpreter cuts bfloat16 numbers off."""
+    """Each backend that serves float64 and rounds as IEEE 754 says. Triton's interpreter truncates bfloat16 numbers."""
     return request.param
 
 
@@ -106,7 +106,7 @@ def _seed() -> None:
 
 @pytest.fixture
 def poisoned_memory():
-    """Fills fresh memory with NaN, so that a result that nobody wrote is seen."""
+    """Fills fresh memory with NaN, so that a test sees a result that nobody wrote."""
     assert torch.utils.deterministic.fill_uninitialized_memory
     torch.use_deterministic_algorithms(True)
     assert torch.empty(3).isnan().all()

@@ -17,7 +17,7 @@ WARNINGS = ("-Wall", "-Wextra", "-Wshadow", "-Werror", "-fsyntax-only")
 
 
 def main() -> None:
-    """Compiles each build as far as its warnings; the exit status is 1 if there is one."""
+    """Compiles each build up to its warnings. The exit status is 1 if there is one."""
     extensions = run_setup(str(ROOT / "setup.py"), stop_after="init").ext_modules
     compiler = os.environ.get("CXX", "c++")
     commands = [[compiler, *extension.extra_compile_args, *WARNINGS, *extension.sources] for extension in extensions]

@@ -115,7 +115,9 @@ def main() -> None:
     """Does what the command line asks for."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", metavar="PATTERN", default="", help="regular expression in a mistake's name or file")
-    parser.add_argument("--jobs", metavar="N", type=int, default=os.cpu_count(), help="mistakes at a time (all cores)")
+    parser.add_argument(
+        "--jobs", metavar="N", type=int, default=os.cpu_count(), help="mistakes at a time (default: one for each core)"
+    )
     parser.add_argument("--list", action="store_true", help="list the mistakes and plant none")
     arguments = parser.parse_args()
     chosen = [

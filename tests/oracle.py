@@ -19,7 +19,7 @@ NAMES = ("out", "lse", "dq", "dk", "dv", "dbias")
 
 @dataclass
 class Results:
-    """Output, log-sum-exp and gradients; `summed` is the sum of |dS| that went into each element of `dbias`."""
+    """Output, log-sum-exp and gradients. `summed` is the sum of |dS| that went into each element of `dbias`."""
 
     out: Tensor
     lse: Tensor

@@ -185,14 +185,14 @@ SERVED = [
 @pytest.mark.usefixtures("poisoned_memory")
 @pytest.mark.parametrize(("backend", "case"), SERVED)
 def test_every_result_is_as_accurate_as_plain_pytorch(backend, case):
-    """Output, log-sum-exp, and the gradients of query, key, value and table."""
+    """The results are the output, the log-sum-exp, and the gradients of query, key, value and table."""
     call = build(case)
     assert_matches_oracle(call, results_of(call, backend))
 
 
 @pytest.mark.parametrize("options", [{}, {"is_causal": True}], ids=str)
 def test_a_float32_tables_gradient_is_right_to_a_hundred_thousandth(backend, options):
-    """The unit is the largest element; offsets lie inside the table and far beyond it."""
+    """The largest element is the unit. Offsets lie inside the table and far beyond it."""
     call = build(Case("float32", (200, 210), (64, 64), columns=61, options=options))
     truth = oracle(call.q, call.k, call.v, call.bias, **options, dout=call.dout).dbias
     error = (results_of(call, backend).dbias.double() - truth).abs().max()
@@ -230,7 +230,7 @@ EDGES = [
 
 @pytest.mark.parametrize("options", EDGES, ids=str)
 def test_no_table_is_a_table_of_zeros_wherever_the_masks_edge_falls_in_a_block(backend, options):
-    """Without a table whole blocks skip the mask: none of them may reach past it, in forward or backward."""
+    """Without a table whole blocks skip the mask. No such block may reach past the mask's edge, forward or backward."""
     call = build(Case("no table", (205, 215), (8, 8), batch=1, heads=(1, 1), bias=None, options=options))
     got = results_of(call, backend)
     call.bias = torch.zeros(1, requires_grad=True)

@@ -1,4 +1,4 @@
-"""The operators as others call them: tensors of any strides, and gradients from parts of the keys."""
+"""The operators as other code calls them: tensors of any strides, and gradients from parts of the keys."""
 
 import itertools
 import random
@@ -86,7 +86,10 @@ def _odd_view(x: Tensor, draw: random.Random) -> Tensor:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("call", CALLS)
 def test_the_operators_take_any_strides(backend, call, dtype):
-    """Bit for bit what contiguous tensors give: the rows' tensors in other memory, then all of them."""
+    """Results equal those of contiguous tensors bit for bit.
+
+    First only the rows' tensors have odd strides, then all do.
+    """
     draw = random.Random(0)
     arguments = _with_rows(CALLS[call](dtype) | {"backend": backend})
     names = [name for name, x in arguments.items() if isinstance(x, Tensor) and x.dim() > 0]
@@ -101,7 +104,7 @@ def test_the_operators_take_any_strides(backend, call, dtype):
 
 @fused
 def test_gradients_whose_memory_is_one_number(backend):
-    """Gradients of a sum have strides 0, in the output and in the log-sum-exp."""
+    """The gradients of a sum have strides 0, for the output and for the log-sum-exp."""
     arguments = _with_rows(CALLS["packed"](torch.float32) | {"backend": backend})
     ones = {name: torch.ones(()).expand(arguments[name].shape) for name in ("dout", "dlse")}
     got = BACKWARD(*_matching(BACKWARD, arguments | ones))
@@ -110,7 +113,7 @@ def test_gradients_whose_memory_is_one_number(backend):
 
 
 def _part(arguments: dict, begin: int, end: int) -> dict:
-    """The backward call with the keys [begin, end) alone."""
+    """The backward call with only the keys [begin, end)."""
     part = {name: arguments[name][:, :, begin:end] for name in ("key", "value")}
     for name in ("key_padding_mask", "key_positions"):
         if arguments.get(name) is not None:
@@ -150,7 +153,10 @@ def _in_parts(case: str, dtype: torch.dtype, backend: str) -> tuple[tuple[int, .
 @fused
 @pytest.mark.parametrize("case", PARTS)
 def test_gradients_from_parts_of_the_keys_add_up_to_those_from_all(backend, case):
-    """Every part gets the whole rows' output and statistics, and the whole table. Some rows see one part alone."""
+    """Every part gets the whole rows' output and statistics, and the whole table.
+
+    Some rows attend to keys of one part only.
+    """
     bounds, arguments = _in_parts(case, torch.float32, backend)
     truth, same, summed = _oracles(arguments)
     for name, got in _summed_over_parts(arguments, bounds).items():
@@ -160,7 +166,7 @@ def test_gradients_from_parts_of_the_keys_add_up_to_those_from_all(backend, case
 @pytest.mark.parametrize("backend", [name for name in AVAILABLE if name == "cpp"])
 @pytest.mark.parametrize("case", PARTS)
 def test_float64_gradients_from_parts_add_up_to_the_last_digits(backend, case):
-    """Where float64 is served, they are as close as sums in another order."""
+    """In float64 the gradients differ from the whole's only as sums in another order do."""
     bounds, arguments = _in_parts(case, torch.float64, backend)
     whole = dict(zip(GRADIENTS, BACKWARD(*_matching(BACKWARD, arguments)), strict=True))
     for name, got in _summed_over_parts(arguments, bounds).items():
@@ -169,7 +175,7 @@ def test_float64_gradients_from_parts_add_up_to_the_last_digits(backend, case):
 
 @fused
 def test_statistics_of_parts_can_be_merged(backend):
-    """Two calls with half of the keys each, one table: output and gradients of all keys from what they gave."""
+    """Two calls with half of the keys each, and one table, give output and gradients of all keys."""
     arguments = _arguments(23, 40, torch.float32, bias=30 + torch.rand(4, 41), backend=backend)
     halves = [_part(arguments, 0, 17), _part(arguments, 17, 40)]
     outs, _, maxima, sums = zip(*(FORWARD(*_matching(FORWARD, half)) for half in halves), strict=True)
@@ -221,7 +227,7 @@ def _oracles(arguments: dict) -> tuple[dict, dict, Tensor]:
     ids=lambda x: next(iter(x)) if isinstance(x, dict) else "",
 )
 def test_the_backward_operator_refuses_tensors_that_do_not_fit(backend, wrong, message):
-    """It would read and write past their ends."""
+    """Otherwise it would read and write past the ends of tensors."""
     arguments = _with_rows(_arguments(9, 11, torch.float32, backend=backend))
     wrong = {name: x.to(arguments["query"].device) if isinstance(x, Tensor) else x for name, x in wrong.items()}
     with pytest.raises((TypeError, ValueError), match=re.escape(message)):

@@ -1,4 +1,4 @@
-"""Tests on a bare machine, without optional libraries, engine or the device, are listed, and skipped with a reason."""
+"""Without optional libraries, the engine or the device, tests are still listed, and are skipped with a reason."""
 
 import os
 import re
@@ -60,7 +60,10 @@ def test_the_whole_suite_is_collected(tmp_path, device):
 
 
 def test_what_cannot_run_is_skipped_with_the_reason(tmp_path):
-    """A file that imports a library, tests of the engine, and a block of the docs; the other tests pass."""
+    """A file that imports a missing library, tests of the engine, and a block of the docs are skipped.
+
+    Other tests pass.
+    """
     files = [ROOT / "tests" / name for name in ("test_table.py", "test_dispatch.py", "test_readme.py")]
     done = _run_pytest(tmp_path, "-rs", "-k", "dispatch or table or choosing", *files)
     assert done.returncode == 0, done.stdout[-5000:]
@@ -80,7 +83,7 @@ def test_what_cannot_run_is_skipped_with_the_reason(tmp_path):
     ids=lambda x: "" if isinstance(x, str) else " ".join(x.values()),
 )
 def test_what_must_not_be_lacking_is_an_error(tmp_path, environment, message):
-    """`make test` skips nothing that its environment should have; a device that is asked for must be there."""
+    """`make test` skips nothing that its environment should have. A device that is asked for must be there."""
     if environment.get("TEST_DEVICE") == "xpu" and bare.has_device("xpu"):
         pytest.skip("there is such a device")
     done = _run_pytest(tmp_path, ROOT / "tests" / "test_table.py", **environment)
@@ -93,7 +96,7 @@ BLAMED = ["triton_offset_bias.functional", "bench.cases", "test_table", "transfo
 
 @pytest.mark.parametrize("category", [DeprecationWarning, PendingDeprecationWarning, FutureWarning])
 def test_a_deprecation_is_an_error_where_this_project_is_to_blame(category):
-    """Other libraries' warnings to their own users are no errors."""
+    """Warnings that other libraries address to their own users are no errors."""
     with warnings.catch_warnings(record=True) as shown:
         for name in ("numpy.linalg", "torch.jit", "transformers.utils", "multiprocessing.popen_fork"):
             warnings.warn_explicit("will change", category, "elsewhere.py", 1, module=name)
@@ -115,7 +118,7 @@ LARGE = pytest.mark.large_memory(20).mark
 
 
 def test_more_than_two_gigabytes_of_device_memory_fail_without_the_mark(monkeypatch):
-    """A test is charged for what it takes above what was taken before."""
+    """Only the memory that a test takes above what was already taken counts."""
     memory = {"reset_peak_memory_stats": lambda: None, "memory_allocated": lambda: 3_000_000_000}
     for name, function in memory.items():
         monkeypatch.setattr(torch.cuda, name, function)

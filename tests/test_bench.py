@@ -1,4 +1,4 @@
-"""The benchmark: what it measures is right, complete, and drawn."""
+"""Tests of the benchmark: its measurements are right and complete, and are drawn."""
 
 import re
 from contextlib import nullcontext
@@ -26,7 +26,7 @@ WITH_TABLE = ("ours", "sdpa_index", "sdpa_strided", "sdpa_strided_copy", "t5_eag
 @pytest.mark.parametrize("clamp", [None, 9, 100])
 @pytest.mark.parametrize("name", WITH_TABLE)
 def test_providers_agree_with_the_reference(name, clamp, is_causal):
-    """Tables have all offsets, some, or more than there are; the check itself sees a wrong sign."""
+    """Tables have all offsets, some of them, or more. The check itself sees a wrong sign."""
     inputs = make_inputs(replace(SMALL, clamp=clamp, is_causal=is_causal), "cpu")
     provider = PROVIDERS[name]
     run = provider.prepare(inputs)
@@ -36,7 +36,7 @@ def test_providers_agree_with_the_reference(name, clamp, is_causal):
 
 
 def test_large_cases_are_checked_by_their_first_head(monkeypatch):
-    """A mistake there is seen, one in another head is not: the dense reference of all would not fit."""
+    """The dense reference of all heads would not fit into memory. A mistake in another head is therefore not seen."""
     monkeypatch.setattr("bench.steps.MOST_PAIRS", 1)
     inputs = make_inputs(SMALL, "cpu")
     run = PROVIDERS["ours"].prepare(inputs)
@@ -65,7 +65,7 @@ def test_the_gpu_suite_gives_times_and_rates_and_says_what_is_absent(capsys):
 
 
 def test_gpus_are_timed_by_tritons_benchmark(monkeypatch):
-    """Triton's benchmark repeats backward from one forward as often as it likes; its times are milliseconds."""
+    """Triton's benchmark may repeat backward any number of times after one forward. It reports milliseconds."""
     calls = []
     monkeypatch.setattr("torch.cuda.device", lambda device: nullcontext())
 
@@ -97,7 +97,7 @@ def test_a_peer_that_fails_is_left_out_and_ours_must_not(capsys):
 
 
 def test_a_second_thread_is_measured_for_ours_and_a_matmul_beside_it(tmp_path):
-    """Each by its own times, and required of ours alone."""
+    """Each is compared with its own time on one thread. Only ours has a requirement."""
     plan = Plan("threads", SMALL, (FORWARD,), ("ours",), "cpu", 1, Effort(3, 1.0))
     rows = list(measure(plan, RowMaker("cpu")))
     assert [(row.provider, row.metric, row.device.rpartition(", ")[2]) for row in rows] == [
@@ -113,7 +113,7 @@ def test_a_second_thread_is_measured_for_ours_and_a_matmul_beside_it(tmp_path):
 
 
 def test_what_is_measured_survives_an_error(monkeypatch, tmp_path):
-    """The rows of earlier cases are written before it ends the run."""
+    """The rows of earlier cases are written before the error ends the run."""
 
     def measure_first(plan, maker):
         if plan.case is not CASES["h8_l1024"]:
@@ -130,7 +130,7 @@ def test_what_is_measured_survives_an_error(monkeypatch, tmp_path):
     ("queries", "causal", "window"), [(None, False, -1), (None, True, -1), (3, True, 5), (7, False, 2)]
 )
 def test_operations_are_counted_by_attended_pairs(queries, causal, window):
-    """Only the last queries count, as in decoding."""
+    """In decoding only the last queries count."""
     case = Case("counted", 2, 3, 40, 16, is_causal=causal, decoded=queries, window=window)
     pairs = 0
     for i in range(40 - case.queries, 40):
@@ -140,7 +140,7 @@ def test_operations_are_counted_by_attended_pairs(queries, causal, window):
 
 
 def test_atomics_of_scores_are_chosen_for_their_provider_alone():
-    """The switch is back where it was after each step."""
+    """The switch has its old value again after each step."""
     configs = pytest.importorskip("triton_offset_bias.backends.triton.configs", reason="Triton is not installed")
     with PROVIDERS["ours_atomics"].context():
         assert configs.gathering() == "elements"
@@ -148,7 +148,10 @@ def test_atomics_of_scores_are_chosen_for_their_provider_alone():
 
 
 def test_the_device_decides_what_is_measured():
-    """Every length, head dim, clamp and mask on a GPU; nothing of that on a CPU, unless it is asked for."""
+    """A GPU gets every length, head dim, clamp and mask.
+
+    A CPU gets none of these cases unless the command line asks.
+    """
     on_gpu = plans_of(make_parser().parse_args(["--device", "cuda"]))
     assert {plan.suite for plan in on_gpu} == {"gpu"}
     assert [plan.case for plan in on_gpu] == GPU_CASES
@@ -171,14 +174,14 @@ def test_the_device_decides_what_is_measured():
     ],
 )
 def test_mistakes_on_the_command_line_are_named(arguments, message, capsys, tmp_path):
-    """The message is one line, and comes before anything is measured."""
+    """The message is one line. It comes before anything is measured."""
     with pytest.raises(SystemExit):
         main([*arguments, "--output", str(tmp_path / "out.csv")])
     assert re.search(f"error: {message}$", capsys.readouterr().err.strip())
 
 
 def test_throughput_is_drawn_over_the_length(tmp_path):
-    """A panel for each mode and each kind of case, a line for each provider."""
+    """There is a panel for each mode and each kind of case, and a line for each provider."""
     maker = RowMaker("cpu")
     cases = [case for case in GPU_CASES if case.length <= 1024]
     rows = [

@@ -1,4 +1,4 @@
-"""The modules that compute a bias for every offset, against their papers' formulas."""
+"""The modules that compute a bias for every offset are compared with their papers' formulas."""
 
 import math
 
@@ -90,7 +90,7 @@ every_module = pytest.mark.parametrize(("build", "formula"), MODULES.values(), i
 @every_module
 @pytest.mark.parametrize("offsets", [(-37, 37), (0, 37), (-5, -2), (7, 7)])
 def test_a_table_and_its_gradients_are_those_of_the_formula(build, formula, offsets):
-    """Both ends included, float32, and every parameter's gradient, against float64."""
+    """The table is float32 and includes both ends. It and every parameter's gradient are compared with float64."""
     module = _shaken(build())
     parameters = {name: p.detach().double().requires_grad_() for name, p in module.named_parameters()}
     expected = formula(parameters, torch.arange(offsets[0], offsets[1] + 1, dtype=torch.float64))
@@ -123,7 +123,7 @@ def test_a_table_is_float32_in_a_half_model_under_autocast(build, formula):
 @every_module
 @pytest.mark.parametrize("is_causal", [False, True])
 def test_attention_with_a_module_equals_sdpa_with_its_dense_bias(build, formula, is_causal):
-    """Output, and the gradients of the input and of every parameter; in float64 but for the table, which both share."""
+    """Output and the gradients of the input and of every parameter are equal. All but the shared table is float64."""
     layer = OffsetBiasAttention(24, HEADS, _shaken(build()), is_causal=is_causal).double()
     x = torch.randn(2, 33, 24, dtype=torch.float64, requires_grad=True)
     mask = dense_bias(layer.bias, 33, 33).double()
@@ -153,7 +153,7 @@ def test_a_module_compiles_without_a_break_in_the_graph(build, formula):
 
 @every_module
 def test_a_module_made_without_memory_works_once_it_has_some(build, formula):
-    """Made on the meta device, as large models are, then given memory and a state dict."""
+    """The module is made on the meta device, as large models are. It then gets memory and a state dict."""
     module = _shaken(build())
     with torch.device("meta"):
         later = build()
@@ -164,7 +164,7 @@ def test_a_module_made_without_memory_works_once_it_has_some(build, formula):
 
 @pytest.mark.parametrize("assign", [False, True])
 def test_state_dicts_from_when_fires_numbers_had_no_axis_load_too(assign):
-    """Inside of another module as well; the dict that is loaded stays as it was."""
+    """They also load into a module that holds the bias. The dict itself stays as it was."""
     saved, loaded = (OffsetBiasAttention(24, HEADS, FireBias(HEADS, THRESHOLD, hidden_size=8)) for _ in range(2))
     _shaken(saved)
     state = saved.state_dict()
@@ -180,7 +180,7 @@ def test_state_dicts_from_when_fires_numbers_had_no_axis_load_too(assign):
 
 @every_module
 def test_every_parameter_and_buffer_has_an_axis(build, formula):
-    """`fully_shard` takes no others."""
+    """`fully_shard` refuses parameters without an axis."""
     module = build()
     tensors = dict([*module.named_parameters(), *module.named_buffers()])
     assert [name for name, x in tensors.items() if x.dim() == 0] == []
@@ -188,7 +188,10 @@ def test_every_parameter_and_buffer_has_an_axis(build, formula):
 
 @pytest.mark.parametrize("limit", [THRESHOLD, 2.5 * THRESHOLD, 0.5 * THRESHOLD])
 def test_fire_is_exact_for_every_query_up_to_the_threshold(limit):
-    """The paper's formula divides by the larger of L and the query's position; below the threshold L is held there."""
+    """The paper divides by psi of the larger of L and the query's position.
+
+    The module keeps L at the threshold or above.
+    """
     bias = _shaken(FireBias(HEADS, THRESHOLD, hidden_size=8))
     nn.init.constant_(bias.limit, limit)
     p = {name: parameter.detach().double() for name, parameter in bias.named_parameters()}
@@ -255,7 +258,7 @@ def test_slopes_are_float32_whatever_torchs_default_is():
 
 
 def test_a_threshold_that_the_parameters_cannot_hold_is_an_error():
-    """As float16 it would be infinite, and the bias a constant."""
+    """In float16 the threshold would be infinite, and the bias constant."""
     with pytest.raises(ValueError, match=r"`threshold` must be at most 65504 for torch.float16, got 70000"):
         FireBias(2, threshold=70000).half()(0, 9)
 

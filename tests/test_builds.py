@@ -24,7 +24,7 @@ def _report(**environment: str) -> str:
 
 @pytest.mark.parametrize(("first", "chosen"), [(0, "avx512"), (1, "avx512"), (2, "avx2"), (3, "portable")])
 def test_the_build_that_multiplies_bfloat16_is_for_processors_that_do_it_fast(first, chosen):
-    """Intel's do it at half the rate of float32; elsewhere the widest build is the fastest."""
+    """Intel's processors multiply bfloat16 at half the rate of float32. On others the widest build is the fastest."""
     runnable = cpp.BUILDS[first:]
     assert library.fastest_builds(runnable, is_intel=True)[0] == chosen
     assert library.fastest_builds(runnable, is_intel=False) == runnable
@@ -33,7 +33,7 @@ def test_the_build_that_multiplies_bfloat16_is_for_processors_that_do_it_fast(fi
 @pytest.mark.needs_engine
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 def test_the_engine_knows_whose_processor_it_runs_on_and_info_says_what_was_chosen():
-    """The operating system says the same; the choice of a build depends on it."""
+    """The choice of a build depends on the processor's maker. The operating system names the same maker."""
     is_intel = "GenuineIntel" in Path("/proc/cpuinfo").read_text()
     assert library.load().library.tob_is_intel() == is_intel
     fastest = library.fastest_builds(cpp.RUNNABLE, is_intel)
@@ -44,7 +44,7 @@ def test_the_engine_knows_whose_processor_it_runs_on_and_info_says_what_was_chos
 
 
 def test_info_says_that_a_build_was_asked_for():
-    """The error names the variable; the slower builds can be asked for everywhere."""
+    """The text names the variable. Slower builds can be asked for on every processor."""
     report = _report(**{cpp.BUILD_VARIABLE: "portable"})
     assert "built for  portable (" in report
     assert f"asked for by {cpp.BUILD_VARIABLE}" in report
@@ -59,7 +59,7 @@ def test_info_says_that_a_build_was_asked_for():
     ],
 )
 def test_a_processor_gets_its_build(monkeypatch, is_intel, compiled, build, reason):
-    """The processor, of either maker, runs all builds; the builds that were compiled are tried."""
+    """The processor, of either maker, can run all builds. Its fastest build that was compiled is loaded."""
 
     class Function:
         def __init__(self, result):
@@ -98,7 +98,7 @@ def test_an_engine_of_other_sources_is_not_called(monkeypatch):
 
 
 def test_every_build_has_the_structs_and_numbers_that_the_package_has():
-    """Byte by byte: the portable build where there is one, and those that the processor runs."""
+    """Layouts are compared field by field, for the portable build and for the builds that the processor runs."""
     paths = {build: library.path_of(build) for build in {"portable", *cpp.RUNNABLE}}
     for build, path in paths.items():
         if path is not None:
@@ -106,7 +106,7 @@ def test_every_build_has_the_structs_and_numbers_that_the_package_has():
 
 
 def test_the_layout_that_is_compared_is_the_one_that_is_packed():
-    """The last field ends where the struct does, and the first fields lie where `struct` puts their bytes."""
+    """The last field ends where the struct ends. The first fields lie where `struct` puts their bytes."""
     lines = structs.layout()
     assert f"tob_problem: bytes {structs.PROBLEM.size}" in lines
     assert f"tob_problem.kept_scale: d {structs.PROBLEM.size - 8}" in lines
@@ -125,7 +125,7 @@ def test_the_layout_that_is_compared_is_the_one_that_is_packed():
     ],
 )
 def test_an_engine_beside_a_package_with_other_structs_is_not_called(monkeypatch, old, new, reason):
-    """Two fields that change places, a new field, and a wider one, whose room was padding: each gives a reason."""
+    """Each of these gives a reason: two fields that change places, a new field, and a field that grows into padding."""
     fields = structs.STRUCTS["tob_problem"]
     monkeypatch.setitem(structs.STRUCTS, "tob_problem", fields.replace(old, new))
     assert structs.STRUCTS["tob_problem"] != fields
@@ -151,7 +151,7 @@ def test_an_engine_beside_a_package_with_other_structs_is_not_called(monkeypatch
     ],
 )
 def test_an_engine_beside_a_package_with_other_numbers_is_not_called(monkeypatch, names, name, difference):
-    """Limits that both languages have, and a function's number of arguments."""
+    """The numbers are limits that both languages have, and a function's number of arguments."""
     monkeypatch.setitem(names, name, names[name] + 1)
     engine = library.load()
     assert engine.library is None

@@ -1,4 +1,4 @@
-"""Bad arguments raise an error that names the argument, what was expected and what came; empty ones just work."""
+"""Bad arguments raise an error that names the argument, what was expected and what came. Empty tensors are served."""
 
 import re
 
@@ -179,7 +179,7 @@ def _marks(wrong: dict) -> list[pytest.MarkDecorator]:
     [pytest.param(*call, id=name, marks=_marks(call[0])) for name, call in BAD_CALLS.items()],
 )
 def test_a_bad_argument_is_named_with_what_was_expected_and_what_came(wrong, error, message):
-    """The listed calls, each wrong in one place."""
+    """Each listed call is wrong in one place."""
     good = {
         "query": torch.ones(2, 4, 5, 8),
         "key": torch.ones(2, 4, 6, 8),
@@ -205,7 +205,7 @@ def test_numpys_numbers_are_numbers(backend):
     "far", [{"query_start": 1}, {"query_start": -1}, {"bias_origin": 1}, {"query_start": 1, "bias_origin": 1}], ids=str
 )
 def test_distances_of_2_to_the_60_clamp_as_any_other(backend, far):
-    """Sums of such numbers stay in int64: what is beyond the table by 1000 and by 2**60 is the same."""
+    """Sums of such numbers stay in int64. A distance of 2**60 beyond the table gives the bias of a distance of 1000."""
     call = build(Case("far", (5, 6)))
     outputs = []
     for distance in (1000, 2**60):
@@ -232,7 +232,7 @@ ZERO_SIZE = [
 @pytest.mark.usefixtures("poisoned_memory")
 @pytest.mark.parametrize("case", ZERO_SIZE, ids=lambda case: case.reason)
 def test_zero_sizes_work_forward_and_backward(backend, case):
-    """Empty results, or for rows without keys zeros and -inf; gradients of the right shape, all of them zero."""
+    """Results are empty, or zeros and -inf for rows without keys. Gradients have the right shape and are zero."""
     call = build(case)
     got = results_of(call, backend)
     assert_matches_oracle(call, got)

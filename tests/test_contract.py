@@ -1,4 +1,4 @@
-"""Every backend has what the contract asks for; `mypy` compares the types once more."""
+"""Every backend has the names that the contract asks for. `mypy` compares the types as well."""
 
 import inspect
 
@@ -17,13 +17,13 @@ PROTOCOLS = dict.fromkeys(FUSED_BACKENDS, FusedBackend) | dict.fromkeys(TORCH_BA
 
 
 def test_auto_asks_the_engine_then_the_kernels_then_the_reference():
-    """One registry: its two halves are all there is."""
+    """There is one registry, and its two halves hold every backend."""
     assert list(BACKENDS) == ["cpp", "triton", "reference"] == list(PROTOCOLS)
 
 
 @pytest.mark.parametrize("name", PROTOCOLS)
 def test_a_backends_functions_have_the_signatures_of_its_protocol(name):
-    """Names of parameters, their order and types: `ops` passes them by place."""
+    """Names, order and types of parameters are equal, because `ops` passes arguments by position."""
     functions = {**vars(Backend), **vars(PROTOCOLS[name])}
     wanted = {name: x for name, x in functions.items() if inspect.isfunction(x) and not name.startswith("_")}
     assert "unsupported_reasons" in wanted

@@ -1,4 +1,4 @@
-"""Few queries against many keys, where backends split the keys; and long sequences in chunks."""
+"""Few queries against many keys, where backends split the keys, and long sequences in chunks."""
 
 import pytest
 import torch
@@ -55,14 +55,14 @@ CASES = [
 @pytest.mark.usefixtures("poisoned_memory")
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.reason)
 def test_a_decoding_step_is_as_accurate_as_plain_pytorch(backend, case):
-    """Output, log-sum-exp and, for those who train so, the gradients."""
+    """The results are the output, the log-sum-exp and the gradients."""
     call = build(case)
     assert_matches_oracle(call, results_of(call, backend))
 
 
 @pytest.mark.parametrize(("length", "chunk"), [(50, 1), (250, 7), (600, 96)])
 def test_a_sequence_in_chunks_equals_one_pass(backend, length, chunk):
-    """Chunked prefill: every chunk of queries sees the keys up to its own end."""
+    """In a chunked prefill every chunk of queries sees the keys up to its own end."""
     call = build(Case("whole", (length, length), batch=1, heads=(4, 2), columns=65, options={"is_causal": True}))
     expected: Results = results_of(call, backend)
     outs, lses = [], []

@@ -41,7 +41,7 @@ def test_auto_takes_the_engine_for_tensors_on_the_cpu(inputs, served_by):
 
 
 def test_auto_goes_to_the_reference_where_the_engine_has_reasons(inputs, served_by):
-    """Head dims above 256 are outside of what the engine serves; the result is SDPA's."""
+    """The engine does not serve head dims above 256. The result equals SDPA's."""
     q, k, v = (torch.randn(1, 2, 5, 300) for _ in range(3))
     out = offset_bias_attention(q, k, v, None)
     assert served_by == ["reference"]

@@ -1,4 +1,4 @@
-"""Dropout: which weights are dropped, by whom they can be told, and what the rest of the computation makes of it."""
+"""Dropout: which weights are dropped, and how results and gradients follow from them."""
 
 import pytest
 import torch
@@ -30,13 +30,13 @@ CASES = [
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.reason)
 def test_every_result_is_that_of_the_listed_weights(backend, case):
-    """Output, log-sum-exp and gradients with the weights dropped that an independent Philox tells."""
+    """Output, log-sum-exp and gradients have the weights dropped that an independent Philox names."""
     call = build(case)
     assert_matches_oracle(call, results_of(call, backend))
 
 
 def test_packed_sequences_drop_as_a_batch_of_them_would(backend):
-    """Weights are counted by sequence, and in it from its own first query and key."""
+    """A weight's place is its sequence, and its query and key counted from the sequence's own first."""
     lengths, dropout_p = [20, 1, 35], 0.3
     bounds = torch.tensor([0, 20, 21, 56], dtype=torch.int32)
     q, k, v = (torch.randn(56, 2, 16, requires_grad=True) for _ in range(3))
@@ -68,13 +68,13 @@ def test_packed_sequences_drop_as_a_batch_of_them_would(backend):
 
 
 def test_philox_gives_the_published_words():
-    """Random123's known answers for a counter and key of zeros, of 7 and of 10 rounds."""
+    """Random123 publishes words for counter and key of zeros, for 7 and for 10 rounds."""
     assert philox((0, 0), (0, 0, 0, 0), 7) == (0x5F6FB709, 0x0D893F64, 0x4F121F81, 0x4F730A48)
     assert philox((0, 0), (0, 0, 0, 0), 10) == (0x6627E8D5, 0xE169C58D, 0xBC57AC4C, 0x9B00DBD8)
 
 
 def test_the_share_of_dropped_weights_is_p_and_neighbours_are_independent():
-    """Within four standard deviations, over rows, columns and heads too, and for pairs of neighbours."""
+    """Shares over all weights, rows, columns, heads and pairs of neighbours lie within four standard deviations."""
     dropout_p, size = 0.3, 512
     kept = dropout.kept(torch.tensor(123), dropout_p, 0, 1, 4, size, size).double()
     deviation = (dropout_p * (1 - dropout_p)) ** 0.5
@@ -94,7 +94,7 @@ def test_the_share_of_dropped_weights_is_p_and_neighbours_are_independent():
 
 
 def test_torchs_generator_decides(backend):
-    """Equal seeds drop equally, one call after the other does not, and a call without dropout draws no seed."""
+    """Equal seeds drop equally. A second call drops other weights. A call without dropout draws no seed."""
     q, k, v = (torch.randn(1, 2, 40, 16) for _ in range(3))
 
     def attend(dropout_p: float = 0.5) -> torch.Tensor:
@@ -110,7 +110,7 @@ def test_torchs_generator_decides(backend):
 
 
 def test_all_weights_dropped_is_zero(backend):
-    """p = 1, as in SDPA: output 0, gradients 0, the log-sum-exp untouched."""
+    """With p = 1, as in SDPA, output and gradients are 0. The log-sum-exp does not change."""
     call = build(Case("all", (20, 20)))
     lse = results_of(call, backend).lse
     call.options["dropout_p"] = 1.0

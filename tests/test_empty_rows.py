@@ -1,4 +1,4 @@
-"""Queries with no key to attend to, and what else looks like one: tables of very low numbers, NaN."""
+"""Queries with no key to attend to, and rows that look similar: tables of very low numbers, NaN."""
 
 import pytest
 import torch
@@ -16,7 +16,10 @@ EMPTY_ROWS = {
 
 @pytest.mark.parametrize("options", EMPTY_ROWS.values(), ids=EMPTY_ROWS)
 def test_a_query_with_nothing_to_attend_to_gives_zero_output_and_no_gradient(backend, options):
-    """Output exactly 0, log-sum-exp -inf, query gradient 0; the square of that -inf in a loss brings no NaN."""
+    """The output is exactly 0, the log-sum-exp -inf, the query's gradient 0.
+
+    The square of that -inf in a loss brings no NaN.
+    """
     q, k, v = (torch.randn(2, 3, 9, 8, requires_grad=True) for _ in range(3))
     bias = torch.randn(3, 17, requires_grad=True)
     out, lse = offset_bias_attention(q, k, v, bias, **options, return_lse=True, backend=backend)
@@ -33,7 +36,10 @@ def test_a_query_with_nothing_to_attend_to_gives_zero_output_and_no_gradient(bac
 @pytest.mark.parametrize("options", EMPTY_ROWS.values(), ids=EMPTY_ROWS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_query_with_nothing_to_attend_to_takes_no_part_whatever_its_incoming_gradient_is(backend, options, dtype):
-    """A loss may have no finite slope where the output is 0, as its direction: no gradient is NaN for that."""
+    """A loss may have no finite slope at an output of 0, for example the output's direction.
+
+    No gradient becomes NaN.
+    """
     q, k, v = (torch.randn(2, 3, 9, 8, dtype=dtype, requires_grad=True) for _ in range(3))
     bias = torch.randn(3, 17, requires_grad=True)
     empty = oracle(q, k, v, bias, **options).lse == float("-inf")
@@ -49,7 +55,7 @@ def test_a_query_with_nothing_to_attend_to_takes_no_part_whatever_its_incoming_g
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")  # numpy's, in Triton's interpreter
 @pytest.mark.parametrize("options", EMPTY_ROWS.values(), ids=EMPTY_ROWS)
 def test_a_query_with_nothing_to_attend_to_gives_zero_whatever_the_values_are(backend, options):
-    """A value that nobody attends to may be anything."""
+    """A value to which no query attends may be any number."""
     q, k, v = (torch.randn(2, 3, 9, 8) for _ in range(3))
     v[:, :, ::4] = float("nan")
     empty = oracle(q, k, v, None, **options).lse == float("-inf")
@@ -59,7 +65,10 @@ def test_a_query_with_nothing_to_attend_to_gives_zero_whatever_the_values_are(ba
 
 @pytest.mark.parametrize("lowest", [-1e31, torch.finfo(torch.float32).min])
 def test_a_table_of_very_negative_finite_numbers_forbids_nothing(backend, lowest):
-    """Only -inf forbids: equal biases, however low, leave every key its share (equal, as the rest rounds away)."""
+    """Only -inf forbids.
+
+    Equal biases, however low, leave every key an equal share, because the rest is rounded away.
+    """
     q, k, v = (torch.randn(1, 2, 20, 8) for _ in range(3))
     table = torch.full((41,), lowest)
     table[0] = 0.0  # reached by no offset: a constant table would be counted from its constant
@@ -71,7 +80,10 @@ def test_a_table_of_very_negative_finite_numbers_forbids_nothing(backend, lowest
 
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")  # numpy's, in Triton's interpreter
 def test_nan_and_infinite_inputs_are_not_hidden(backend):
-    """Results that are NaN in SDPA are NaN here: a NaN or infinity in a query in its row, in a key everywhere."""
+    """Results that are NaN in SDPA are NaN here.
+
+    A query's NaN or infinity reaches its row, a key's reaches every row.
+    """
     q, k, v = (torch.randn(1, 1, 20, 8) for _ in range(3))
     for poisoned in (float("nan"), float("inf")):
         bad_query, bad_key = q.clone(), k.clone()

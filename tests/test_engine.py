@@ -1,4 +1,4 @@
-"""Facts of the CPU engine beyond its numbers: threads, floating-point environment, builds, memory."""
+"""Facts of the CPU engine beyond its results: threads, floating-point environment, builds, memory."""
 
 import os
 import re
@@ -77,7 +77,7 @@ def _assert_bitwise_equal(got: Results, expected: Results) -> None:
 
 @pytest.mark.parametrize("case", [*SPLIT, DROPPING], ids=lambda case: case.reason)
 def test_results_are_bitwise_equal_for_any_number_of_threads(case):
-    """1, 2, 3 and 5 threads, the last two of them twice: output, log-sum-exp and all gradients."""
+    """Output, log-sum-exp and all gradients with 1, 2, 3 and 5 threads are equal, the last two twice."""
     torch.set_num_threads(1)
     expected = results_of(build(case), "cpp")
     for threads in (2, 3, 3, 5, 5):
@@ -86,7 +86,7 @@ def test_results_are_bitwise_equal_for_any_number_of_threads(case):
 
 
 def test_packed_results_are_bitwise_equal_for_any_number_of_threads():
-    """Short and long sequences together; the table's gradient is a sum over all."""
+    """Short and long sequences lie together. The table's gradient sums over all of them."""
     bounds = torch.tensor([0, 3, 150, 150, 161, 400], dtype=torch.int32)
     q, k, v = (torch.randn(400, 2, 16, requires_grad=True) for _ in range(3))
     bias, dout = torch.randn(2, 51, requires_grad=True), torch.randn(400, 2, 16)
@@ -99,7 +99,7 @@ def test_packed_results_are_bitwise_equal_for_any_number_of_threads():
 
 
 def test_several_python_threads_at_once_get_what_one_gets():
-    """Different calls side by side, forward and backward, each with OpenMP threads of its own."""
+    """Different calls run side by side, forward and backward, each with OpenMP threads of its own."""
     torch.set_num_threads(2)
     cases = SPLIT * 3
     expected = [results_of(build(case), "cpp") for case in cases]
@@ -110,7 +110,7 @@ def test_several_python_threads_at_once_get_what_one_gets():
 
 
 def test_other_python_threads_run_during_a_call():
-    """The global interpreter lock is released: the main thread goes on waking while another is inside of a call."""
+    """A call releases the global interpreter lock. The main thread runs while another thread is inside a call."""
     q = torch.randn(1, 2, 3000, 64)
     worker = threading.Thread(target=offset_bias_attention, args=(q, q, q, None), kwargs={"backend": "cpp"})
     worker.start()
@@ -133,7 +133,7 @@ def call(length=300, dim=16):
 
 @needs_linux
 def test_the_process_has_one_openmp_runtime():
-    """The engine's OpenMP calls are served by torch's runtime: there is no second one in the memory map."""
+    """torch's runtime serves the engine's OpenMP calls. The memory map holds no second runtime."""
     maps = _run(CALL + "torch.set_num_threads(2); call(); print(open('/proc/self/maps').read())")
     runtimes = {path for path in re.findall(r"(/\S+)$", maps, re.MULTILINE) if re.search(r"lib(g|i)?omp\d*\b", path)}
     assert "_engine_" in maps
@@ -142,7 +142,7 @@ def test_the_process_has_one_openmp_runtime():
 
 @needs_linux
 def test_the_engine_uses_as_many_threads_as_torch_is_set_to():
-    """One: the caller's own. Three: the caller and two more."""
+    """With one thread the caller does the work. With three, two more threads join the caller."""
     count = "print(len(os.listdir('/proc/self/task')) - before)"
     code = (
         CALL
@@ -157,7 +157,7 @@ torch.set_num_threads(3); offset_bias_attention(*[torch.ones(1, 4, 300, 16)] * 3
 
 @pytest.mark.parametrize("helpers", ["", "(many * 1).sum()"], ids=["started inside the call", "started before"])
 def test_a_call_leaves_the_treatment_of_denormals_as_it_was(helpers):
-    """The engine flushes them while it runs; the caller and the threads that helped get back what they had."""
+    """The engine flushes denormals while it runs. The caller and the threads that helped get their own setting back."""
     code = (
         CALL
         + f"""
@@ -181,7 +181,7 @@ POISON = {"MALLOC_PERTURB_": "128", "MALLOC_MMAP_THRESHOLD_": str(1 << 24)}
 
 @pytest.mark.parametrize("build", cpp.BUILDS)
 def test_every_build_agrees_with_the_oracle_and_reads_no_memory_before_writing_it(build):
-    """Listed calls, empty rows, halves, zero sizes: in a process whose environment variable asks for the build."""
+    """A process whose environment variable asks for the build runs listed calls, empty rows, halves and zero sizes."""
     state = _run(
         "from triton_offset_bias.backends import cpp; print(cpp.BUILD, cpp.unavailable_reasons())",
         **{cpp.BUILD_VARIABLE: build},
@@ -199,7 +199,10 @@ def test_every_build_agrees_with_the_oracle_and_reads_no_memory_before_writing_i
 
 @pytest.mark.skipif(shutil.which("c++") is None, reason="compiles the engine")
 def test_products_of_bfloat16_numbers_are_right_where_no_instruction_multiplies_them(tmp_path):
-    """The portable build with the bfloat16 products of AVX512_BF16: their cells and roundings, on any processor."""
+    """The portable build gets the bfloat16 products of AVX512_BF16.
+
+    This tests their cells and roundings on any processor.
+    """
     flags = ["-std=c++17", "-O1", "-ffp-contract=fast", "-fopenmp", "-fPIC", "-w", "-DTOB_BFLOAT16_PRODUCTS=1"]
     compiled = tmp_path / "engine.o"
     subprocess.run(["c++", *flags, "-c", ROOT / "csrc_ref" / "engine.cpp", "-o", compiled], check=True)
@@ -214,7 +217,7 @@ def test_products_of_bfloat16_numbers_are_right_where_no_instruction_multiplies_
 
 
 def test_an_unknown_build_is_a_reason_against_the_engine_and_auto_takes_the_reference():
-    """The error names the variable, what it may be and what it was; nothing is loaded in its stead."""
+    """The error names the variable, its allowed values and the given one. No other build is loaded instead."""
     code = """
 import torch
 from triton_offset_bias import offset_bias_attention
@@ -233,7 +236,10 @@ except NotImplementedError as error:
 
 @needs_linux
 def test_a_training_step_needs_far_less_memory_than_one_matrix_of_scores():
-    """At 8192 x 8192 that matrix takes 256 MiB; forward and backward together grow the process by less than 64."""
+    """A matrix of 8192 x 8192 scores takes 256 MiB.
+
+    Forward and backward together grow the process by less than 64 MiB.
+    """
     code = (
         CALL
         + """

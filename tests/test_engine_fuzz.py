@@ -1,4 +1,4 @@
-"""Drawn calls of the CPU engine against the reference: any shapes, strides, masks, tables, positions, dtypes together.
+"""Random calls of the CPU engine against the reference, with any shapes, strides, masks, tables, positions and dtypes.
 
 Sizes are small, and every tensor ends where its memory ends, so that a sanitizer sees an access past it
 (`tests/sanitized/run.py`). `FUZZ_EXAMPLES=N` draws N calls a test, other ones each time.
@@ -196,12 +196,12 @@ def packed_calls(draw) -> Drawn:
 @bounded
 @given(calls())
 def test_drawn_calls_are_as_accurate_as_the_reference(drawn):
-    """Output, log-sum-exp and every gradient of any call."""
+    """Output, log-sum-exp and every gradient of each call are compared."""
     assert_matches_reference(drawn)
 
 
 @bounded
 @given(packed_calls())
 def test_drawn_packed_calls_are_as_accurate_as_the_reference(drawn):
-    """Output, log-sum-exp and every gradient, where the reference takes each sequence by itself."""
+    """Output, log-sum-exp and every gradient are compared. The reference takes each sequence by itself."""
     assert_matches_reference(drawn)

@@ -1,4 +1,4 @@
-"""The examples: what they claim about their models, and a short run of each from its command line to its picture."""
+"""The examples: what they state about their models, and a short run of each from its command line to its picture."""
 
 import sys
 from pathlib import Path
@@ -37,7 +37,10 @@ def _windows_by_place(side: int, window: int, shift: int) -> torch.Tensor:
 @pytest.mark.parametrize("with_bias", [True, False])
 @pytest.mark.parametrize(("side", "window", "shift"), [(8, 4, 0), (8, 4, 2), (9, 3, 1), (4, 4, 2)])
 def test_attention_in_windows_is_dense_attention_masked_by_place(side, window, shift, with_bias):
-    """Output and gradients, against SDPA over all pixels; a window cut by the image's edge sees nothing across it."""
+    """Output and gradients equal those of SDPA over all pixels.
+
+    A window that the image's edge cuts sees nothing across it.
+    """
     layer = WindowAttention(6, 2, side, window, shift, with_bias)
     x = torch.randn(2, side, side, 6, requires_grad=True)
     mask = torch.zeros(2, side**2, side**2).masked_fill(~_windows_by_place(side, window, shift), -torch.inf)
@@ -59,7 +62,7 @@ def test_attention_in_windows_is_dense_attention_masked_by_place(side, window, s
 
 
 def test_the_window_models_start_equal():
-    """The bias starts at 0 and takes no random number: before training the two models are one function."""
+    """The bias starts at 0 and draws no random number. Before training the two models are one function."""
     args = swin_windows.parse_args(["--device", "cpu"])
     models = [swin_windows.build_model(args, seed=3, with_bias=with_bias) for with_bias in (True, False)]
     assert len(models[0].biases()) == swin_windows.NUM_LAYERS
@@ -70,7 +73,10 @@ def test_the_window_models_start_equal():
 
 
 def test_the_window_model_learns_a_few_digits_by_heart():
-    """The loss falls far below that of guessing, ln 10 = 2.3; every layer's bias moves; most digits come out right."""
+    """The loss falls far below the loss of guessing, ln 10 = 2.3 nats.
+
+    Every layer's bias moves. Most digits come out right.
+    """
     args = swin_windows.parse_args(["--epochs", "50", "--batch", "20", "--width", "16", "--device", "cpu"])
     images, labels = (part[:20] for part in swin_windows.load_data("cpu")[:2])
     model = swin_windows.build_model(args, seed=0, with_bias=True)
@@ -82,7 +88,7 @@ def test_the_window_model_learns_a_few_digits_by_heart():
 
 
 def test_the_digits_are_split_evenly_and_none_is_in_both_parts():
-    """All 1797; every class has about the same share of both parts."""
+    """The parts hold all 1797 digits. Every class has about the same share of both parts."""
     digits = swin_windows.load_data("cpu")
     assert (len(digits.images), len(digits.test_images)) == (1257, 540)
     images = torch.cat([digits.images, digits.test_images])
@@ -94,7 +100,7 @@ def test_the_digits_are_split_evenly_and_none_is_in_both_parts():
 
 
 def test_the_windows_example_tabulates_and_draws(tmp_path, capsys, monkeypatch):
-    """Few digits: every run is in the table, the table is printed, the picture is there."""
+    """On few digits, every run is in the table, the table is printed, and the picture is there."""
     few = swin_windows.Digits(*(part[:64] for part in swin_windows.load_data("cpu")))
     monkeypatch.setattr(swin_windows, "load_data", lambda device: few)
     output = tmp_path / "new" / "windows.png"
@@ -111,7 +117,7 @@ def test_the_windows_example_tabulates_and_draws(tmp_path, capsys, monkeypatch):
 
 
 def test_a_table_that_is_zero_beyond_is_what_the_function_calls_so():
-    """Output and gradients of attention to twice as many bytes as the table has offsets."""
+    """Output and gradients are compared, for twice as many bytes as the table has offsets."""
     bias = length_generalization.ZeroBeyond(2, 5, bidirectional=False)
     torch.nn.init.normal_(bias.weight)
     q, k, v = torch.randn(3, 1, 2, 10, 4)
@@ -124,7 +130,7 @@ def test_a_table_that_is_zero_beyond_is_what_the_function_calls_so():
 
 @pytest.mark.parametrize(("length", "predicted"), [(4, 4), (9, 4), (9, 1)])
 def test_evaluation_predicts_the_last_bytes_from_the_length_before_them(length, predicted):
-    """Against the probabilities that the model gives byte by byte, each from a context of its own."""
+    """The truth are the model's probabilities byte by byte, each from a context of its own."""
     model = ByteTransformer(8, 2, 1, None)
     windows = torch.randint(256, (3, 13))
     bits = []
@@ -149,7 +155,7 @@ def test_the_byte_models_start_equal():
 
 
 def test_the_length_example_learns_and_draws(tmp_path, capsys):
-    """Short windows, few steps: every bias is in the table, the losses fell from 8 bits, the picture is there."""
+    """After a few steps every bias is in the table, the losses are below 8 bits, and the picture is there."""
     output = tmp_path / "new" / "lengths.png"
     options = ["--length", "16", "--batch", "16", "--width", "16", "--steps", "25", "--windows", "2", "--device", "cpu"]
     table = length_generalization.main([*options, "--output", str(output)])
@@ -190,7 +196,7 @@ BAD_ARGUMENTS = {
 
 @pytest.mark.parametrize(("example", "options", "message"), BAD_ARGUMENTS.values(), ids=BAD_ARGUMENTS)
 def test_a_bad_argument_ends_the_program_and_is_named(example, options, message, capsys):
-    """Before anything is trained; with an exit status that tells of failure."""
+    """The program ends before anything is trained, with an exit status that tells of failure."""
     with pytest.raises(SystemExit) as stopped:
         example.main(options)
     assert stopped.value.code not in (0, None)

@@ -1,4 +1,4 @@
-"""Facts about gradients without an oracle: finite differences, sums that vanish, and the tensors that get one."""
+"""Facts about gradients that need no oracle: finite differences, sums that vanish, and which tensors get a gradient."""
 
 from dataclasses import replace
 
@@ -47,7 +47,7 @@ def _inputs64(case: Case) -> tuple[list[torch.Tensor], dict]:
 @pytest.mark.parametrize("return_lse", [False, True])
 @pytest.mark.parametrize("case", CHECKED, ids=lambda case: case.reason)
 def test_gradients_are_finite_differences_in_float64(precise_backend, case, return_lse):
-    """torch's own check, of the output alone and together with the log-sum-exp."""
+    """torch's `gradcheck` takes the output alone, and the output together with the log-sum-exp."""
     inputs, options = _inputs64(case)
 
     def attend(*inputs: torch.Tensor):
@@ -59,7 +59,7 @@ def test_gradients_are_finite_differences_in_float64(precise_backend, case, retu
 
 
 def test_the_reference_has_a_second_derivative():
-    """torch's own check of the derivative of the derivative."""
+    """torch's `gradgradcheck` compares the derivative of the derivative with finite differences."""
     inputs, options = _inputs64(Case("small", (3, 4), (2, 2), batch=1, heads=(1, 1), columns=5))
     assert gradgradcheck(lambda *x: offset_bias_attention(*x, **options, return_lse=True, backend="reference"), inputs)
 
@@ -73,7 +73,7 @@ def _loss_and_inputs(backend: str) -> tuple[torch.Tensor, list[torch.Tensor]]:
 @pytest.mark.needs_engine
 @pytest.mark.cpu_only
 def test_a_second_derivative_by_backward_is_an_error_on_the_engine():
-    """`backward(create_graph=True)`, then backward of a function of a gradient."""
+    """The error comes in backward of a function of a gradient, which `backward(create_graph=True)` made."""
     loss, (q, *_) = _loss_and_inputs("cpp")
     with pytest.warns(UserWarning, match="create_graph"):
         loss.backward(create_graph=True)
@@ -87,7 +87,7 @@ def test_a_second_derivative_by_backward_is_an_error_on_the_engine():
 @pytest.mark.parametrize("first", range(4))
 @pytest.mark.parametrize("second", range(4))
 def test_a_second_derivative_by_grad_is_an_error_on_the_engine(first, second):
-    """`torch.autograd.grad(..., inputs)` takes another path through autograd and must not be silently wrong either."""
+    """`torch.autograd.grad(..., inputs)` takes another path through autograd. It must not be silently wrong."""
     loss, inputs = _loss_and_inputs("cpp")
     (gradient,) = torch.autograd.grad(loss, inputs[first], create_graph=True)
     with pytest.raises(NotImplementedError, match="second derivative"):
@@ -105,7 +105,10 @@ SUMS = [
 
 @pytest.mark.parametrize("case", SUMS, ids=lambda case: case.reason)
 def test_the_tables_gradient_sums_to_that_of_the_log_sum_exp(precise_backend, case):
-    """Every row of dS sums to dLSE: where "zero" drops no offset, a head's dbias sums to its dLSE's sum, or to 0."""
+    """Every row of dS sums to dlse.
+
+    Where "zero" drops no offset, a head's dbias sums to the sum of its dlse, or to 0.
+    """
     lengths = (130, 110) if case.lengths == (29, 31) else case.lengths
     call = build(replace(case, lengths=lengths, dtype=torch.float64, bias_dtype=torch.float64))
     dbias = results_of(call, precise_backend).dbias
@@ -117,7 +120,7 @@ def test_the_tables_gradient_sums_to_that_of_the_log_sum_exp(precise_backend, ca
 @pytest.mark.parametrize("scale", [1.0, 64.0, 4096.0])
 @pytest.mark.parametrize("case", SHARING_SCORES, ids=lambda case: case.reason)
 def test_backward_makes_the_scores_that_forward_made(precise_backend, case, scale):
-    """Large scores agree to the last bit too. Otherwise a row of P would not sum to 1, nor dV to the sum of dO."""
+    """Large scores agree to the last bit as well. Otherwise a row of P would not sum to 1, nor dV to the sum of dO."""
     call = build(replace(case, options={**case.options, "scale": scale}))
     call.dout.fill_(1.0)
     dv = results_of(call, precise_backend).dv
@@ -125,7 +128,10 @@ def test_backward_makes_the_scores_that_forward_made(precise_backend, case, scal
 
 
 def test_a_constant_added_to_the_table_changes_nothing_but_lse(precise_backend):
-    """Softmax does not see it: equal output and gradients, and a log-sum-exp that is larger by the constant."""
+    """Softmax does not see the constant.
+
+    Output and gradients are equal, and the log-sum-exp is larger by the constant.
+    """
     case = Case(
         "shifted",
         (61, 53),
@@ -145,7 +151,10 @@ def test_a_constant_added_to_the_table_changes_nothing_but_lse(precise_backend):
 
 @pytest.mark.parametrize("through_lse", [False, True])
 def test_offsets_that_no_pair_attends_to_have_gradient_exactly_zero(backend, through_lse):
-    """Causal, a window, padding and -inf in the table: 0 there, and not just small; elsewhere not 0."""
+    """Causality, a window, padding or -inf in the table forbid offsets.
+
+    Their gradient is exactly 0, and others' is not.
+    """
     forbidden = (100, 104, 117)
     case = Case(
         "masked",
@@ -178,7 +187,7 @@ NEEDS = [
 @pytest.mark.parametrize("case", NEEDS, ids=lambda case: case.reason)
 @pytest.mark.parametrize("needed", ["q", "k", "v", "bias"])
 def test_a_gradient_asked_for_alone_is_the_same(backend, case, needed):
-    """Whatever else is left out: bitwise on the engine, whose order of sums is fixed; the others get none."""
+    """The engine gives the same bits whatever other gradients are left out, because its order of sums is fixed."""
     expected = results_of(build(case), backend)
     call = build(case)
     for name in {"q", "k", "v", "bias"} - {needed}:

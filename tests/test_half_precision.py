@@ -1,4 +1,4 @@
-"""Results in float16 and bfloat16: rounded once, to nearest, without drift, subnormal numbers too."""
+"""Results in float16 and bfloat16 are rounded once, to nearest, without drift, also subnormal numbers."""
 
 import pytest
 import torch
@@ -12,7 +12,7 @@ from triton_offset_bias.backends import cpp
 @pytest.mark.parametrize("dim", [7, 16])
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_half_results_are_rounded_to_nearest(precise_backend, dtype, dim):
-    """Bit for bit where the softmax is exact: four keys that score alike."""
+    """Four keys with equal scores make the softmax exact. Results are then compared bit for bit."""
     q, k = torch.zeros(1, 2, 3, 16, dtype=dtype), torch.randn(1, 2, 4, 16).to(dtype)
     v, dout = torch.randn(1, 2, 4, dim).to(dtype), torch.randn(1, 2, 3, dim).to(dtype)
     v.requires_grad_()
@@ -24,7 +24,7 @@ def test_half_results_are_rounded_to_nearest(precise_backend, dtype, dim):
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_roundings_to_half_do_not_drift(precise_backend, dtype):
-    """They err to either side: what they take from all results together is far less than one of them may err by."""
+    """Roundings err to either side. Summed over all results they come to far less than eps of the results' sum."""
     call = build(Case("half", (64, 96), heads=(2, 2), dtype=dtype))
     got = results_of(call, precise_backend)
     ref64 = oracle(call.q, call.k, call.v, call.bias, dout=call.dout, **call.options)
@@ -36,7 +36,7 @@ def test_roundings_to_half_do_not_drift(precise_backend, dtype):
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_half_results_are_float32_results_rounded_to_nearest(precise_backend, dtype):
-    """With float32 arithmetic, a result without rounded intermediates is the float32 call's result, rounded once."""
+    """Results without rounded intermediates equal the results of a float32 call, rounded once."""
     if precise_backend == "cpp" and dtype == torch.bfloat16 and "bfloat16 products" in cpp.build_description():
         pytest.skip("this build rounds the softmax to bfloat16")
     half = build(Case("half", (61, 67), (24, 40), heads=(4, 2), dtype=dtype, options={"is_causal": True}))
@@ -51,7 +51,7 @@ def test_half_results_are_float32_results_rounded_to_nearest(precise_backend, dt
 
 @pytest.mark.parametrize("dim", [7, 16])
 def test_small_float16_values_keep_their_digits(precise_backend, dim):
-    """Subnormal halves, which the tolerance rule would not miss, pass through reading, arithmetic and writing."""
+    """Subnormal halves pass through reading, arithmetic and writing. The tolerance rule would not see their loss."""
     q, k = torch.randn(1, 1, 8, 16).half(), torch.randn(1, 1, 12, 16).half()
     v = (torch.randint(1, 500, (1, 1, 12, dim)).double() * 2**-24).half()
     out = offset_bias_attention(q, k, v, None, backend=precise_backend)

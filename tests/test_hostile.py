@@ -44,13 +44,16 @@ TABLES = {
 @pytest.mark.parametrize("options", [{}, {"is_causal": True}], ids=str)
 @pytest.mark.parametrize(("case", "change"), TABLES.values(), ids=TABLES)
 def test_a_constant_on_the_table_costs_no_accuracy(backend, case, change, options):
-    """The rule for every result, though in float32 scores of a thousand have four digits behind the point."""
+    """Every result obeys the rule, although float32 scores of a thousand have only four digits after the point."""
     call = changed(replace(case, options={**case.options, **options}), bias=change)
     assert_matches_oracle(call, results_of(call, backend))
 
 
 def test_no_bias_beyond_a_table_is_no_large_number(backend):
-    """Pairs beyond a table of -1000 carry all the weight: counting from its constant would give them scores of 1000."""
+    """Pairs beyond a table of -1000 carry all the weight.
+
+    Counted from the table's constant, their scores would be 1000.
+    """
     call = changed(replace(LONG, columns=21, options={"beyond": "zero"}), bias=lambda bias: bias - 1000)
     assert_matches_oracle(call, results_of(call, backend))
 
@@ -80,7 +83,7 @@ POSITIONS = {"query_positions": torch.arange(100) * 3 % 71, "key_positions": tor
 )
 @pytest.mark.parametrize("constant", [1024.0, -1024.0])
 def test_a_constant_on_the_table_changes_the_log_sum_exp_alone(backend, case, constant):
-    """A table of multiples of 1/8 holds 1024 more without rounding: only arithmetic could lose digits."""
+    """A table of multiples of 1/8 takes 1024 more without rounding. Only arithmetic could lose digits."""
     plain = changed(case, bias=lambda bias: (8 * bias).round() / 8)
     raised = changed(case, bias=lambda bias: (8 * bias).round() / 8 + constant)
     expected, got = results_of(plain, backend), results_of(raised, backend)
@@ -92,7 +95,7 @@ def test_a_constant_on_the_table_changes_the_log_sum_exp_alone(backend, case, co
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_scores_of_ten_thousand_are_exact_where_they_are_representable(backend, dtype):
-    """Scores of 10240 at even keys and -10240 at odd ones: even keys have equal weights, odd ones none."""
+    """Even keys have scores of 10240 and equal weights. Odd keys have scores of -10240 and no weight."""
     q, k = torch.full((1, 1, 30, 16), 64.0, dtype=dtype), torch.full((1, 1, 40, 16), 10.0, dtype=dtype)
     k[:, :, 1::2] *= -1
     v = torch.randn(1, 1, 40, 8).to(dtype)
@@ -112,7 +115,10 @@ LARGE = {
 @pytest.mark.parametrize("options", [{}, {"is_causal": True}], ids=str)
 @pytest.mark.parametrize("changes", LARGE.values(), ids=LARGE)
 def test_large_scores_err_as_their_rounding(backend, changes, options):
-    """Float32 tells scores of 1e4 apart to 1e-3: by so much may weights err, whatever is computed from them."""
+    """Float32 rounds scores of 1e4 to 1e-3.
+
+    Weights may err by as much, and so may results that are computed from them.
+    """
     call = changed(replace(LONG, options=options), **changes)
     got = results_of(call, backend)
     with torch.no_grad():
@@ -129,7 +135,7 @@ def test_large_scores_err_as_their_rounding(backend, changes, options):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("names", [["q", "k"], ["v", "dout"], ["bias"], ["q", "k", "v", "bias", "dout"]], ids=str)
 def test_denormal_numbers_count_as_zeros_or_as_what_they_are(precise_backend, dtype, names):
-    """The CPU engine flushes them: an error far below the rule's; nothing becomes NaN or large."""
+    """The CPU engine flushes them, which errs far less than the rule allows. Nothing becomes NaN or large."""
     smallest = torch.finfo(dtype).tiny
     case = replace(LONG, dtype=dtype, bias_dtype=dtype)
     call = changed(case, **{name: lambda x: x * (smallest / 8) for name in names})
@@ -138,7 +144,7 @@ def test_denormal_numbers_count_as_zeros_or_as_what_they_are(precise_backend, dt
 
 
 def test_nothing_attended_to_hides_even_huge_numbers(backend):
-    """Every key masked: output and gradients 0, log-sum-exp -inf, though scores would overflow."""
+    """Every key is masked. Output and gradients are 0 and the log-sum-exp is -inf, although scores would overflow."""
     huge = dict.fromkeys(("q", "k", "v", "dout"), lambda x: 1e18 * x)
     call = changed(replace(LONG, options={"key_padding_mask": torch.zeros(2, 110, dtype=torch.bool)}), **huge)
     got = results_of(call, backend)
@@ -148,7 +154,7 @@ def test_nothing_attended_to_hides_even_huge_numbers(backend):
 
 @pytest.mark.parametrize("bias", [0.0, 1e30, -1e30])
 def test_one_query_and_one_key_give_the_value_itself(backend, bias):
-    """The weight is 1 whatever the score; the score's gradient is 0."""
+    """The weight is 1 whatever the score is. The score's gradient is 0."""
     q, k, v = (torch.randn(2, 3, 1, 24, requires_grad=True) for _ in range(3))
     table = torch.full((3, 1), bias, requires_grad=True)
     out, lse = offset_bias_attention(q, k, v, table, return_lse=True, backend=backend)
@@ -191,7 +197,7 @@ def assert_nothing_is_hidden(got: Results, reference: Results) -> None:
 @pytest.mark.parametrize("name", PLACES)
 @pytest.mark.parametrize("bits", POISONS.values(), ids=POISONS)
 def test_a_poisoned_number_spreads_as_in_the_reference(backend, name, bits):
-    """Through output, log-sum-exp and every gradient; what it does not touch stays what it was, bit for bit."""
+    """It spreads through output, log-sum-exp and every gradient. Numbers that it does not reach keep their bits."""
     call = poisoned(SMALL, name, bits)
     got, clean = results_of(call, backend), results_of(build(SMALL), backend)
     assert_nothing_is_hidden(got, results_of(call, "reference"))
@@ -208,7 +214,7 @@ def test_a_poisoned_number_spreads_as_in_the_reference(backend, name, bits):
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("name", ["q", "k", "v"])
 def test_every_nan_of_half_precision_is_one(backend, dtype, name):
-    """All fractions that a NaN may have, each in a sequence of its own."""
+    """Each fraction that a NaN may have is tested, in a sequence of its own."""
     fraction_bits, exponent = (10, 0x7C00) if dtype == torch.float16 else (7, 0x7F80)
     fractions = torch.arange(1, 2**fraction_bits, 37)
     q, k, v = (torch.randn(len(fractions), 1, 3, 4).to(dtype) for _ in range(3))
@@ -258,7 +264,7 @@ FAR_SHAPES = [(0, (2, 1, 18, 8)), (0, (2, 1, 2, 8)), (1, (1, 2, 18, 8)), (1, (1,
 @pytest.mark.cpu_only
 @pytest.mark.parametrize(("axis", "shape"), FAR_SHAPES, ids=str)
 def test_indices_beyond_2_to_the_31_along_every_axis(precise_backend, axis, shape):
-    """Neighbours 2**31 elements apart give what close ones give, bit for bit: by tiles, and by few queries."""
+    """Neighbours 2**31 elements apart give the same bits as close neighbours, in tiles and with few queries."""
     close = [torch.randn(shape, dtype=torch.bfloat16) for _ in range(4)]
     bias, results = torch.randn(9), []
     for *inputs, dout in (close, [far_apart(x, axis) for x in close]):
@@ -271,7 +277,7 @@ def test_indices_beyond_2_to_the_31_along_every_axis(precise_backend, axis, shap
 @pytest.mark.needs_engine
 @pytest.mark.cpu_only
 def test_keys_of_more_than_2_to_the_31_elements():
-    """A decoding step against 2**23 equal keys and values: views that take the memory of one."""
+    """A decoding step has 2**23 equal keys and values, which are views of one key and one value."""
     length = 2**23 + 5
     q, row, value = torch.randn(1, 1, 1, 256), torch.randn(1, 1, 1, 256), torch.ones(1, 1, 1, 8)
     keys, values = (x.expand(1, 1, length, x.shape[-1]) for x in (row, value))

@@ -1,4 +1,4 @@
-"""`python -m triton_offset_bias.info` tells what serves here, and why something does not."""
+"""`python -m triton_offset_bias.info` tells which backends serve here, and why others do not."""
 
 import os
 import re
@@ -15,7 +15,7 @@ from triton_offset_bias.checks.tensors import FLOAT_DTYPES
 
 
 def test_every_backend_is_listed_with_what_it_serves() -> None:
-    """One section a backend, whether it can serve or not."""
+    """Each backend has one section, whether it can serve or not."""
     report = info.report()
     for name, backend in BACKENDS.items():
         assert f"\n{name}: {'cannot serve' if backend.unavailable_reasons() else 'ready'}\n" in report
@@ -25,7 +25,7 @@ def test_every_backend_is_listed_with_what_it_serves() -> None:
 
 
 def test_the_command_says_why_a_build_that_was_asked_for_cannot_serve() -> None:
-    """The engine's reason reaches the reader, and the reference is still ready."""
+    """The command prints the engine's reason. The reference is still ready."""
     environment = os.environ | {"TRITON_OFFSET_BIAS_BUILD": "nonesuch"}
     command = [sys.executable, "-m", "triton_offset_bias.info"]
     printed = subprocess.run(command, env=environment, capture_output=True, text=True, check=True).stdout
@@ -35,7 +35,7 @@ def test_the_command_says_why_a_build_that_was_asked_for_cannot_serve() -> None:
 
 
 def test_the_documented_table_of_features_is_the_one_that_the_command_prints(capsys) -> None:
-    """Line by line, docs/backends.md has what `--features` prints."""
+    """docs/backends.md has every line that `--features` prints."""
     info.main(["--features"])
     assert capsys.readouterr().out in (Path(__file__).parents[1] / "docs" / "backends.md").read_text()
 
@@ -51,7 +51,7 @@ def _reasons(backend: str, dtype: torch.dtype = torch.float16, head_dim: int = 8
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_a_backend_serves_the_dtypes_and_head_dims_that_it_names_and_no_others(backend: str) -> None:
-    """Reasons that it has against a small call in float16 do not count: the backend may not be available here."""
+    """Reasons against a small call in float16 do not count, because the backend may not be available here."""
     serves = BACKENDS[backend].PROPERTIES["serves"]
     usual = _reasons(backend)
     for dtype in FLOAT_DTYPES:

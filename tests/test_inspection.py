@@ -1,4 +1,4 @@
-"""Windows of images, and looking at biases: dense tensors and pictures."""
+"""Windows of images, and ways to look at biases: dense tensors and pictures."""
 
 import sys
 
@@ -21,7 +21,7 @@ def _filled(window: tuple[int, int]) -> OffsetBias2d:
 
 @pytest.mark.parametrize("window", WINDOWS)
 def test_window_attention_equals_sdpa_with_the_dense_bias(window):
-    """Output and every gradient, and no pair of tokens leaves the table."""
+    """Output and every gradient are equal. No pair of tokens leaves the table."""
     bias = _filled(window)
     q, k, v, dout = (torch.randn(4, 3, window[0] * window[1], 8, dtype=torch.float64) for _ in range(4))
     leaves = [x.requires_grad_() for x in (q, k, v)] + [bias.relative_position_bias_table]
@@ -45,7 +45,7 @@ def test_a_window_table_is_float32_whatever_the_modules_dtype():
 
 @pytest.mark.parametrize(("lengths", "query_start"), [((6, 6), None), ((1, 9), None), ((5, 2), None), ((4, 3), 10)])
 def test_a_dense_bias_has_at_every_pair_what_attention_sees_there(lengths, query_start):
-    """Differentiable, and with the default `query_start` of attention."""
+    """It is differentiable, and has the default `query_start` of attention."""
     bias = OffsetBias(2, 20)
     nn.init.normal_(bias.weight)
     dense = dense_bias(bias, *lengths, query_start)
@@ -76,7 +76,7 @@ def _off_screen():
 @skip_without("matplotlib")
 @pytest.mark.usefixtures("_off_screen")
 def test_a_plot_has_a_line_per_head_with_the_bias_over_the_offset():
-    """The axes are new ones or the given ones, and the heads are named."""
+    """The plot goes into new axes or the given ones. It names the heads."""
     bias = ALiBiBias(3, learnable=True)
     axes = plot_bias(bias, -4, 6)
     assert plot_bias(bias, 0, 1, ax=axes) is axes
@@ -117,6 +117,6 @@ BAD_CALLS = {
 @skip_without("matplotlib")  # which one of the calls would draw with
 @pytest.mark.parametrize(("call", "message"), BAD_CALLS.values(), ids=BAD_CALLS)
 def test_a_bad_argument_is_named_with_what_was_expected_and_what_came(call, message):
-    """Before anything is computed."""
+    """The error comes before anything is computed."""
     with pytest.raises(ValueError, match=message):
         call()

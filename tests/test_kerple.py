@@ -1,4 +1,4 @@
-"""KERPLE's numbers: positive, drawn as the authors draw them, set and read."""
+"""KERPLE's numbers are positive, are drawn as the authors draw them, and can be set and read."""
 
 import pytest
 import torch
@@ -25,7 +25,10 @@ def test_kerple_stays_positive_whatever_training_does():
 
 @pytest.mark.parametrize(("kind", "highest"), [("log", (2.0, 1.0)), ("power", (1.0, 2.0))])
 def test_kerple_starts_where_its_authors_do(kind, highest):
-    """Uniform between 0 and the authors' ends: the mean is half way, and the range is used to within a hundredth."""
+    """Values are uniform between 0 and the authors' ends.
+
+    Their mean is half way, and they fill the range to within 0.01.
+    """
     bias = KerpleBias(20000, kind)
     for values, end in zip((bias.r1, bias.r2), highest, strict=True):
         assert 0.0099 < values.min() < 0.012 * end + 0.01
@@ -43,7 +46,7 @@ def test_kerple_takes_the_numbers_of_a_trained_model(kind, r2):
 
 
 def test_kerple_power_of_one_is_alibi():
-    """ALiBi's slopes are r1."""
+    """The factors r1 are ALiBi's slopes."""
     bias = KerpleBias(5, "power")
     bias.set_values(alibi_slopes(5), torch.ones(5))
     torch.testing.assert_close(bias(-9, 50), ALiBiBias(5)(-9, 50))

@@ -1,4 +1,4 @@
-"""The CPU engine under load: many threads, forked processes, ten thousand calls, an interrupt, errors on the way."""
+"""The CPU engine under load: many threads, forked processes, ten thousand calls, an interrupt, errors between calls."""
 
 import os
 import subprocess
@@ -49,7 +49,7 @@ def differing(got: Results, expected: Results) -> list[str]:
 
 
 def test_eight_threads_at_once_get_what_one_gets():
-    """Mixed calls, forward and backward, on two OpenMP threads each; `LOAD_CALLS` says how many a thread makes."""
+    """Each thread makes `LOAD_CALLS` mixed calls, forward and backward, with two OpenMP threads."""
     torch.set_num_threads(2)
     expected = [results_of(build(case), "cpp") for case in MIXED]
 
@@ -87,7 +87,7 @@ class Attended(Dataset):
 @needs_linux
 @pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")  # of a process with threads: the point here
 def test_forked_workers_of_a_data_loader_can_call_it_after_their_parent_has():
-    """The parent's OpenMP threads do not exist in a child; the loader's timeout ends a deadlock."""
+    """A child has none of the parent's OpenMP threads. The loader's timeout ends a deadlock."""
     torch.set_num_threads(2)
     items = Attended()
     expected = [items[index] for index in range(len(items))]
@@ -97,7 +97,10 @@ def test_forked_workers_of_a_data_loader_can_call_it_after_their_parent_has():
 
 @needs_linux
 def test_a_forked_child_does_not_wait_for_its_parents_threads():
-    """It has none of them, though it is set to as many: it does the work itself. (Operators of torch may well hang.)"""
+    """The child has no such threads, although torch is set to as many.
+
+    It works alone. (Operators of torch may well hang.)
+    """
     code = """
 import os, signal, sys, torch
 sys.path.insert(0, "tests")
@@ -123,7 +126,7 @@ def resident_bytes() -> int:
 
 @needs_linux
 def test_ten_thousand_calls_leave_no_memory_behind():
-    """Forward and backward of tiny calls of every kind: a leak of 1 KB a call would be 8 MB."""
+    """The calls are tiny, of every kind, forward and backward. A leak of 1 KB a call would be 8 MB."""
     torch.set_num_threads(1)
     calls = [build(case) for case in MIXED]
     for index in range(2000):
@@ -136,7 +139,7 @@ def test_ten_thousand_calls_leave_no_memory_behind():
 
 @needs_linux
 def test_an_interrupt_during_a_call_is_raised_after_it_and_the_next_call_is_right():
-    """The engine cannot be left halfway: Python raises KeyboardInterrupt when the call is over, in the same process."""
+    """A call of the engine cannot be interrupted. Python raises KeyboardInterrupt when the call is over."""
     code = """
 import os, signal, threading, time, torch
 from triton_offset_bias import offset_bias_attention
@@ -161,7 +164,10 @@ except KeyboardInterrupt:
 
 @needs_linux
 def test_a_call_without_memory_says_so_and_lets_go_of_its_tensors():
-    """The process may have its outputs (42 MB), but not the engine's scratch (150 MB): smaller calls go on."""
+    """The process may take memory for the outputs (42 MB), but not for the engine's scratch (150 MB).
+
+    Smaller calls still work.
+    """
     code = """
 import os, resource, weakref, torch
 from pathlib import Path
@@ -188,7 +194,7 @@ for _ in range(2):
 
 
 def test_errors_leave_no_state_behind():
-    """Refused arguments, an operator's error in forward, and one in a hook of backward: the next call is as before."""
+    """Refused arguments, an error in the operator, or an error in a hook of backward do not change the next call."""
     call = build(TILES)
     expected = results_of(call, "cpp")
     before = threading.active_count()

@@ -19,14 +19,14 @@ def _filled(num_heads: int, max_length: int, bidirectional: bool) -> OffsetBias:
 
 @pytest.mark.parametrize(("bidirectional", "per_head"), [(True, 2 * 7 - 1), (False, 7)])
 def test_the_number_of_parameters_is_that_of_offsets(bidirectional, per_head):
-    """2 M - 1 a head, or M for causal attention, and nothing else."""
+    """There are 2 M - 1 parameters a head, or M for causal attention, and no others."""
     assert sum(p.numel() for p in OffsetBias(3, 7, bidirectional).parameters()) == 3 * per_head
 
 
 @pytest.mark.parametrize("bidirectional", [True, False])
 @pytest.mark.parametrize("offsets", [(-6, 6), (0, 6), (-2, 3), (4, 4), (-11, 12), (9, 12), (-30, -20)])
 def test_a_table_lists_the_parameter_of_each_offset_and_the_ends_outside(bidirectional, offsets):
-    """Both bounds included; float32; outside, the nearest parameter; each parameter's gradient counts its uses."""
+    """Both bounds are included. Outside, offsets get the nearest parameter, whose gradient counts each use."""
     bias = _filled(2, 7, bidirectional)
     lowest = -6 if bidirectional else 0
     columns = [min(max(offset, lowest), 6) - lowest for offset in range(offsets[0], offsets[1] + 1)]
@@ -39,7 +39,7 @@ def test_a_table_lists_the_parameter_of_each_offset_and_the_ends_outside(bidirec
 
 
 def test_a_table_is_float32_whatever_the_modules_dtype():
-    """Half a model's precision is no reason for a coarse table; the gradient arrives in the parameter's dtype."""
+    """A module in half precision still gives a float32 table. The gradient arrives in the parameter's dtype."""
     bias = _filled(2, 5, True).bfloat16()
     table = bias(-3, 3)
     assert table.dtype == torch.float32
@@ -94,7 +94,7 @@ def test_a_bad_argument_is_named_with_what_was_expected_and_what_came(call, mess
     [(lambda: OffsetBias(2.5, 4), "num_heads"), (lambda: OffsetBiasAttention(12.0, 4, None), "embed_dim")],
 )
 def test_a_count_that_is_no_int_is_named(build, name):
-    """Before any tensor is made of it."""
+    """The error comes before any tensor is made."""
     with pytest.raises(TypeError, match=f"`{name}` must be an int"):
         build()
 
@@ -154,7 +154,7 @@ LAYERS = {
 
 @pytest.mark.parametrize(("layer", "is_padded"), LAYERS.values(), ids=LAYERS)
 def test_the_attention_layer_equals_plain_pytorch(layer, is_padded):
-    """Output, gradient of the input and of every parameter, in float64 so that equal means equal."""
+    """The output and the gradients of the input and of every parameter are compared in float64."""
     layer = copy.deepcopy(layer).double()
     if layer.bias is not None:  # the table is float32 by contract, and so its numbers have to be
         layer.bias.weight.data = layer.bias.weight.data.float().double()
@@ -172,7 +172,7 @@ def test_the_attention_layer_equals_plain_pytorch(layer, is_padded):
 
 
 def test_dropout_is_for_training_alone_and_keeps_the_mean():
-    """In eval mode the layer equals the layer without dropout; in training its results vary around that."""
+    """In eval mode the layer equals the layer without dropout. In training, results vary around that layer's."""
     dropping = OffsetBiasAttention(16, 2, _filled(2, 8, True), dropout_p=0.4)
     keeping = OffsetBiasAttention(16, 2, dropping.bias, dropout_p=0.0)
     keeping.load_state_dict(dropping.state_dict())
@@ -200,7 +200,7 @@ def test_one_bias_module_may_serve_several_layers():
 
 
 def test_a_state_dict_restores_the_layer():
-    """Saved and loaded into a fresh one, the output is equal bit for bit, and the names are the documented ones."""
+    """A fresh layer that loads it gives the same bits. The names are the documented ones."""
     saved, fresh = (OffsetBiasAttention(16, 4, OffsetBias(4, 6), num_kv_heads=2, is_causal=True) for _ in range(2))
     nn.init.normal_(saved.bias.weight)
     x = torch.randn(2, 10, 16)
@@ -224,12 +224,12 @@ def test_a_modules_table_goes_with_bias_origin_minus_min_offset(bidirectional):
 
 @pytest.mark.parametrize("bias", ["alibi", torch.zeros(4, 9)])
 def test_a_bias_that_is_no_module_is_refused_when_the_layer_is_built(bias):
-    """A table goes to `offset_bias_attention` itself."""
+    """A tensor with a table goes to `offset_bias_attention` itself."""
     with pytest.raises(TypeError, match=f"`bias` must be a module .*got {type(bias).__name__}"):
         OffsetBiasAttention(12, 4, bias)
 
 
 def test_a_bias_that_goes_with_positions_is_refused_when_the_layer_is_built():
-    """It gives no table for a range of offsets."""
+    """Such a module gives no table for a range of offsets."""
     with pytest.raises(TypeError, match="`bias` must give a table for a range of offsets, got OffsetBias2d"):
         OffsetBiasAttention(12, 4, OffsetBias2d(4, (3, 3)))

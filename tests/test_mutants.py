@@ -1,4 +1,4 @@
-"""The planted mistakes, which `mutations.py` shows that the tests see, have to be where the code is now."""
+"""The planted mistakes of `mutations.py` still have their places in the code and their tests."""
 
 import keyword
 import re
@@ -10,12 +10,12 @@ MUTANTS = (*KERNELS, *ENGINE, *PACKAGE)
 
 
 def test_every_mistake_has_one_place_in_the_code():
-    """If this fails, code has moved."""
+    """This fails when code has moved away from a mistake."""
     assert misplaced(MUTANTS) == []
 
 
 def test_every_mistake_names_tests_that_exist():
-    """If this fails, tests have moved."""
+    """This fails when tests have moved away from a mistake."""
     folder = Path(__file__).parent
     assert [mutant.name for mutant in MUTANTS if not (folder / mutant.tests).is_file()] == []
 
@@ -25,9 +25,9 @@ def _renamed(text: str, name: str) -> str:
 
 
 def test_mistakes_outlive_the_renaming_of_a_name():
-    """Every name of every mistake, renamed in its whole file: the same mistake is planted, or several places are told.
+    """Each name of each mistake is renamed in its whole file. The same mistake is then found, alone or among others.
 
-    Fewer than one in fifty have several, where a name was all that told two places apart.
+    Fewer than one in fifty have several places, because only a name told these places apart.
     """
     outcomes = []
     for mutant in MUTANTS:

@@ -1,6 +1,6 @@
-"""Rows that attend to one key: the output is its value, and dS = P (dP - delta) is 0, not what two sums differ by.
+"""Rows that attend to one key. The output is that key's value, and dS = P (dP - delta) is 0, without rounding noise.
 
-The gradients of query, key and table are then exactly 0. Noise there, an optimiser like Adam scales to whole steps.
+The gradients of query, key and table are then exactly 0. An optimiser such as Adam would scale noise to whole steps.
 """
 
 from typing import Any
@@ -63,7 +63,7 @@ def _call(name: str, dtype: torch.dtype, **others: Any) -> Call:
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("name", ONE_KEY)
 def test_gradients_of_rows_with_one_key_are_exactly_zero(backend, name, dtype):
-    """dQ, dK and dbias are zero; dV is not."""
+    """The gradients dQ, dK and dbias are zero. dV is not."""
     results = results_of(_call(name, dtype), backend)
     for gradient in (results.dq, results.dk, results.dbias):
         assert gradient is None or not gradient.any()
@@ -74,7 +74,7 @@ def test_gradients_of_rows_with_one_key_are_exactly_zero(backend, name, dtype):
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("name", [name for name in ONE_KEY if "dropout" not in name])
 def test_the_output_of_rows_with_one_key_is_its_value(backend, name, dtype):
-    """Bit for bit."""
+    """They are equal bit for bit."""
     call = _call(name, dtype, heads=(2, 2))
     value = call.v[:, :, :1]
     if "key_padding_mask" in call.options:
@@ -97,7 +97,7 @@ def test_through_the_log_sum_exp_rows_with_one_key_are_as_accurate(backend, name
 @exact
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_one_token_sequences_in_a_packed_batch_and_first_queries_have_exactly_zero_gradients(backend, dtype):
-    """Between longer sequences, under causality: each one's first query, and the key that it alone attends to."""
+    """Under causality, query and key of a one-token sequence get 0, and so does the first query of any sequence."""
     bounds = torch.tensor([0, 1, 2, 40, 41, 41, 140, 141], dtype=torch.int32)
     q, k, v = (torch.randn(141, 2, 64).to(dtype).requires_grad_() for _ in range(3))
     bias = torch.randn(7, 2, 61).requires_grad_()
@@ -116,7 +116,7 @@ def test_one_token_sequences_in_a_packed_batch_and_first_queries_have_exactly_ze
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("options", [{}, {"dropout_p": 0.2}], ids=str)
 def test_the_first_query_under_causality_has_an_exactly_zero_gradient(backend, dtype, options):
-    """Between rows with many keys, that share its tile."""
+    """Its tile also has rows with many keys."""
     call = build(
         Case("causal", (130, 130), (64, 64), heads=(4, 2), dtype=dtype, options={"is_causal": True, **options})
     )

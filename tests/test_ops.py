@@ -1,4 +1,4 @@
-"""The operators inside of torch's machinery: compile, autocast, checkpointing, partial backward passes, opcheck."""
+"""The operators in torch's machinery: compilation, autocast, checkpointing, partial backward passes, opcheck."""
 
 import re
 
@@ -48,7 +48,7 @@ def _forget_compiled_code():
 
 @pytest.mark.parametrize("compiler", ["aot_eager", "inductor"])
 def test_a_compiled_call_is_one_graph_with_equal_results(backend, compiler):
-    """fullgraph=True, forward and backward, from views that are not contiguous."""
+    """The call is compiled with fullgraph=True, forward and backward. Its tensors are views that are not contiguous."""
     call = build(PADDED)
 
     def attend(q, k, v, bias):
@@ -61,7 +61,7 @@ def test_a_compiled_call_is_one_graph_with_equal_results(backend, compiler):
 @pytest.mark.needs_engine
 @pytest.mark.cpu_only
 def test_one_compiled_graph_serves_all_lengths():
-    """Lengths are symbolic: a new length brings no new compilation, and equal results."""
+    """Lengths are symbolic. A new length compiles nothing and gives equal results."""
     counter = CompileCounterWithBackend("aot_eager")
 
     def attend(q, k, v, bias):
@@ -96,7 +96,7 @@ def test_under_autocast_the_output_has_the_dtype_of_sdpa_and_the_table_stays_flo
 
 
 def test_under_autocast_float64_stays_float64_as_in_sdpa(precise_backend):
-    """Autocast leaves double precision alone, and so does the table's path."""
+    """Autocast does not cast float64, nor the table that goes with it."""
     q, k, v = (torch.randn(1, 2, 9, 8, dtype=torch.float64) for _ in range(3))
     bias = torch.randn(2, 17, dtype=torch.float64)
     expected = offset_bias_attention(q, k, v, bias, backend=precise_backend)
@@ -108,7 +108,7 @@ def test_under_autocast_float64_stays_float64_as_in_sdpa(precise_backend):
 
 @pytest.mark.parametrize("use_reentrant", [False, True])
 def test_a_checkpointed_call_has_equal_gradients(backend, use_reentrant):
-    """Recomputed in backward, bit for bit."""
+    """Backward computes the call again. Its gradients have the same bits."""
     call = build(PADDED)
 
     def attend(q, k, v, bias):
@@ -122,7 +122,7 @@ def test_a_checkpointed_call_has_equal_gradients(backend, use_reentrant):
 
 
 def test_backward_of_the_output_alone_and_of_the_log_sum_exp_alone(backend):
-    """The two add up to backward of both; from the log-sum-exp there is no gradient for the value."""
+    """Their gradients add up to those of both together. The log-sum-exp gives the value no gradient."""
     call = build(PADDED)
     inputs = (call.q, call.k, call.v, call.bias)
     out, lse = offset_bias_attention(*inputs, **call.options, return_lse=True, backend=backend)
@@ -140,7 +140,7 @@ def test_backward_of_the_output_alone_and_of_the_log_sum_exp_alone(backend):
 
 
 def test_a_gradient_from_a_sum_whose_memory_is_one_number(backend):
-    """`out.sum().backward()` hands back an expanded tensor of strides 0."""
+    """`out.sum().backward()` passes an expanded tensor of strides 0."""
     call = build(PADDED)
     call.dout, call.dlse = torch.ones_like(call.dout), None
     expected = results_of(call, backend)
@@ -185,7 +185,7 @@ def _matching(operator, arguments: dict) -> tuple:
 
 
 def test_the_operators_arguments_are_the_fields_of_a_problem_in_the_order_that_autograd_splits():
-    """Tensors with gradients come first, then the other tensors, whatever is added to the list."""
+    """Tensors with gradients come first, then the other tensors, then other values."""
     forward, backward = (getattr(torch.ops.triton_offset_bias, name) for name in ("attention", "attention_backward"))
     arguments = [(x.name, str(x.type)) for x in forward.default._schema.arguments]
     assert [name for name, _ in arguments] == [*Problem._fields, "backend"]
@@ -200,7 +200,7 @@ def test_the_operators_arguments_are_the_fields_of_a_problem_in_the_order_that_a
 @pytest.mark.cpu_only
 @pytest.mark.parametrize("requires_grad", [False, True])
 def test_the_operator_passes_torchs_own_checks(requires_grad):
-    """Schema, shape function with strides, registration of autograd, and tracing with symbolic shapes."""
+    """The checks are of the schema, the shape function with strides, autograd's registration, and symbolic tracing."""
     operator = torch.ops.triton_offset_bias.attention.default
     torch.library.opcheck(operator, _matching(operator, _operator_arguments(requires_grad)))
 
@@ -258,7 +258,10 @@ def test_the_operator_refuses_tensors_that_do_not_fit(wrong, message):
 @pytest.mark.needs_engine
 @pytest.mark.cpu_only
 def test_a_graph_whose_lengths_are_constants_serves_no_others():
-    """`make_fx` and `torch.jit.trace` make them so; the engine must not read and write past the end of tensors."""
+    """`make_fx` and `torch.jit.trace` make lengths constant.
+
+    The engine must not read or write past the end of tensors.
+    """
     q, shorter, longer = (torch.randn(1, 2, length, 8) for length in (9, 5, 13))
     graph = make_fx(lambda q: offset_bias_attention(q, q, q, None, is_causal=True))(q)
     assert torch.equal(graph(q), offset_bias_attention(q, q, q, None, is_causal=True))

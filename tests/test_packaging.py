@@ -1,6 +1,6 @@
-"""The release: an sdist, the wheel made from it, and their installation in a clean environment.
+"""The release: a source distribution, the wheel made from it, and their installation in a clean environment.
 
-The engine is compiled without optimisation here, which is quick; `test_engine.py` is about the optimised one.
+The engine is compiled without optimisation here, because this is quick. `test_engine.py` tests the optimised builds.
 """
 
 import os
@@ -93,7 +93,7 @@ def python(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_the_sdist_holds_what_the_wheel_is_made_from_and_nothing_else(sdist: Path) -> None:
-    """File by file: the package, the engine's sources, how to build them, licence, readme and changelog."""
+    """It has the package, the engine's sources, the files that build them, licence, readme and changelog."""
     with tarfile.open(sdist) as archive:
         names = {name.removeprefix(f"{NAME}/") for name in archive.getnames() if archive.getmember(name).isfile()}
     engine = {f"csrc_ref/{path.name}" for path in (ROOT / "csrc_ref").iterdir()}
@@ -103,7 +103,7 @@ def test_the_sdist_holds_what_the_wheel_is_made_from_and_nothing_else(sdist: Pat
 
 
 def test_the_wheel_holds_the_package_every_build_of_the_engine_and_the_mark_of_types(wheel: Path) -> None:
-    """File by file; one wheel for every Python from 3.10 on."""
+    """The wheel's files are listed one by one. One wheel serves every Python from 3.10 on."""
     names = {name for name in zipfile.ZipFile(wheel).namelist() if not name.startswith(f"{NAME}.dist-info/")}
     builds = cpp.BUILDS if platform.machine().lower() in ("x86_64", "amd64") else ("portable",)
     assert names == PACKAGE | {f"triton_offset_bias/_engine_{build}.abi3.so" for build in builds}
@@ -134,7 +134,7 @@ assert torch.equal(out, same)
 
 
 def test_without_a_compiler_the_sdist_installs_and_the_reference_serves(sdist: Path, tmp_path: Path) -> None:
-    """`info` tells what is missing."""
+    """`info` tells that the engine is missing."""
     python = _environment(tmp_path / "environment")
     _install(python, sdist, CC="/nonexistent/cc", CXX="/nonexistent/c++")
     file, description = _run(python, "-c", QUICKSTART + REFERENCE_SERVES + WHERE, folder=tmp_path).splitlines()
@@ -148,7 +148,7 @@ def test_without_a_compiler_the_sdist_installs_and_the_reference_serves(sdist: P
 
 @skip_without("mypy")
 def test_a_type_checker_finds_the_types_of_the_public_api(python: Path, tmp_path: Path) -> None:
-    """mypy --strict, of a user's program against the installed wheel."""
+    """mypy --strict checks a user's program against the installed wheel."""
     shutil.copy(ROOT / "tests" / "typing_sample.py", tmp_path)
     cache = ROOT / ".mypy_cache" / "packaging"  # torch takes mypy a while, the first time
     options = ["--strict", "--config-file=", f"--cache-dir={cache}", f"--python-executable={python}"]

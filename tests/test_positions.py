@@ -69,7 +69,7 @@ CASES = [
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.reason)
 def test_every_result_is_as_accurate_as_plain_pytorch(backend, case):
-    """Output, log-sum-exp and gradients against the oracle."""
+    """Output, log-sum-exp and gradients are compared with the oracle."""
     call = build(case)
     assert_matches_oracle(call, results_of(call, backend))
 
@@ -85,7 +85,7 @@ def test_positions_too_far_apart_for_the_engine_are_an_error_that_tells_how_far(
 
 @pytest.mark.parametrize("options", [{}, {"is_causal": True, "beyond": "zero"}, {"window_size": (4, 6)}], ids=str)
 def test_contiguous_positions_equal_the_default(options):
-    """Keys from 0, queries so that the last one is on the last key; and any shift of both changes nothing."""
+    """Keys count from 0, and the last query lies on the last key. Shifting all positions changes nothing."""
     case = Case("contiguous", (11, 15), columns=9, through_lse=True, options=options)
     expected = results_of(build(case), "reference")
     for shift in (0, -1000):
@@ -99,7 +99,7 @@ def test_contiguous_positions_equal_the_default(options):
 
 @pytest.mark.parametrize("size", [(3, 4), (7, 7), (16, 9), (32, 32)], ids=str)
 def test_one_integer_per_offset_serves_two_dimensions(backend, size):
-    """Swin's bias over (row, column) offsets: p = row (2 W - 1) + column, and the flattened 2-D table as the table."""
+    """Swin's bias over (row, column) offsets has p = row (2 W - 1) + column, and the flattened 2-D table."""
     height, width = size
     heads = 1 if height == 32 else 2
     rows, columns = (x.flatten() for x in torch.meshgrid(torch.arange(height), torch.arange(width), indexing="ij"))
@@ -156,7 +156,7 @@ UNCOVERED = {
 @pytest.mark.parametrize("name", ["reference", "auto"])
 @pytest.mark.parametrize("options", COVERED.values(), ids=COVERED)
 def test_an_offset_beyond_the_table_is_no_error_where_no_pair_attends_to_it(options, name):
-    """Equal values, so that the output is 1, or 0 where nothing is attended to."""
+    """Values are equal. So the output is 1, or 0 where nothing is attended to."""
     visible = options.get("key_padding_mask", torch.ones(2, 6) > 0).any()
     assert (_attend(options, name) == float(visible)).all()
 
@@ -164,14 +164,14 @@ def test_an_offset_beyond_the_table_is_no_error_where_no_pair_attends_to_it(opti
 @pytest.mark.parametrize("name", ["reference", "auto"])
 @pytest.mark.parametrize(("options", "attended"), UNCOVERED.values(), ids=UNCOVERED)
 def test_an_attended_offset_beyond_the_table_is_an_error_that_tells_the_range(options, attended, name):
-    """The message tells what the table holds and what is attended to."""
+    """The message tells which offsets the table holds and which are attended to."""
     with pytest.raises(ValueError, match=rf"`bias` .*-4 to 4.*{attended}"):
         _attend(options, name)
 
 
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")  # numpy's, in Triton's interpreter
 def test_a_deterministic_gradient_does_not_hide_nan(backend):
-    """It may be a sum of integers, which have no NaN; the other head's is none the worse."""
+    """Its sum may be of integers, which have no NaN. The other head's gradient stays right."""
     q, k, v, positions = *(torch.randn(1, 2, 9, 8) for _ in range(3)), torch.arange(9) * 2 % 9
     bias = torch.randn(2, 17, requires_grad=True)
     options = {"query_positions": positions, "key_positions": positions, "deterministic": True, "backend": backend}
@@ -183,7 +183,7 @@ def test_a_deterministic_gradient_does_not_hide_nan(backend):
 
 
 def test_the_gradient_at_equal_positions_sums_over_all_pairs():
-    """All tokens in one place: one column takes everything, hence its gradient is 0, and dlse's sum with lse."""
+    """All tokens lie in one place, so one column gets the whole gradient. It is the sum of dlse."""
     call: Call = build(
         Case(
             "one place",

@@ -1,6 +1,6 @@
-"""Properties over the whole argument space, on random calls: the tolerance rule, sums, shifts, permutations.
+"""Properties of random calls over the whole argument space: the tolerance rule, sums, shifts, permutations.
 
-`HYPOTHESIS_PROFILE=thorough` draws more calls, and others every time.
+`HYPOTHESIS_PROFILE=thorough` draws more calls, and new calls every time.
 """
 
 import os
@@ -91,7 +91,7 @@ def _dtypes(name: str) -> tuple[torch.dtype, ...]:
 
 @pytest.mark.parametrize("name", AVAILABLE)
 def test_every_result_of_a_random_call_obeys_the_tolerance_rule(name):
-    """Output, log-sum-exp and all gradients against the oracle."""
+    """Output, log-sum-exp and all gradients are compared with the oracle."""
 
     @_settings(name)
     @given(cases(_dtypes(name)))
@@ -142,7 +142,7 @@ def _permuted(call: Call, order: torch.Tensor) -> Call:
 
 @pytest.mark.parametrize("name", AVAILABLE)
 def test_permuting_the_batch_permutes_the_results(name):
-    """A shared table's gradient stays, but for the order of its sum."""
+    """A shared table's gradient stays the same, except for the order of its sum."""
 
     @_settings(name)
     @given(cases((torch.float32,)), st.randoms(use_true_random=False))

@@ -1,4 +1,4 @@
-"""The modules against the public implementations in transformers: equal biases, and state dicts that interchange."""
+"""The modules and the public implementations in transformers have equal biases and interchangeable state dicts."""
 
 import pytest
 import torch
@@ -14,7 +14,7 @@ from triton_offset_bias.modules import OffsetBias2d, T5Bias, alibi_slopes, dense
 @pytest.mark.parametrize("num_buckets", [4, 5, 7, 8, 17, 32, 64, 320])
 @pytest.mark.parametrize("max_distance", [3, 20, 100, 128, 800, 4096])
 def test_buckets_are_those_of_the_public_t5(bidirectional, num_buckets, max_distance):
-    """Equal for every offset up to 5000 on either side, wherever rounding puts the boundaries."""
+    """Buckets are equal for every offset up to 5000 on either side, so roundings at their boundaries are equal too."""
     if max_distance <= num_buckets // (4 if bidirectional else 2):
         with pytest.raises(ValueError, match=f"`max_distance` must exceed .* got {max_distance}"):
             t5_buckets(0, 1, num_buckets, max_distance, bidirectional)
@@ -27,7 +27,7 @@ def test_buckets_are_those_of_the_public_t5(bidirectional, num_buckets, max_dist
 
 @pytest.mark.parametrize("is_decoder", [True, False])
 def test_a_trained_t5_embedding_is_loaded_and_saved_exactly(is_decoder):
-    """Under T5's own name, and it means the same bias."""
+    """It keeps T5's name for it, and means the same bias."""
     config = t5.T5Config(d_model=12, d_kv=4, num_heads=3, is_decoder=is_decoder)
     attention = t5.T5Attention(config, has_relative_attention_bias=True, layer_idx=0)
     nn.init.normal_(attention.relative_attention_bias.weight)
@@ -41,7 +41,7 @@ def test_a_trained_t5_embedding_is_loaded_and_saved_exactly(is_decoder):
 
 @pytest.mark.parametrize("num_heads", [1, 2, 3, 7, 8, 12, 16, 20, 71, 112])
 def test_slopes_are_those_of_the_public_alibi(num_heads):
-    """Powers of 2 and others."""
+    """The numbers of heads are powers of 2 and others."""
     expected = bloom.build_alibi_tensor(torch.ones(1, 2, dtype=torch.long), num_heads, torch.float32)[:, 0, 1]
     torch.testing.assert_close(alibi_slopes(num_heads), expected, rtol=1e-6, atol=0)
 

@@ -29,13 +29,13 @@ def code_blocks(language: str) -> list:
 
 @pytest.mark.parametrize("code", code_blocks("python"))
 def test_a_python_block_runs_and_its_assertions_hold(code: str) -> None:
-    """Blocks are complete programs; what they claim they assert."""
+    """Each block is a complete program, and asserts what it claims."""
     exec(compile(code, "<readme>", "exec"), {"__name__": "__readme__"})
 
 
 @pytest.mark.parametrize("code", code_blocks("sh"))
 def test_a_shell_block_names_commands_that_exist(code: str) -> None:
-    """`make` lines are dry-run, for they would start this test again; other lines are run."""
+    """`make` lines are dry-run, because they would start this test again. Other lines are run."""
     for line in code.splitlines():
         command = line.split("#")[0].split()
         if command[0] == "make":

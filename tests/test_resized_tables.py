@@ -1,4 +1,4 @@
-"""Tables for other windows and lengths, from trained ones."""
+"""Trained tables are resized for other windows and lengths."""
 
 import pytest
 import torch
@@ -41,7 +41,7 @@ def _cubic(old: int, new: int) -> Tensor:
 
 @pytest.mark.parametrize("window", [(12, 12), (4, 4), (5, 9), (1, 1), (7, 8)])
 def test_a_square_windows_table_is_resized_as_by_swin_and_timm(window):
-    """Larger, smaller, no longer square, and to a single token."""
+    """The new window is larger, smaller, not square, or a single token."""
     bias = _filled(OffsetBias2d(3, (7, 7)))
     expected = _timms(bias.relative_position_bias_table, window)
     assert torch.equal(bias.resized(window), expected)
@@ -49,7 +49,7 @@ def test_a_square_windows_table_is_resized_as_by_swin_and_timm(window):
 
 @pytest.mark.parametrize(("old", "new"), [((3, 5), (4, 2)), ((2, 6), (6, 2)), ((1, 4), (3, 7)), ((1, 1), (2, 2))])
 def test_any_windows_table_is_the_bicubic_formulas(old, new):
-    """The gradient is the formula's too, compared with float64."""
+    """Table and gradient are compared with the formula in float64."""
     bias = _filled(OffsetBias2d(2, old))
     rows, columns = (_cubic(2 * a - 1, 2 * b - 1) for a, b in zip(old, new, strict=True))
     weight = bias.relative_position_bias_table.detach().double().requires_grad_()
@@ -85,7 +85,7 @@ LENGTHS = [(5, 9), (9, 5), (5, 7), (7, 1), (1, 4), (2, 11)]
 @pytest.mark.parametrize("bidirectional", [True, False])
 @pytest.mark.parametrize(("old", "new"), LENGTHS)
 def test_a_longer_or_shorter_table_is_interpolated_about_offset_0(bidirectional, old, new):
-    """Each number and gradient by the formula, in float64; the furthest offset keeps its number, and 0 its own."""
+    """Numbers and gradients follow the formula in float64. The furthest offset and offset 0 keep their numbers."""
     bias = _filled(OffsetBias(2, old, bidirectional))
     weight = bias.weight.detach().double().requires_grad_()
     columns = []
@@ -122,7 +122,7 @@ def test_an_extended_table_gives_every_offset_that_both_have_its_number(bidirect
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
 def test_the_same_size_changes_nothing_and_the_dtype_stays(dtype):
-    """Bit for bit, in memory of its own; half precision is interpolated in float32."""
+    """The bits are the same, in memory of their own. Half precision is interpolated in float32."""
     for bias, size in ((OffsetBias(2, 5), 5), (OffsetBias(2, 5, False), 5), (OffsetBias2d(2, (3, 4)), (3, 4))):
         (parameter,) = _filled(bias).to(dtype).parameters()
         same = bias.resized(size)
@@ -136,13 +136,13 @@ def test_the_same_size_changes_nothing_and_the_dtype_stays(dtype):
 
 
 def test_places_in_a_long_table_are_not_rounded():
-    """Every third offset of a table three times as long is one of the old table's, bit for bit."""
+    """In a table three times as long, every third number is one of the old table's, bit for bit."""
     bias = _filled(OffsetBias(1, 200_001))
     assert torch.equal(bias.resized(600_001)[:, ::3], bias.weight)
 
 
 def test_a_bad_size_or_method_is_named():
-    """The error says what was expected."""
+    """The error says which values are expected."""
     with pytest.raises(ValueError, match=r"`window_size` must be a pair \(height, width\), got 7"):
         OffsetBias2d(2, (3, 3)).resized(7)
     with pytest.raises(ValueError, match=r"`window_size` .*1, got 0"):

@@ -1,6 +1,6 @@
-"""Every module under `fully_shard` and `DistributedDataParallel`, by gloo, alone and in a world of two processes.
+"""Every module under `fully_shard` and `DistributedDataParallel`, with gloo, in one process and in two.
 
-A world's processes each take a part of the batch; the gradients are to be those of the whole batch in one process.
+Each of two processes takes a part of the batch. The gradients must equal those of the whole batch in one process.
 """
 
 import copy
@@ -133,5 +133,5 @@ def _work(rank: int, world: int, folder: str) -> None:
 
 @pytest.mark.parametrize("world", [1, 2])
 def test_every_module_trains_sharded_and_in_copies_as_in_one_process(world: int, tmp_path: Path) -> None:
-    """`fully_shard` of the whole model, of its bias by itself, and `DistributedDataParallel`."""
+    """`fully_shard` takes the whole model, or its bias by itself. `DistributedDataParallel` takes the whole model."""
     multiprocessing.spawn(_work, (world, str(tmp_path)), nprocs=world)

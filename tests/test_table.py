@@ -1,4 +1,4 @@
-"""The table's layout: offsets to columns, there and back."""
+"""The table's layout: from offsets to columns and back."""
 
 import pytest
 import torch
@@ -24,7 +24,7 @@ def _value(bias: torch.Tensor, offset: int, origin: int, beyond: str) -> float:
 @settings(deadline=None, max_examples=150)
 @given(RANGE, COLUMNS, ORIGIN)
 def test_per_offset_lists_what_every_offset_sees(offsets, columns, origin):
-    """Inside the table the column at offset + origin, outside its nearest end."""
+    """An offset inside the table sees the column offset + origin, an offset outside the nearest end."""
     bias = torch.randn(2, columns)
     got = table.per_offset(bias, *offsets, origin)
     wanted = [[_value(row, o, origin, "clamp") for o in range(offsets[0], offsets[1] + 1)] for row in bias]
@@ -46,7 +46,7 @@ def test_dense_bias_is_what_the_offset_of_every_pair_sees(len_q, len_k, query_st
 
 @pytest.mark.parametrize(("columns", "origin"), [(1, 0), (2, 0), (3, 1), (4, 1), (127, 63)])
 def test_the_default_origin_is_the_middle_the_left_one_of_two(columns, origin):
-    """(N - 1) // 2: a table for lengths up to L has 2 L - 1 columns and origin L - 1."""
+    """It is (N - 1) // 2. A table for lengths up to L has 2 L - 1 columns and origin L - 1."""
     assert table.default_origin(columns) == origin
 
 
@@ -62,7 +62,7 @@ def test_the_default_origin_is_the_middle_the_left_one_of_two(columns, origin):
     ],
 )
 def test_the_attended_interval_is_what_causality_and_window_say(is_causal, window, attended):
-    """keep -right <= offset <= left, and offset >= 0."""
+    """The interval keeps -right <= offset <= left, and offset >= 0 under causality."""
     lowest, highest = table.attended_interval(is_causal, window)
     assert [offset for offset in range(-9, 10) if lowest <= offset <= highest] == list(attended)
 
@@ -76,7 +76,7 @@ def test_the_attended_interval_is_what_causality_and_window_say(is_causal, windo
     st.integers(-1, 9),
 )
 def test_the_attended_extremes_under_a_mask_are_those_of_all_pairs(mask, len_q, query_start, lowest, width):
-    """Against a list of every pair that the mask and the interval leave."""
+    """The test lists every pair that the mask and the interval leave."""
     highest = lowest + width
     offsets = [query_start + i - j for row in mask for i in range(len_q) for j in range(5) if row[j]]
     attended = [offset for offset in offsets if lowest <= offset <= highest]

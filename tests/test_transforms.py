@@ -1,4 +1,4 @@
-"""Tools that take a call apart: `torch.export`, the transforms of `torch.func`, forward mode, data parallelism."""
+"""Tools that transform a call: `torch.export`, the transforms of `torch.func`, forward mode, data parallelism."""
 
 import copy
 
@@ -24,7 +24,7 @@ def _model() -> OffsetBiasAttention:
 
 
 def test_an_exported_model_serves_every_length_and_batch_with_equal_results():
-    """The table's range follows the symbolic length, which nothing binds."""
+    """The table's range follows the length, which stays symbolic."""
     model = _model()
     sizes = {"x": {0: torch.export.Dim("batch"), 1: torch.export.Dim("length", min=2)}}
     exported = torch.export.export(model, (torch.randn(2, 33, 16),), dynamic_shapes=sizes).module()
@@ -49,7 +49,7 @@ def test_a_transform_of_torch_func_is_refused_with_the_way_out(name, transform):
 
 
 def test_the_reference_serves_the_transforms():
-    """The gradient of each table, mapped, is that of autograd one by one."""
+    """The gradients of tables under vmap equal those of autograd, table by table."""
     q, tables = torch.randn(1, 2, 9, 8), torch.randn(3, 2, 17)
     got = torch.func.vmap(torch.func.grad(lambda bias: _squares("reference", q, bias)))(tables)
     for table, gradient in zip(tables.requires_grad_().unbind(), got, strict=True):

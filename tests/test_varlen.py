@@ -1,4 +1,4 @@
-"""Packed sequences against every sequence by itself."""
+"""Packed sequences give the results of each sequence by itself."""
 
 import re
 
@@ -66,7 +66,7 @@ def _each_by_itself(inputs, lengths_q, lengths_k, options, dout, dlse, dtype) ->
 def test_packed_sequences_give_what_each_gives_by_itself(
     backend, lengths_q, lengths_k, heads, bias, options, deterministic
 ):
-    """Output, log-sum-exp and every gradient."""
+    """The results are the output, the log-sum-exp and every gradient."""
     inputs = _inputs(lengths_q, lengths_k, heads, bias)
     longest = max(lengths_q, default=0), max(lengths_k, default=0)
     out, lse = offset_bias_attention_varlen(
@@ -95,7 +95,7 @@ def test_packed_sequences_give_what_each_gives_by_itself(
 
 
 def test_bounds_may_be_int64_and_maximum_lengths_too_large(backend):
-    """Neither changes the result by a bit."""
+    """Neither changes a bit of the results."""
     inputs = _inputs([5, 3], [4, 6], (2, 2), "HN")
     expected = offset_bias_attention_varlen(*inputs, _bounds([5, 3]), _bounds([4, 6]), 5, 6, backend=backend)
     wide = _bounds([5, 3], torch.int64), _bounds([4, 6], torch.int64)
@@ -114,7 +114,7 @@ every_length = pytest.mark.parametrize("longest", LENGTHS.values(), ids=LENGTHS)
 
 @every_length
 def test_the_longest_length_may_be_a_tensor_with_one_integer(backend, longest):
-    """flash-attn's callers pass such tensors; no bit of the results changes."""
+    """flash-attn's callers pass such tensors. No bit of the results changes."""
     inputs = _inputs([5, 3], [4, 6], (2, 2), "HN")
     queries, keys = _bounds([5, 3]), _bounds([4, 6])
     expected = offset_bias_attention_varlen(*inputs, queries, keys, 5, 6, backend=backend)
@@ -126,7 +126,7 @@ def test_the_longest_length_may_be_a_tensor_with_one_integer(backend, longest):
 @pytest.mark.parametrize("fullgraph", [False, True])
 @pytest.mark.filterwarnings("ignore:The .grad attribute")  # torch's, wherever a graph breaks
 def test_compiled_code_may_read_the_longest_length_from_a_tensor(longest, fullgraph):
-    """Output and gradients, for lengths that change, and too short a one is an error there too."""
+    """Output and gradients are right for lengths that change. Too short a length is an error there too."""
 
     def attend(q, k, v, bias, bounds, lengths):
         q = 2 * q  # made by compiled code, too
@@ -203,7 +203,7 @@ BAD_CALLS = {
 
 @pytest.mark.parametrize(("wrong", "error", "message"), BAD_CALLS.values(), ids=BAD_CALLS)
 def test_a_bad_argument_is_named_with_what_was_expected_and_what_came(wrong, error, message):
-    """The listed calls, each wrong in one place; shapes are shown as they were given."""
+    """Each listed call is wrong in one place. Shapes are shown as they were given."""
     good = {
         "query": torch.ones(8, 4, 6),
         "key": torch.ones(10, 4, 6),

@@ -75,14 +75,14 @@ def _case(family: str, padding: str) -> Case:
 @pytest.mark.parametrize("padding", ["none", "ends", "holes"])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_loss_logits_and_every_gradient_equal_the_models_own_attention(family, padding, dtype):
-    """Where padding lies between tokens, BLOOM and Falcon skip it in their count of positions, and MPT does not."""
+    """BLOOM and Falcon do not count padding between tokens as positions. MPT does."""
     cases.assert_equals_eager(_case(family, padding), dtype)
 
 
 @pytest.mark.parametrize("use_reentrant", [True, False])
 @pytest.mark.parametrize("family", ["bloom", "mpt, 3 heads", "falcon"])
 def test_gradient_checkpointing_changes_nothing(family, use_reentrant):
-    """Each layer computed again for its gradient."""
+    """Each layer is computed again for its gradient."""
     case = _case(family, "ends")
     fast = cases.checkpointed(cases.enabled_copy(case.build()), use_reentrant)
     cases.assert_equals_eager(case, torch.float32, fast)
@@ -93,7 +93,10 @@ def test_gradient_checkpointing_changes_nothing(family, use_reentrant):
 )
 @pytest.mark.parametrize("family", FAMILIES)
 def test_the_generated_tokens_equal_the_models_own_attention(family, options):
-    """After prompts padded left, and right, which leaves a hole. Falcon's own has no static cache."""
+    """Prompts are padded on their left, or on their right, which leaves a hole.
+
+    Falcon's own attention has no static cache.
+    """
     if "static" in options.values() and family.startswith("falcon"):
         options = {}
     cases.assert_generates_as_eager(_case(family, "ends"), **options)
@@ -101,7 +104,7 @@ def test_the_generated_tokens_equal_the_models_own_attention(family, options):
 
 @pytest.mark.parametrize("family", ["bloom", "falcon"])
 def test_a_static_cache_compiles_as_one_graph_after_padded_prompts(family):
-    """The number of keys is known on the device alone there; padding leaves a hole in one sequence."""
+    """Only the device knows the number of keys there. Padding leaves a hole in one sequence."""
     case = _case(family, "ends")
     model = cases.enabled_copy(case.build())
     inputs = {name: x[:, :9] for name, x in case.inputs().items() if name != "labels"}
@@ -116,7 +119,7 @@ def test_a_static_cache_compiles_as_one_graph_after_padded_prompts(family):
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_the_tokens_generated_in_bfloat16_are_those_of_exact_attention(family):
-    """Tokens between which rounding decides are left out."""
+    """Tokens are left out where rounding decides between two."""
     cases.assert_bfloat16_generates_what_rounding_leaves_decided(_case(family, "none"))
 
 
@@ -129,7 +132,7 @@ def test_falcons_slopes_are_rounded_as_its_own_are():
 
 
 def test_more_tokens_than_mpts_positions_are_an_error_as_in_its_own_attention():
-    """MPT makes a bias for max_seq_len positions and no more."""
+    """MPT makes a bias for max_seq_len positions."""
     model = cases.enabled_copy(_case("mpt, 3 heads", "none").build())
     with pytest.raises(ValueError, match=r"`max_seq_len` must be at least .* 65, got 64"):
         model(cases.tokens(1, 65, 0))

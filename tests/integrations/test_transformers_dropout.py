@@ -1,4 +1,4 @@
-"""Dropout of attention weights, which no two implementations draw alike."""
+"""Dropout of attention weights. No two implementations draw the same weights."""
 
 import pytest
 import torch
@@ -43,7 +43,7 @@ def test_every_familys_dropout_is_for_training_alone(build, inputs, name):
 
 
 def test_dropout_varies_in_training_alone_around_the_same_mean():
-    """The first layer's attention on 4000 equal sequences."""
+    """The first layer attends within 4000 equal sequences."""
     model = cases.enabled_copy(models.t5(dropout_rate=0.4))
     layer = model.encoder.block[0].layer[0].SelfAttention
     x = torch.randn(1, 6, 16).expand(4000, -1, -1)

@@ -1,4 +1,4 @@
-"""The one call, what it leaves alone, and which models it refuses."""
+"""`enable_offset_bias`: what it leaves unchanged, and which models it refuses."""
 
 import copy
 import pickle
@@ -16,7 +16,7 @@ from triton_offset_bias.integrations.transformers import SERVED, disable_offset_
 
 
 def test_disabling_gives_the_model_its_own_attention_back():
-    """Same classes, attributes, configuration and bits of the output; parameters were never touched."""
+    """Classes, attributes, configuration and bits of the output are the same. Parameters were never touched."""
     model = models.t5()
     inputs = models.t5_inputs()
     logits = model(**inputs).logits
@@ -46,7 +46,7 @@ def test_copies_and_pickles_of_an_enabled_model_are_enabled(copied):
 
 
 def test_a_saved_model_knows_nothing_of_this_package(tmp_path):
-    """It loads as any other."""
+    """It loads like any other model."""
     fast = models.bloom()
     enable_offset_bias(fast)
     fast.save_pretrained(tmp_path)
@@ -56,7 +56,7 @@ def test_a_saved_model_knows_nothing_of_this_package(tmp_path):
 
 
 def test_models_that_share_a_configuration_are_not_affected():
-    """The implementation of attention is a part of it."""
+    """A configuration names the implementation of attention."""
     model = models.bloom()
     enable_offset_bias(transformers.BloomForCausalLM(model.config))
     assert model.config._attn_implementation == "eager"
@@ -116,7 +116,7 @@ def test_a_model_that_is_not_served_is_refused_with_the_reason(build, error, mes
 
 
 def test_an_unknown_backend_is_refused_before_anything_is_changed():
-    """The message lists those that exist."""
+    """The message lists the backends that exist."""
     model = models.t5()
     with pytest.raises(ValueError, match=r"`backend` must be one of 'auto', .*, got 'cuda'"):
         enable_offset_bias(model, "cuda")
@@ -124,7 +124,7 @@ def test_an_unknown_backend_is_refused_before_anything_is_changed():
 
 
 def test_the_package_never_imports_transformers_by_itself():
-    """Whoever wants it imports the integration."""
+    """Users import the integration by its own name."""
     code = (
         "import sys, triton_offset_bias.modules, triton_offset_bias.integrations; print('transformers' in sys.modules)"
     )
@@ -144,7 +144,7 @@ def test_a_model_built_from_an_enabled_ones_configuration_is_an_error_not_a_wron
 
 
 def test_another_implementation_chosen_while_enabled_is_an_error_that_says_what_to_call():
-    """Its attention would be handed a table where it expects a dense bias."""
+    """The chosen attention would get a table where it expects a dense bias."""
     model = models.t5()
     enable_offset_bias(model)
     for module in model.modules():  # what set_attn_implementation does in transformers 5.24, and in part in 5.15

@@ -101,20 +101,20 @@ def _vision(name: str) -> Case:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("is_padded", [True, False], ids=["padded", "long"])
 def test_mpnets_loss_logits_and_every_gradient_equal_eager_attention(is_padded, dtype):
-    """One table for all layers."""
+    """All layers share one table."""
     cases.assert_equals_eager(_mpnet(is_padded), dtype)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("name", VISION)
 def test_a_vision_models_loss_logits_and_every_gradient_equal_eager_attention(name, dtype):
-    """Windows, shifted windows cut into regions, and a class token whose bias has numbers of its own."""
+    """The models have windows, shifted windows with regions, and a class token whose bias has numbers of its own."""
     cases.assert_equals_eager(_vision(name), dtype)
 
 
 @pytest.mark.parametrize("name", ["swin", "swinv2", "beit, a bias per layer"])
 def test_gradient_checkpointing_changes_nothing(name):
-    """Each layer computed again for its gradient."""
+    """Each layer is computed again for its gradient."""
     case = _vision(name)
     fast = cases.checkpointed(cases.enabled_copy(case.build()), use_reentrant=False)
     cases.assert_equals_eager(case, torch.float32, fast)

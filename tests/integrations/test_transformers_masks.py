@@ -1,4 +1,4 @@
-"""Padding masks, and what is refused because it is none."""
+"""Padding masks are served. Other masks are refused."""
 
 import pytest
 import torch
@@ -14,7 +14,10 @@ MASK = torch.tensor([[1, 1, 1, 1], [0, 1, 1, 0]])
 
 
 def test_a_causal_mask_ends_with_the_last_querys_own_key():
-    """The cache holds 9 keys, 3 of them written: the mask ends with the fourth. The caller's left-out key is hidden."""
+    """The cache has room for 9 keys, and 3 are written.
+
+    The mask ends with the fourth. The key that the caller hides is hidden.
+    """
     made = key_mask(2, 1, 9, 3, mask_function=causal_mask_function, attention_mask=MASK)
     assert torch.equal(made, MASK.bool())
     assert torch.equal(
@@ -39,12 +42,12 @@ def test_a_mask_that_is_not_causal_is_as_long_as_the_keys():
     ],
 )
 def test_attended_keys_are_numbered_where_padding_lies_between_them(mask, expected):
-    """Elsewhere their numbers differ from their places by a shift, and the mask says it all."""
+    """In other masks numbers differ from places by a shift, so the mask of bools is enough."""
     assert torch.equal(numbered_key_mask(2, 4, 4, attention_mask=mask), expected)
 
 
 def test_masks_of_other_kinds_are_refused():
-    """Chunks, models switched to bidirectional attention, caches that have dropped keys."""
+    """The kinds are chunks, models switched to bidirectional attention, and caches that have dropped keys."""
     bidirectional = transformers.BloomConfig(is_causal=False)
     for own in (
         {"mask_function": chunked_overlay(2, torch.zeros(2))},
@@ -56,7 +59,7 @@ def test_masks_of_other_kinds_are_refused():
 
 
 def test_a_sequence_that_is_all_padding_gives_finite_numbers():
-    """Attention gives 0 there, and the others stay what they are."""
+    """Attention gives 0 there. Other sequences do not change."""
     model = models.t5()
     inputs = models.t5_inputs()
     expected = model(**inputs).logits
@@ -111,7 +114,7 @@ REFUSED_CALLS = {
 
 @pytest.mark.parametrize(("build", "own", "error", "message"), REFUSED_CALLS.values(), ids=REFUSED_CALLS)
 def test_what_is_no_padding_mask_is_refused_never_ignored(build, own, error, message):
-    """The message tells what came."""
+    """The message tells which mask came."""
     with pytest.raises(error, match=message):
         cases.enabled_copy(build())(**{**models.t5_inputs(), **own})
 
@@ -128,13 +131,13 @@ WEIGHTS = {
 
 @pytest.mark.parametrize(("build", "inputs"), WEIGHTS.values(), ids=WEIGHTS)
 def test_attention_weights_are_refused_by_every_family(build, inputs):
-    """They are never stored."""
+    """No family stores them."""
     with pytest.raises(NotImplementedError, match="`output_attentions` must be False"):
         cases.enabled_copy(build())(**inputs, output_attentions=True)
 
 
 def test_a_padding_mask_with_beits_bias_is_refused():
-    """Its model adds the one to the other."""
+    """BEiT adds the bias to the mask."""
     fast = cases.enabled_copy(models.beit())
     with pytest.raises(NotImplementedError, match="`attention_mask` must be None for BEiT"):
         fast.beit(torch.zeros(1, 3, 64, 64), attention_mask=torch.ones(1, 257))
@@ -142,7 +145,7 @@ def test_a_padding_mask_with_beits_bias_is_refused():
 
 @pytest.mark.parametrize("name", ["bloom", "falcon"])
 def test_a_padded_query_sees_what_the_last_attended_token_before_it_would(name):
-    """The model's own attention does the same, with gaps in the mask or without."""
+    """The models' own attention does the same, with or without gaps in the mask."""
     falcon = transformers.FalconConfig(**models.FALCON, alibi=True)
     model = models.bloom() if name == "bloom" else cases.randomized(transformers.FalconForCausalLM, falcon, "sdpa")
     mask = torch.ones(1, 20, dtype=torch.int64)
@@ -159,7 +162,7 @@ def test_a_mask_that_leaves_out_the_cached_keys_is_an_error():
 
 
 def test_a_mask_of_integers_with_four_axes_is_an_error():
-    """It may mean 1 = attend, or 0 = attend."""
+    """In such a mask attended keys may be 1 or 0."""
     model = models.t5()
     fast, inputs = cases.enabled_copy(model), models.t5_inputs()
     length = inputs["input_ids"].shape[1]

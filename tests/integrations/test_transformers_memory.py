@@ -1,4 +1,4 @@
-"""No tensor is computed with an element for every pair of tokens."""
+"""No operator makes a tensor with an element for every pair of tokens."""
 
 import pytest
 import torch
@@ -10,7 +10,7 @@ from transformers_models import LONG
 
 
 class _LargestTensor(TorchDispatchMode):
-    """Sees how many elements the largest tensor has that any operator makes."""
+    """A mode that sees the number of elements of the largest tensor that any operator makes."""
 
     elements = 0
 
@@ -43,14 +43,17 @@ LONG_CASES = {
 
 @pytest.mark.parametrize(("build", "inputs", "length"), LONG_CASES.values(), ids=LONG_CASES)
 def test_no_tensor_is_as_large_as_queries_times_keys(build, inputs, length):
-    """No bias, mask or score of every pair, forward and backward; the model's own attention shows that one is seen."""
+    """There is no bias, mask or score of every pair, forward or backward.
+
+    The model's own attention shows that one would be seen.
+    """
     model = build()
     assert _largest(model, inputs) >= length**2
     assert _largest(cases.enabled_copy(model), inputs) < length**2
 
 
 def test_the_backend_is_the_one_asked_for():
-    """The reference computes every pair's score in plain PyTorch, the default on a CPU does not."""
+    """The reference computes every pair's score in plain PyTorch. The default backend on a CPU does not."""
     model = models.t5()
     assert _largest(cases.enabled_copy(model, "reference"), LONG_INPUTS) >= 256**2
     assert _largest(cases.enabled_copy(model, "auto"), LONG_INPUTS) < 256**2

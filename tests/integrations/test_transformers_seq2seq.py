@@ -58,7 +58,7 @@ def _case(family: str, is_padded: bool = True) -> Case:
 @pytest.mark.parametrize("is_padded", [True, False], ids=["padded", "whole"])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_loss_logits_and_every_gradient_equal_eager_attention(family, is_padded, dtype):
-    """Encoder, causal decoder, cross-attention; the buckets' gradients sum over all pairs."""
+    """The models have encoder, causal decoder and cross-attention. The buckets' gradients sum over all pairs."""
     cases.assert_equals_eager(_case(family, is_padded), dtype)
 
 
@@ -77,11 +77,11 @@ def test_gradient_checkpointing_changes_nothing(family, use_reentrant):
 )
 @pytest.mark.parametrize("family", GENERATING)
 def test_the_generated_tokens_equal_eager_attention(family, options):
-    """Greedy and beam search, with a growing cache, a static one and none."""
+    """Search is greedy or by beams. The cache grows, is static, or is absent."""
     cases.assert_generates_as_eager(_case(family), **options)
 
 
 @pytest.mark.parametrize("family", GENERATING)
 def test_the_tokens_generated_in_bfloat16_are_those_of_exact_attention(family):
-    """Tokens between which rounding decides are left out."""
+    """Tokens are left out where rounding decides between two."""
     cases.assert_bfloat16_generates_what_rounding_leaves_decided(_case(family))

@@ -1,4 +1,4 @@
-"""Models whose modules carry hooks and wrappers: whatever is wrapped when, they attend through this package."""
+"""Models whose modules carry hooks and wrappers attend through this package, whatever was put on them and when."""
 
 import copy
 import functools
@@ -103,14 +103,14 @@ def _assert_attends_itself(model, inputs, expected, attentions) -> None:
 
 
 def test_there_is_a_model_of_every_served_type():
-    """The tests below run them all."""
+    """The tests below run all of these models."""
     assert set(EVERY_TYPE) == set(SERVED)
 
 
 @pytest.mark.parametrize("wrap", WRAPPERS.values(), ids=WRAPPERS)
 @pytest.mark.parametrize("name", EVERY_TYPE)
 def test_what_is_wrapped_before_attends_here_and_then_itself_again(name, wrap, attentions):
-    """Enabled under the wrappers, disabled under them, and enabled once more."""
+    """The model is enabled under the wrappers, disabled under them, and enabled once more."""
     build, inputs = EVERY_TYPE[name]
     model = build()
     expected = _outputs(model, inputs)
@@ -126,7 +126,7 @@ def test_what_is_wrapped_before_attends_here_and_then_itself_again(name, wrap, a
 @pytest.mark.parametrize("wrap", WRAPPERS.values(), ids=WRAPPERS)
 @pytest.mark.parametrize("name", EVERY_TYPE)
 def test_what_is_wrapped_afterwards_attends_here_and_then_itself_again(name, wrap, attentions):
-    """Disabled under wrappers that hold this package's attention."""
+    """The model is disabled under wrappers that hold this package's attention."""
     build, inputs = EVERY_TYPE[name]
     model = build()
     expected = _outputs(model, inputs)
@@ -140,7 +140,7 @@ def test_what_is_wrapped_afterwards_attends_here_and_then_itself_again(name, wra
 @pytest.mark.parametrize("is_first", [True, False], ids=["hooks first", "enabled first"])
 @pytest.mark.parametrize("name", EVERY_TYPE)
 def test_hooks_removed_again_leave_the_attention_that_is_enabled(name, is_first, attentions):
-    """Accelerate puts what a hook found back on the instance."""
+    """accelerate puts the `forward` that a hook found back on the instance."""
     build, inputs = EVERY_TYPE[name]
     model = build()
     expected = _outputs(model, inputs)
@@ -174,7 +174,7 @@ OFFLOADS = {"to the CPU": _cpu_offload, "to the disk": _disk_offload, "dispatche
 @pytest.mark.parametrize("name", EVERY_TYPE)
 @pytest.mark.cpu_only
 def test_parameters_that_are_elsewhere_between_calls_are_at_hand_in_them(name, offload, is_first, tmp_path, attentions):
-    """Between calls they are on the meta device; disabling finds its way under the hooks too."""
+    """Between calls they are on the meta device. Disabling also works under the hooks."""
     build, inputs = EVERY_TYPE[name]
     model = build()
     expected = _outputs(model, inputs)
@@ -233,7 +233,7 @@ def test_an_attention_that_is_passed_over_afterwards_raises(name):
 @pytest.mark.parametrize("way", ["module", "forward", "parent"])
 @pytest.mark.parametrize("name", ["t5", "bloom", "swinv2"])
 def test_attentions_that_are_compiled_one_by_one_attend_here(name, way, is_first):
-    """Nothing watches what is compiled, and disabling finds its way under it."""
+    """Compiled calls are not watched. Disabling also works under compiled modules."""
     build, inputs = EVERY_TYPE[name]
     model = build()
     expected = _outputs(model, inputs)
@@ -264,7 +264,7 @@ def test_attentions_that_are_compiled_one_by_one_attend_here(name, way, is_first
 
 
 def test_a_copied_layer_gets_its_own_attention_back():
-    """The copy has a configuration of its own."""
+    """The copied layer has a configuration of its own."""
     build, inputs = EVERY_TYPE["beit"]
     model = build()
     enable_offset_bias(model)
@@ -276,7 +276,7 @@ def test_a_copied_layer_gets_its_own_attention_back():
 
 
 def test_a_wrapper_that_only_names_the_attention_is_refused():
-    """It keeps what it calls in a list."""
+    """The wrapper keeps the `forward` that it calls in a list."""
     model = models.bloom()
     attention = model.transformer.h[0].self_attention
     kept = [attention.forward]
@@ -323,7 +323,7 @@ def test_a_derived_class_is_served_unless_it_overrides_attention(attentions):
 
 @pytest.mark.parametrize("name", EVERY_TYPE)
 def test_the_librarys_own_code_finds_the_answers_it_found_before(name):
-    """Weights are initialised again, and classes are known by their names."""
+    """The library initialises weights again, and knows classes by their names."""
     build, inputs = EVERY_TYPE[name]
     model, fast = build(), build()
     names = [type(module).__name__ for module in model.modules()]

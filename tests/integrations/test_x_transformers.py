@@ -30,7 +30,7 @@ def test_shared_key_heads_are_shared_as_in_x_transformers(kv_heads):
 
 
 def test_decoding_with_a_cache_gives_the_same_text():
-    """Token by token, each on the keys before it."""
+    """Each token is decoded by itself, with the keys before it in the cache."""
 
     def build(**options):
         layers = Decoder(**OPTIONS, **options)
@@ -61,7 +61,7 @@ def test_what_the_adapter_does_not_serve_is_an_error():
 
 
 def test_what_would_lose_the_bias_is_an_error():
-    """A whole model has no `rel_pos` that anything reads; a bias of the layers' own would be replaced."""
+    """A whole model has no `rel_pos` that anything reads. A bias of the layers' own would be replaced."""
     layers = Decoder(attn_flash=True, **OPTIONS)
     with pytest.raises(TypeError, match=r"`layers` must be an Encoder or a Decoder .* got TransformerWrapper"):
         use_offset_bias(TransformerWrapper(num_tokens=5, max_seq_len=9, attn_layers=layers), T5Bias(4))
@@ -75,7 +75,7 @@ def test_what_would_lose_the_bias_is_an_error():
 
 
 def test_a_table_of_another_length_is_an_error():
-    """Clamping would hide it."""
+    """Clamping would hide the mistake."""
     layers = Decoder(attn_flash=True, **OPTIONS)
     use_offset_bias(layers, _ShortTable())
     with pytest.raises(ValueError, match=r"`attn_bias` must have 17 columns for 9 queries and 9 keys, got .*\(4, 16\)"):
@@ -105,7 +105,7 @@ def _pair(cls: type, **options: object) -> tuple[nn.Module, nn.Module]:
 @every_embedding
 @pytest.mark.parametrize("cls", [Encoder, Decoder])
 def test_rotary_and_polar_embeddings_and_positions_of_ones_own_go_with_a_table(cls, embedding):
-    """Output and every gradient; x-transformers hands positions to `rel_pos` in all of these but the first."""
+    """Output and every gradient are equal. In all cases but the first x-transformers hands positions to `rel_pos`."""
     old, new = _pair(cls, **embedding)
     x, mask = torch.randn(2, 20, 32), torch.arange(20) < torch.tensor([[20], [13]])
     rising = torch.arange(20) * 2 + torch.randint(2, (20,))
@@ -144,7 +144,7 @@ def test_embeddings_are_those_of_x_transformers_with_memories_and_a_cache(embedd
 
 @pytest.mark.parametrize("embedding", EMBEDDINGS[:2], ids=["none", "rotary"])
 def test_positions_of_ones_own_go_with_a_cache(embedding):
-    """The queries are at the last of them."""
+    """The queries lie on the last positions."""
     _, new = _pair(Decoder, **embedding)
     x, pos = torch.randn(2, 12, 32), 3 * torch.arange(12)
     whole = new(x, pos=pos)
@@ -165,7 +165,7 @@ def test_layers_with_a_table_compile_as_one_graph(embedding):
 
 
 def test_positions_that_cannot_be_served_are_an_error():
-    """A wrong mask or place would be worse."""
+    """A wrong mask or a wrong position would be worse."""
     encoder, decoder = (_pair(cls)[1] for cls in (Encoder, Decoder))
     x = torch.randn(1, 4, 32)
     with pytest.raises(ValueError, match="`pos` must rise from token to token in a Decoder"):
@@ -187,6 +187,6 @@ def test_positions_that_cannot_be_served_are_an_error():
     ],
 )
 def test_layers_with_a_bias_or_a_mask_of_their_own_are_refused_by_name(options, message):
-    """Before any call."""
+    """The error comes before any call."""
     with pytest.raises(ValueError, match=message):
         use_offset_bias(Decoder(attn_flash=True, **OPTIONS, **options), ALiBiBias(4))

@@ -1,4 +1,4 @@
-"""Wrappers and replacements of x-transformers' modules, from before the adapter is used or afterwards."""
+"""Modules of x-transformers that are wrapped or replaced, before the adapter is used or afterwards."""
 
 import copy
 import functools

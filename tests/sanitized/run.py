@@ -77,7 +77,7 @@ def main() -> None:
     """Runs the sanitizers that the command line names."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("sanitizers", nargs="*", metavar="SANITIZER", help=" or ".join(SANITIZERS))
-    parser.add_argument("--build", action="append", help="an instruction set; default: all that run here")
+    parser.add_argument("--build", action="append", help="build to test; may be repeated (default: all that run here)")
     parser.add_argument("--examples", type=int, default=50, help="calls that each fuzz test draws (default: 50)")
     arguments = parser.parse_args()
     os.chdir(ROOT)
