@@ -129,7 +129,7 @@ def results_of(call: Call, backend: str) -> Results:
     It is deterministic only if the case asks for it.
     """
     torch.manual_seed(DROPOUT_SEED)
-    options = {"deterministic": False, **call.options}  # poisoned memory turns torch's own switch on
+    options = {"deterministic": False, **call.options}  # the fixture `poisoned_memory` turns torch's own switch on
     out, lse = offset_bias_attention(call.q, call.k, call.v, call.bias, **options, return_lse=True, backend=backend)
     leaves = [x for x in (call.q, call.k, call.v, call.bias) if x is not None]
     outputs, incoming = ([out], [call.dout]) if call.dlse is None else ([out, lse], [call.dout, call.dlse])
@@ -159,7 +159,7 @@ def assert_matches_oracle(call: Call, got: Results) -> None:
         value = getattr(got, name)
         eps = torch.finfo(value.dtype).eps
         eps = max(eps, torch.finfo(call.q.dtype).eps) if name == "dbias" else eps
-        # The float64 truth rounds as float64 results do, and tells nothing of plain PyTorch's error.
+        # The float64 truth rounds as float64 results do. It cannot tell plain PyTorch's error.
         eps = 8 * eps if call.q.dtype == torch.float64 else eps
         summed = ref64.summed if name == "dbias" else None
         assert_accurate(name, value, truth, getattr(same, name), eps, summed)

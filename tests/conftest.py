@@ -16,7 +16,7 @@ import torch
 # Programs that tests start find the package as the tests do, whatever their folder is.
 os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [os.environ.get("PYTHONPATH"), str(Path(__file__).parents[1])]))
 if "PYTEST_XDIST_WORKER" in os.environ and "OMP_NUM_THREADS" not in os.environ:
-    # The workers fill the cores: with two threads each, threads wait for others that wait for a core.
+    # The workers fill the cores. With two threads in each, threads would wait for others that wait for a core.
     os.environ["OMP_NUM_THREADS"] = "1"  # of the processes that tests start
     torch.set_num_threads(1)
 if "PTXEMU" in os.environ:

@@ -143,7 +143,7 @@ class _Table:
         self.values = bias.double().reshape(self.shape)
         column = offsets + ((columns - 1) // 2 if origin is None else origin)
         outside = (column < 0) | (column >= columns)
-        # One column more than the table has takes what sees no bias.
+        # One more column than the table has collects the pairs that see no bias.
         column = torch.where(outside, columns, column) if beyond == "zero" else column.clamp(0, columns - 1)
         self.index = column.flatten(1).unsqueeze(1).expand(*self.batch_heads, -1)  # (B, H, Lq Lk)
 

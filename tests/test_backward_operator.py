@@ -15,7 +15,7 @@ from torch import Tensor
 FORWARD = torch.ops.triton_offset_bias.attention.default
 BACKWARD = torch.ops.triton_offset_bias.attention_backward.default
 GRADIENTS = ("dquery", "dkey", "dvalue", "dbias")
-ROWS = ("dout", "dlse", "out", "row_max", "row_sum")  # of the backward operator, one for every query
+ROWS = ("dout", "dlse", "out", "row_max", "row_sum")  # arguments of the backward operator with a row for every query
 fused = pytest.mark.parametrize("backend", [name for name in AVAILABLE if name != "reference"])
 
 

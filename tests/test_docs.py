@@ -39,7 +39,7 @@ def _missing_paths(page: Path) -> list[str]:
 @by_name
 def test_every_file_that_a_page_names_exists(page: Path) -> None:
     """Paths in backticks begin at the root, in the package, or beside the page."""
-    if page.name != "CHANGELOG.md":  # which names what once was
+    if page.name != "CHANGELOG.md":  # it also names files of the past
         assert _missing_paths(page) == []
 
 

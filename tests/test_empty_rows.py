@@ -71,7 +71,7 @@ def test_a_table_of_very_negative_finite_numbers_forbids_nothing(backend, lowest
     """
     q, k, v = (torch.randn(1, 2, 20, 8) for _ in range(3))
     table = torch.full((41,), lowest)
-    table[0] = 0.0  # reached by no offset: a constant table would be counted from its constant
+    table[0] = 0.0  # no offset reaches this column; it keeps the table from being constant, and its constant from use
     out, lse = offset_bias_attention(q, k, v, table, return_lse=True, backend=backend)
     torch.testing.assert_close(out, v.mean(2, keepdim=True).expand(out.shape))
     if lowest == -1e31:  # in bits, as the engine counts, the lowest float32 is beyond float32

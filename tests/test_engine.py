@@ -248,7 +248,7 @@ def kilobytes(field):
 torch.set_num_threads(2)
 call(200)
 before = kilobytes('VmRSS')
-open('/proc/self/clear_refs', 'w').write('5')  # the peak is counted from here
+open('/proc/self/clear_refs', 'w').write('5')  # resets the peak to the present memory
 call(8192)
 print((kilobytes('VmHWM') - before) // 1024, (kilobytes('VmRSS') - before) // 1024)
 """

@@ -166,7 +166,7 @@ def test_one_query_and_one_key_give_the_value_itself(backend, bias):
     assert max(float(x.abs().max()) for x in (dq, dk, dbias)) <= 3e-6
 
 
-# What an element is made: NaNs of other bits than torch's too, as computations and files leave them.
+# The bits that an element gets. Some are NaNs with other bits than torch's, as computations and files leave them.
 POISONS = {"NaN": 0x7FC00000, "NaN, lowest bit set": 0x7FC00001, "NaN, all bits set": -1, "inf": 0x7F800000,
            "-inf": 0x7F800000 - 2**31}  # fmt: skip
 PLACES = {"q": (0, 1, 5, 2), "k": (0, 1, 17, 0), "v": (0, 1, 17, 3), "bias": (1, 33), "dout": (0, 1, 5, 2)}

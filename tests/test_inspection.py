@@ -114,7 +114,7 @@ BAD_CALLS = {
 }
 
 
-@skip_without("matplotlib")  # which one of the calls would draw with
+@skip_without("matplotlib")  # one of the calls needs it
 @pytest.mark.parametrize(("call", "message"), BAD_CALLS.values(), ids=BAD_CALLS)
 def test_a_bad_argument_is_named_with_what_was_expected_and_what_came(call, message):
     """The error comes before anything is computed."""

@@ -151,7 +151,7 @@ signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background
 threading.Timer(0.5, os.kill, (os.getpid(), signal.SIGINT)).start()
 give_up = time.monotonic() + 60
 try:
-    while time.monotonic() < give_up:  # all but all of the time is spent in a call
+    while time.monotonic() < give_up:  # almost all of the time is spent in a call
         offset_bias_attention(q, q, q, None, backend="cpp")
     print("not interrupted")
 except KeyboardInterrupt:

@@ -156,7 +156,7 @@ LAYERS = {
 def test_the_attention_layer_equals_plain_pytorch(layer, is_padded):
     """The output and the gradients of the input and of every parameter are compared in float64."""
     layer = copy.deepcopy(layer).double()
-    if layer.bias is not None:  # the table is float32 by contract, and so its numbers have to be
+    if layer.bias is not None:  # the contract makes tables float32, so their numbers must fit into float32
         layer.bias.weight.data = layer.bias.weight.data.float().double()
     x = torch.randn(3, 17, 24, dtype=torch.float64, requires_grad=True)
     padding = torch.arange(17) < torch.tensor([[17], [11], [4]]) if is_padded else None

@@ -13,7 +13,7 @@ from conftest import AVAILABLE
 from triton_offset_bias import offset_bias_attention_varlen
 
 FLOAT16, BFLOAT16, FLOAT64 = torch.float16, torch.bfloat16, torch.float64
-# Triton joins them when its kernels do the same.
+# `test_triton_one_key.py` tests the GPU kernels.
 exact = pytest.mark.parametrize("backend", [name for name in AVAILABLE if name == "cpp"])
 DTYPES = [torch.float32, FLOAT64, BFLOAT16, FLOAT16]
 

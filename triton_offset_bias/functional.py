@@ -96,11 +96,11 @@ def offset_bias_attention(
             engine skips such tiles if the positions are contiguous. For contiguous positions, pass ``query_start``
             instead.
         key_positions: (Lk,) or (B, Lk) integers.
-        key_lengths: (B,) int32 or int64, from 0 to Lk. Sequence b attends to its first ``key_lengths[b]`` keys alone,
+        key_lengths: (B,) int32 or int64, from 0 to Lk. Sequence b attends only to its first ``key_lengths[b]`` keys,
             and its last query lies on the last of them, as with flash-attn's ``cache_seqlens``. Other keys and values
-            may hold any numbers, NaN included; their gradients are 0. A GPU call does not wait for the lengths: a
-            length out of range counts as the nearest one in range. ``beyond="error"`` is judged as if every sequence
-            had Lk keys. Not with `query_start` or positions.
+            may hold any numbers, NaN included. Their gradients are 0. A GPU call does not wait for the lengths. A
+            length out of range then counts as the nearest length in range. ``beyond="error"`` is checked as if every
+            sequence had Lk keys. `key_lengths` cannot be combined with `query_start` or positions.
         deterministic: whether repeated runs give bitwise equal gradients. None follows
             ``torch.are_deterministic_algorithms_enabled()``. The CPU engine is always deterministic. On a GPU,
             determinism costs two more matrix products in the backward pass. Without it the table's gradient may

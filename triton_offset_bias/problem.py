@@ -20,8 +20,8 @@ class Problem(NamedTuple):
     The last query of each sequence lies on its last key, whatever `query_start` says. Only a `bias` may have a batch
     axis then.
 
-    With `key_lengths` each sequence has its first so many keys, its last query on the last of them. `query_start` is
-    then the start of a sequence that has all keys.
+    With `key_lengths` sequence b has only its first ``key_lengths[b]`` keys, and its last query lies on the last of
+    them. `query_start` is then the position of query 0 in a sequence that has all keys.
     """
 
     query: Tensor

@@ -9,7 +9,7 @@ BATCH, LENGTH = 3, 37
 SPECIAL = {"vocab_size": 60, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 3, "tie_word_embeddings": False}
 BLOOM = {"n_layer": 2, "hidden_dropout": 0.0, "attention_dropout": 0.0}
 FALCON = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "alibi": True}
-# Of Falcon's own two implementations the one that adds ALiBi once.
+# Falcon has two implementations. This is the name of the implementation that adds ALiBi only once.
 FAMILIES = {
     "bloom": (transformers.BloomForCausalLM, transformers.BloomConfig, {**BLOOM, "hidden_size": 32, "n_head": 4}),
     "bloom, 3 heads": (
@@ -57,7 +57,7 @@ def _case(family: str, padding: str) -> Case:
         ids = cases.tokens(BATCH, LENGTH, 0)
         if mask is None:
             return {"input_ids": ids, "labels": ids}
-        # What a padding token predicts is no one's business.
+        # Predictions at padding tokens do not count.
         is_predicted = mask.bool() & torch.nn.functional.pad(mask, (1, 0))[:, :-1].bool()
         return {"input_ids": ids, "attention_mask": mask, "labels": ids.where(is_predicted, -100)}
 
@@ -66,7 +66,7 @@ def _case(family: str, padding: str) -> Case:
         lambda: cases.randomized(model_class, config_class(**{**SPECIAL, **own}), "sdpa" if is_falcon else "eager"),
         inputs,
         None if mask is None else mask.bool,
-        # BLOOM and MPT mask with float64's lowest number what their float32 softmax then takes for -inf.
+        # BLOOM and MPT mask with float64's lowest number, which is -inf for their float32 softmax.
         torch.float64 if is_falcon or mask is None else torch.float32,
     )
 

@@ -9,7 +9,7 @@ from transformers_models import LONG
 from triton_offset_bias.integrations.replacement import Replacement
 
 TEXT, PIXELS = {"input_ids": LONG[:, :50]}, {"pixel_values": torch.ones(1, 3, 64, 64)}
-# Of each family a model, what to call it with, and the name of its attention's dropout.
+# For each family a model, the inputs of its call, and the name of its attention's dropout.
 FAMILIES = {
     "t5": (models.t5, {**TEXT, "labels": LONG[:, :9]}, "dropout"),
     "longt5": (models.longt5, {**TEXT, "labels": LONG[:, :9]}, "dropout"),

@@ -47,7 +47,7 @@ BEIT = {
     "attention_probs_dropout_prob": 0.0,
     "drop_path_rate": 0.0,
 }
-# Of each the model, the configuration's class and arguments, and the height and width of its images.
+# For each family the model, the configuration's class and arguments, and the height and width of its images.
 VISION = {
     "swin": (transformers.SwinForImageClassification, transformers.SwinConfig, {**SWIN, "image_size": 32}, (32, 32)),
     "swin, images not of whole windows": (

@@ -110,7 +110,7 @@ def test_rotary_and_polar_embeddings_and_positions_of_ones_own_go_with_a_table(c
     x, mask = torch.randn(2, 20, 32), torch.arange(20) < torch.tensor([[20], [13]])
     rising = torch.arange(20) * 2 + torch.randint(2, (20,))
     positions = [None, torch.arange(20), rising, rising.int() - 7]
-    if "polar_pos_emb" not in embedding:  # which takes no batch of positions
+    if "polar_pos_emb" not in embedding:  # polar embeddings take no batch of positions
         positions += [torch.stack([rising, 3 * torch.arange(20)])]
     if cls is Encoder:
         positions += [torch.randint(30, (20,)), torch.full((20,), 5)]
@@ -132,14 +132,14 @@ def test_embeddings_are_those_of_x_transformers_with_memories_and_a_cache(embedd
     use_offset_bias(new, T5Bias(4, bidirectional=False))
     new.load_state_dict(old.state_dict(), strict=False)
     x = torch.randn(2, 12, 32)
-    if "polar_pos_emb" not in embedding:  # for which x-transformers has no places for memories
+    if "polar_pos_emb" not in embedding:  # x-transformers has no positions for memories with polar embeddings
         mems = [torch.randn(2, 5, 32), torch.randn(2, 5, 32)]
         torch.testing.assert_close(new(x, mems=mems), old(x, mems=mems), rtol=1e-4, atol=1e-5)
     _, cache = new(x[:, :6], return_hiddens=True)
     for length in range(7, 13):
         step, cache = new(x[:, :length], cache=cache, seq_pos_offset=0, return_hiddens=True)
         torch.testing.assert_close(step[:, -1], old(x)[:, length - 1], rtol=1e-4, atol=1e-5)
-    torch.testing.assert_close(new.forward(x), new(x))  # past the hook, it looks at the positions
+    torch.testing.assert_close(new.forward(x), new(x))  # `forward` bypasses the hook, so positions are looked at
 
 
 @pytest.mark.parametrize("embedding", EMBEDDINGS[:2], ids=["none", "rotary"])

@@ -10,7 +10,7 @@ from tolerance import assert_accurate
 
 from triton_offset_bias.integrations.transformers import enable_offset_bias
 
-# A float64 model of transformers is not one throughout: its norms and some softmaxes are float32.
+# A float64 model of transformers is not float64 throughout: its norms and some softmaxes are float32.
 ROUNDING = 16
 TABLES = ("relative_attention_bias", "relative_position_bias_table")
 
@@ -22,9 +22,9 @@ class Case:
     name: str
     build: Callable[[], transformers.PreTrainedModel]
     inputs: Callable[[], dict[str, torch.Tensor]]
-    # Where logits count: (batch, length) bool of the tokens that are no padding; None is everywhere.
+    # (batch, length) bool: the tokens whose logits are compared, which are no padding. None: all tokens.
     counted: Callable[[], torch.Tensor] | None = None
-    # What the truth is computed in.
+    # The dtype in which the truth is computed.
     exact: torch.dtype = torch.float64
 
 

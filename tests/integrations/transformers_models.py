@@ -111,7 +111,7 @@ _SWITCH = {"num_experts": 2, "num_sparse_encoder_layers": 1, "router_jitter_nois
 _TEXT_PAIR = {"input_ids": tokens(2, 13, 0), "decoder_input_ids": tokens(2, 7, 1)}
 _TEXT = {"input_ids": tokens(2, 13, 0)}
 _IMAGES = {"pixel_values": torch.rand(2, 3, 64, 64, generator=torch.Generator().manual_seed(0), device="cpu")}
-# One model of each served type, and what to call it with.
+# One model of each served type, and the inputs of its call.
 EVERY_TYPE = {
     "t5": (t5, _TEXT_PAIR),
     "mt5": (lambda: _relative_of_t5("MT5"), _TEXT_PAIR),

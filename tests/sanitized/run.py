@@ -23,8 +23,9 @@ ROOT = Path(__file__).parents[2]
 HERE = Path(__file__).parent
 FOLDER = ROOT / "build" / "sanitized"
 COMPILER = os.environ.get("CXX", "g++")
-# Left out is what measures memory or threads, which sanitizers use themselves, and what reserves gigabytes; and a test
-# that compiles an engine of its own, in which a sanitizer sees copies of memory, but not the atomics that order them.
+# These tests are left out: tests that measure memory or threads, which sanitizers use themselves; tests that reserve
+# gigabytes; and a test that compiles an engine of its own, in which a sanitizer sees copies of memory, but not the
+# atomics that order them.
 OUT = "every_build or memory or openmp_runtime or as_many_threads or indices or 2_to_the_31 or no_instruction"
 
 
@@ -123,7 +124,7 @@ def usable_builds() -> list[str]:
 def environment_of(name: str) -> dict[str, str]:
     """The environment variables of a process with a sanitizer."""
     sanitizer = SANITIZERS[name]
-    # A name that the compiler does not know, as one with its folder, it gives back.
+    # The compiler prints a name that it does not know as it is, for example a name with its folder.
     find = [[COMPILER, f"-print-file-name={library}"] for library in sanitizer.preloaded]
     paths = [subprocess.check_output(command, text=True).strip() for command in find]
     return {**os.environ, **sanitizer.environment, "LD_PRELOAD": " ".join(paths)}

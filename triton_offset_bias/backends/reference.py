@@ -79,7 +79,7 @@ def _attention(problem: Problem, sequence: int = 0) -> tuple[Tensor, Tensor]:
     query = problem.query.to(compute)  # (B, Hq, Lq, D)
     key = problem.key.to(compute).repeat_interleave(groups, dim=1)  # (B, Hq, Lk, D)
     value = problem.value.to(compute).repeat_interleave(groups, dim=1)  # (B, Hq, Lk, Dv)
-    if problem.key_lengths is not None:  # what lies beyond may be anything, also NaN
+    if problem.key_lengths is not None:  # keys and values beyond may hold any numbers, NaN included
         beyond = ~_existing(problem)[:, None, :, None]
         key, value = key.masked_fill(beyond, 0.0), value.masked_fill(beyond, 0.0)
 

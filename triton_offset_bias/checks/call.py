@@ -196,7 +196,7 @@ def _is_castable(tensor: Tensor) -> bool:
 def _check_reach_of_lengths(problem: Problem) -> None:
     """Checks `beyond="error"` where the tensors' lengths decide: without positions, and with no mask or `key_lengths`.
 
-    `key_lengths` are data that nobody waits for. A sequence with all keys, none of them masked, stands for all.
+    No call waits for the numbers in `key_lengths`. The check assumes a sequence that has all keys, none of them masked.
     """
     if problem.beyond != "error" or problem.bias is None or problem.query_positions is not None:
         return

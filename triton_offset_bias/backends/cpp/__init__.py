@@ -142,7 +142,7 @@ class _Call:
         return tensor.data_ptr(), 0 if self._source.cu_seqlens_q is not None else batch, *strides
 
     def clear_beyond(self, gradient: Tensor) -> None:
-        """Sets the gradients of keys or values beyond each sequence's last key to 0, which the engine passes over."""
+        """Sets the gradients of keys or values beyond each sequence's last key to 0. The engine does not write them."""
         for sequence, length in zip(gradient, self._placed.sequences[3::5], strict=True):
             sequence[:, length:].zero_()
 
