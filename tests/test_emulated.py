@@ -100,14 +100,17 @@ FIXED = Case("positions", (70, 90), (64, 64), columns=41, dtype=BF16, options={*
 @pytest.mark.usefixtures("poisoned_memory")
 @pytest.mark.parametrize("case", [*CASES, *DETERMINISTIC, FIXED], ids=lambda case: case.reason)
 def test_compiled_kernels_are_as_accurate_as_plain_pytorch(case):
-    """Output, log-sum-exp and all gradients of the compiled code."""
+    """The results are the output, the log-sum-exp and all gradients of the compiled code."""
     call = build(case)
     assert_matches_oracle(call, results_of(call, "triton"))
 
 
 @pytest.mark.parametrize("case", [*DETERMINISTIC, FIXED], ids=lambda case: case.reason)
 def test_deterministic_results_do_not_depend_on_the_order_of_programs(case):
-    """Bitwise equal when programs run in another order; only integers are added atomically, and only at positions."""
+    """Programs run in two orders, with equal bits.
+
+    Only integers are added atomically, and only where positions are given.
+    """
     import triton_offline
 
     expected = results_of(build(case), "triton")
@@ -125,7 +128,10 @@ def test_deterministic_results_do_not_depend_on_the_order_of_programs(case):
 
 @pytest.mark.parametrize("deterministic", [False, True])
 def test_packed_sequences_equal_each_by_itself(deterministic):
-    """The lengths differ; one is without queries. In any order of programs deterministic results are bitwise equal."""
+    """Lengths differ, and one sequence has no queries.
+
+    Deterministic results have the same bits in any order of programs.
+    """
     import triton_offline
 
     lengths_q, lengths_k = [70, 0, 33], [130, 20, 33]
@@ -148,7 +154,7 @@ def test_packed_sequences_equal_each_by_itself(deterministic):
 
 
 def test_a_tile_adds_once_a_diagonal_not_once_a_score():
-    """Atomic lanes per score of the dQ kernel are at most 1 / 32; a kernel that adds every score has 1."""
+    """The dQ kernel has at most 1 / 32 atomic lanes per score. A kernel that adds every score has 1."""
     import triton_offline
 
     call = build(Case("covering", (512, 512), (64, 64), batch=1, heads=(1, 1), dtype=BF16))

@@ -41,7 +41,7 @@ FLOATS = ("unit", "limit")
 @pytest.mark.parametrize("target", TARGETS)
 @pytest.mark.parametrize("name", FORMS)
 def test_a_small_kernel_compiles_for_every_target(name, target):
-    """Tensors and tables are bfloat16; or tables are float64, with bounds that take 64 bits."""
+    """Tensors and tables are bfloat16, or tables are float64 with bounds of 64 bits."""
     kernel, constants = FORMS[name]
     of_rows = ("*fp32", "*fp32", "*fp32")
     tuples = {"rows": Rows(*of_rows), "parts": Parts(*of_rows), "outputs": Outputs("*bf16", *of_rows)}

@@ -1,4 +1,4 @@
-"""The GPU kernels that a backward pass launches: none works for gradients that nobody asks for."""
+"""The GPU kernels that a backward pass launches. None works for gradients that nobody asks for."""
 
 import pytest
 import torch

@@ -57,7 +57,7 @@ CASES = [
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.reason)
 def test_queries_with_one_key_have_no_gradient_but_that_of_values(case, dtype):
-    """Exactly; the rest, and what goes through the log-sum-exp, obeys the rule of accuracy."""
+    """Their gradients are exactly 0. Other results, also through the log-sum-exp, obey the rule of accuracy."""
     call = build(Case(**{**vars(case), "dtype": dtype}))
     got = results_of(call, "triton")
     for name in ("dq", "dk", "dbias"):
@@ -70,7 +70,7 @@ def test_queries_with_one_key_have_no_gradient_but_that_of_values(case, dtype):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_queries_with_one_key_among_others_have_none_either(dtype):
-    """The first of causal attention, those that padding or a table of -inf leaves one key; the others have theirs."""
+    """Causality, padding or a table of -inf leave some queries one key. Other queries have their gradients."""
     causal = build(Case("causal", (70, 70), (32, 32), dtype=dtype, options={"is_causal": True}))
     assert not results_of(causal, "triton").dq[:, :, 0].count_nonzero()
     padded = build(Case("padding", (70, 70), (32, 32), dtype=dtype))
@@ -91,7 +91,7 @@ def test_queries_with_one_key_among_others_have_none_either(dtype):
 @pytest.mark.parametrize("deterministic", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 def test_packed_sequences_of_one_token_have_no_gradient_but_that_of_values(dtype, deterministic):
-    """A table of all of them has 0 as well, and beside a longer sequence they add nothing to it."""
+    """A table that only such sequences read has gradient 0. Beside a longer sequence they add nothing to its table."""
     q, k, v = (torch.randn(40, 2, 32, dtype=dtype, requires_grad=True) for _ in range(3))
     bias, dout = torch.randn(2, 21, requires_grad=True), torch.randn(40, 2, 32, dtype=dtype)
     keywords = {"deterministic": deterministic, "backend": "triton"}
@@ -111,7 +111,7 @@ def test_packed_sequences_of_one_token_have_no_gradient_but_that_of_values(dtype
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("gap", [4.0, 8.0, 10.0, 12.0, 14.0, 16.0, 20.0])
 def test_a_key_that_outweighs_the_others_keeps_what_they_leave(dtype, gap):
-    """Two keys, `gap` nats apart: the slopes of a softmax that is almost, but not quite, that of one key."""
+    """Two keys are `gap` nats apart. The softmax is almost, but not quite, that of one key."""
     call = build(Case("outweighed", (33, 2), (32, 32), columns=34, bias="1N", dtype=dtype, options={"scale": 0.05}))
     offset = torch.tensor([gap, 0.0])
     call.options |= {"query_positions": torch.zeros(33, dtype=torch.int64), "key_positions": torch.tensor([0, 5])}
@@ -122,7 +122,7 @@ def test_a_key_that_outweighs_the_others_keeps_what_they_leave(dtype, gap):
 
 
 def test_parts_of_the_keys_add_up_to_the_whole_where_a_row_has_one_key_in_a_part():
-    """The operator is given rows of all keys, of which a part may hold one, or none."""
+    """The operator gets rows of all keys. A part may hold one key of a row, or none."""
     call = build(Case("parts", (20, 9), (16, 16), columns=41, dtype=torch.float32))
     bias_origin = 20
     whole = torch.autograd.grad(

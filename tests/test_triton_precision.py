@@ -1,4 +1,4 @@
-"""GPUs multiply float32 by torch's settings, whichever of its switches was used, and by no other setting."""
+"""GPUs multiply float32 by torch's settings, whichever of its switches was used, and by nothing else."""
 
 import sys
 import types
@@ -52,7 +52,7 @@ def _restored_settings() -> Iterator[None]:
 
 @pytest.mark.parametrize(("change", "is_allowed"), SETTINGS.values(), ids=SETTINGS)
 def test_float32_is_multiplied_as_torch_is_told_to(change, is_allowed):
-    """The older switch, the newer switch, or its parent decides; 16-bit numbers are multiplied in one way."""
+    """The older switch, the newer switch, or its parent decides. There is one way to multiply 16-bit numbers."""
     change()
     assert target.precision(HOPPER, torch.float32) == ("tf32" if is_allowed else "ieee")
     assert target.precision(HOPPER, torch.bfloat16) == target.precision(HOPPER, torch.float16) == "ieee"
@@ -70,7 +70,7 @@ def test_a_torch_without_the_newer_switch_is_asked_by_the_older(monkeypatch, is_
     [("cuda", 75, False), ("cuda", 80, True), ("cuda", 121, True), ("hip", "gfx942", True), ("hip", "gfx950", False)],
 )
 def test_tf32_is_asked_for_where_triton_has_it(backend, arch, expected):
-    """Elsewhere its compiler would refuse."""
+    """For other targets Triton's compiler would refuse."""
     assert target.Target(backend, arch, 65536).has_tf32 == expected
 
 
@@ -79,7 +79,7 @@ def test_tf32_is_asked_for_where_triton_has_it(backend, arch, expected):
 @pytest.mark.parametrize("compiles", [False, True], ids=["eager", "compiled"])
 @pytest.mark.parametrize("switch", ["matmul.fp32_precision", "fp32_precision"] if HAS_SWITCHES else ["allow_tf32"])
 def test_calls_are_served_after_a_switch(switch, compiles):
-    """bfloat16 is served too. TF32 shows in the digits of float32, compared with the same call without it."""
+    """bfloat16 is served as well. TF32 shows in the digits of float32, compared with the same call without TF32."""
     attention = torch.compile(offset_bias_attention, backend="aot_eager", fullgraph=True)
     if not compiles:
         attention = offset_bias_attention

@@ -1,4 +1,4 @@
-"""The strip that GPU kernels read: the table at every offset, and the bounds from which on it does not change."""
+"""The strip that GPU kernels read: the table at every offset, and the bounds beyond which it does not change."""
 
 import math
 
@@ -80,7 +80,7 @@ def _filled(problem, unit=1.0):
 @needs_kernels
 @pytest.mark.parametrize("name", TABLES)
 def test_the_strip_is_the_table_at_every_offset(name):
-    """A kernel reads a pair's bias, less the constant that it is counted from."""
+    """A kernel reads a pair's bias minus the constant of the table's row."""
     problem = _problem(*PROBLEMS[name])
     expected, made = _biases_in_bits(problem, PROBLEMS[name][-1]), _filled(problem, math.log2(math.e))
     values, bounds = made.values, made.bounds
@@ -92,7 +92,7 @@ def test_the_strip_is_the_table_at_every_offset(name):
 
 @pytest.mark.parametrize(("len_q", "len_k", "columns", "options"), PROBLEMS.values(), ids=PROBLEMS)
 def test_beyond_the_bounds_the_bias_is_constant(len_q, len_k, columns, options):
-    """Far tiles may use one value; loops that are left out have no work; the band is what is attended to."""
+    """Far tiles may use one value. Loops that are left out have no work. The band holds the attended pairs."""
     problem = _problem(len_q, len_k, columns, options)
     expected, bounds = _biases_in_bits(problem, options), strip.bounds_of(problem)
     for offset, bias in expected.items():
@@ -112,7 +112,7 @@ def test_beyond_the_bounds_the_bias_is_constant(len_q, len_k, columns, options):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
 @pytest.mark.parametrize("name", TABLES)
 def test_a_strips_gradient_folds_back_into_the_table(name, dtype):
-    """<strip of b, g> = <b, fold of g>, in the table's shape and dtype."""
+    """The inner product of strip and g equals that of table and fold of g. The fold has the table's shape and dtype."""
     problem = _problem(*PROBLEMS[name])
     problem = problem._replace(bias=problem.bias.to(dtype))
     made = _filled(problem, 1.0)
@@ -131,7 +131,7 @@ def test_a_strips_gradient_folds_back_into_the_table(name, dtype):
 @pytest.mark.parametrize("beyond", ["clamp", "zero"])
 @pytest.mark.parametrize("shape", [(2500,), (3, 1500), (2, 3, 7)])
 def test_every_offset_of_long_sequences_folds_back(shape, beyond):
-    """More columns, and more offsets beyond them, than a program of the kernel has."""
+    """There are more columns, and more offsets beyond them, than a program of the kernel takes."""
     problem = _problem(20, 24, 3, {})._replace(bias=torch.zeros(shape), bias_origin=shape[-1] // 3, beyond=beyond)
     lo, hi = -2100, 3300
     rows = (*(1,) * (3 - len(shape)), *shape[:-1])
@@ -155,7 +155,7 @@ def test_a_table_out_of_reach_has_one_column_that_all_see(origin, deterministic)
 @needs_kernels
 @pytest.mark.parametrize("shape", [(2500,), (3, 1500), (2, 3, 7)])
 def test_strips_of_several_blocks_are_the_table(shape):
-    """Rows of any stride, more columns than a program of the kernel has."""
+    """Rows may have any stride, and have more columns than a program of the kernel takes."""
     bias = torch.randn(*shape[:-1], 2 * shape[-1])[..., ::2]
     problem = _problem(1300, 1200, 3, {})._replace(bias=bias, bias_origin=shape[-1] // 2)
     made = _filled(problem, 2.0)
@@ -167,7 +167,7 @@ def test_strips_of_several_blocks_are_the_table(shape):
 
 @needs_kernels
 def test_finite_numbers_stay_finite_in_a_strip():
-    """Scaling neither forbids an offset nor hides one that is forbidden, infinite or not a number."""
+    """Scaling does not forbid an offset. It does not hide a forbidden offset, an infinity or a NaN."""
     largest = torch.finfo(torch.float32).max
     bias = torch.tensor([largest, -largest, math.inf, -math.inf, math.nan, 1.0, 0.0])
     problem = _problem(7, 1, 3, {})._replace(bias=bias, bias_origin=0, query_start=0)
@@ -205,7 +205,7 @@ def test_a_row_is_counted_from_one_of_its_numbers_where_that_is_exact(bias, expe
 
 @needs_kernels
 def test_a_row_of_several_blocks_is_counted_from_the_lowest_of_all():
-    """Wherever it stands."""
+    """The lowest number may stand in any block."""
     problem = _problem(20, 24, 3, {})
     bias = 100.0 + torch.rand(2, 5000)
     bias[0, 3], bias[1, 4990] = 99.0, 98.0

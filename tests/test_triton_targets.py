@@ -1,4 +1,4 @@
-"""Block sizes follow a device's capability and its shared memory, of known devices and of those to come."""
+"""Block sizes follow a device's compute capability and its shared memory, for known devices and for later ones."""
 
 import pytest
 import torch
@@ -48,7 +48,7 @@ def choices(device: Target) -> list[configs.Config]:
     {"sm_103": "sm_100", "sm_110": "sm_100", "sm_121": "sm_120", "sm_87": "sm_80", "sm_89": "sm_86"}.items(),
 )
 def test_devices_of_a_family_with_as_much_memory_get_the_same_blocks(name, like):
-    """B300 as B200, Thor too, DGX Spark as GeForce's Blackwell, Orin as A100."""
+    """B300 and Thor get the blocks of B200, DGX Spark those of GeForce's Blackwell, Orin those of A100."""
     assert choices(target_of(name)) == choices(target_of(like))
     for dtype in (torch.float16, torch.float32):
         assert configs.is_bias_in_acc(target_of(name), dtype, 0.1) == configs.is_bias_in_acc(
@@ -59,7 +59,7 @@ def test_devices_of_a_family_with_as_much_memory_get_the_same_blocks(name, like)
 @pytest.mark.parametrize("shared_kib", [48, 64, 99, 163, 227, 300])
 @pytest.mark.parametrize("arch", [70, 75, 90, 100, 107, 120, 130, 200])
 def test_tiles_of_any_device_leave_room_in_its_memory(arch, shared_kib):
-    """A block of queries and a block of keys fit with their gradients, whatever the driver says."""
+    """A block of queries and a block of keys fit with their gradients, whatever memory the driver reports."""
     device = Target("cuda", arch, shared_kib * KIB)
     for function in (configs.dquery_config, configs.dkey_dvalue_config):
         for dtype, block_d in KINDS:
@@ -80,7 +80,10 @@ LARGEST = [
 @pytest.mark.parametrize("capability", [x for x in CAPABILITIES if x >= 80])
 @pytest.mark.parametrize(("kernel", "dtype", "head_dim"), LARGEST)
 def test_compiled_kernels_fit_into_shared_memory(monkeypatch, kernel, dtype, head_dim, capability):
-    """This takes every capability that has tensor cores for these types; `make compile-kernels` takes the rest."""
+    """The test takes every capability that has tensor cores for these dtypes.
+
+    `make compile-kernels` takes the others.
+    """
     variant = Variant(kernel, f"sm_{capability}", dtype, head_dim, changes={"PRECISION": "tf32"})
     assert shared_memory_of(variant, monkeypatch) <= target_of(f"sm_{capability}").shared_memory
 
@@ -88,7 +91,7 @@ def test_compiled_kernels_fit_into_shared_memory(monkeypatch, kernel, dtype, hea
 @pytest.mark.skipif(not COMPILES, reason="Triton's interpreter is on, and compiles nothing")
 @pytest.mark.parametrize("capability", [80, 86])
 def test_the_most_decoding_rows_fit_into_shared_memory(monkeypatch, capability):
-    """In float32 with the largest head dim: GeForce has less room than data centres' devices."""
+    """The case is float32 with the largest head dim. GeForce has less shared memory than data centres' devices."""
     target = target_of(f"sm_{capability}")
     config = configs.decode_config(target, torch.float32, 256, configs.MAX_DECODE_ROWS)
     variant = Variant("decode", f"sm_{capability}", torch.float32, 256, config=config)
@@ -98,14 +101,14 @@ def test_the_most_decoding_rows_fit_into_shared_memory(monkeypatch, capability):
 @pytest.mark.skipif(not COMPILES, reason="Triton's interpreter is on, and compiles nothing")
 @pytest.mark.parametrize("kernel", ["forward", "dquery", "dkey_dvalue"])
 def test_no_product_of_hopper_is_serialised(kernel):
-    """The installed Triton and ptxas compile them; `make compile-kernels` takes the other head dims and forms too."""
+    """The installed Triton and ptxas compile them. `make compile-kernels` takes the other head dims and forms."""
     variant = Variant(kernel, "sm_90", torch.bfloat16, 64)
     assert compile_kernels._ptxas_usage(variant.compile(), variant)["serialised"] == 0
 
 
 @pytest.mark.parametrize(("version", "expected"), [((3, 6), True), ((3, 7), True), ((3, 8), False), ((3, 10), False)])
 def test_only_hopper_and_only_older_tritons_are_helped(monkeypatch, version, expected):
-    """Elsewhere the compiled code stays as it was."""
+    """For other targets the compiled code stays as it was."""
     monkeypatch.setattr(configs, "_TRITON", version)
     assert configs.needs_wait(target_of("sm_90"), torch.bfloat16) == expected
     assert not configs.needs_wait(target_of("sm_90"), torch.float32)
@@ -114,7 +117,7 @@ def test_only_hopper_and_only_older_tritons_are_helped(monkeypatch, version, exp
 
 
 def test_a_device_with_too_little_memory_says_so(monkeypatch):
-    """Instead of failing in the launch; other dtypes and head dims are served."""
+    """The launch would fail otherwise. Other dtypes and head dims are served."""
     from cases import Case, build
 
     from triton_offset_bias import offset_bias_attention
@@ -130,5 +133,5 @@ def test_a_device_with_too_little_memory_says_so(monkeypatch):
 
 
 def test_every_target_with_a_budget_is_described():
-    """Its memory is known without a driver."""
+    """A target's memory is known without a driver."""
     assert all(target_of(name).shared_memory >= 64 * KIB for name in TARGETS)
