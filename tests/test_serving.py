@@ -7,7 +7,7 @@ from torch import Tensor
 
 from triton_offset_bias import offset_bias_attention
 
-CAPACITY, HEADS, KV_HEADS, DIM = 530, 4, 2, 16
+CAPACITY, HEADS, KV_HEADS, DIM = 530, 2, 1, 16
 LONGER = 7  # tokens that the second sequence is longer
 
 
@@ -38,14 +38,14 @@ def _tokens(count: int) -> tuple[Tensor, Tensor, Tensor]:
 
 @torch.no_grad()
 def test_a_loop_over_a_static_cache_equals_one_pass_over_each_sequence(backend):
-    """Prompts of 20 and 27 tokens, then a chunk of 5 and single tokens, in one cache."""
+    """Prompts of 36 and 43 tokens, then a chunk of 2 and single tokens, in one cache."""
     query, key, value = _tokens(40)
     table, cache = torch.randn(HEADS, 25), StaticCache()
     old_key, old_value = torch.randn(2, 1, KV_HEADS, LONGER, DIM)
     cache.keys[1, :, :LONGER], cache.values[1, :, :LONGER] = old_key[0], old_value[0]
     cache.lengths[1] = LONGER
     outs = []
-    for chunk in torch.arange(40).split([20, 5, *[1] * 15]):
+    for chunk in torch.arange(40).split([36, 2, 1, 1]):
         cache.append(key[:, :, chunk], value[:, :, chunk])
         outs.append(cache.attend(query[:, :, chunk], table, backend))
     options = {"bias_origin": 0, "is_causal": True, "enable_gqa": True, "backend": backend}
