@@ -10,7 +10,7 @@ OLDEST_TRANSFORMERS := $(VENV)/transformers-5.15.0
 PTXEMU ?= $(wildcard ../shared/tools/ptxemu)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-interpreted test-emulated test-gpu test-oldest-transformers test-sanitized test-mutations compile-kernels gpu-static lint fmt bench plots ci clean
+.PHONY: help setup demo test test-interpreted test-emulated test-gpu test-oldest-transformers test-sanitized test-mutations compile-kernels gpu-static gpu-report lint fmt bench plots ci clean
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 26
@@ -48,6 +48,9 @@ compile-kernels: $(INSTALLED) $(OLDEST_TRITON)  ## compile the GPU kernels for e
 
 gpu-static: $(INSTALLED)  ## model the GPU kernels' cycles from their compiled code (needs sassmeter, see --help)
 	$(RUN) -m bench.gpu_static $(OPTIONS)
+
+gpu-report:  ## is it right on this GPU, and how fast? no network, nothing is installed (OPTIONS="--minutes 7")
+	$(firstword $(wildcard $(RUN)) $(PYTHON)) -m bench.gpu_report $(OPTIONS)
 
 lint: $(INSTALLED)  ## ruff, mypy, clang-format, and the compiler's warnings about the engine
 	$(RUN) -m ruff format --check .

@@ -220,10 +220,10 @@ class Inputs:
 
 def make_inputs(case: Case, device: str) -> Inputs:
     """Random tensors from a fixed seed, the same for every provider."""
-    generator = torch.Generator().manual_seed(0)
+    generator = torch.Generator(device).manual_seed(0)
 
     def normal(*shape: int, dtype: torch.dtype) -> Tensor:
-        return torch.randn(*shape, generator=generator).to(device, dtype)
+        return torch.randn(*shape, generator=generator, device=device).to(dtype)
 
     dtype = getattr(torch, case.dtype)
     lengths = (case.queries, case.length, case.length)

@@ -33,12 +33,16 @@ COLORS = {
     "ours": OURS,
     "ours_no_bias": PLAIN,
     "sdpa_no_bias": "#8fb0d0",
+    "sdpa_flash": "#3f7d4e",
+    "sdpa_cudnn": "#76b041",
+    "sdpa_efficient": DENSE,
     "sdpa_index": DENSE,
     "sdpa_strided": "#5585b5",
     "sdpa_strided_copy": "#234668",
     "ours_atomics": "#b98a1e",
     "flash_attn": "#3f7d4e",
     "flex_compiled": "#8556a6",
+    "flex_no_bias": "#c3a6d8",
 }
 MODE_COLORS = {FORWARD: OURS, BACKWARD: DENSE, BOTH: ELSE}
 

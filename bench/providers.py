@@ -15,7 +15,8 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
 
 from bench.cases import FORWARD, MODES, Inputs
 from triton_offset_bias import offset_bias_attention
@@ -93,6 +94,29 @@ def sdpa_no_bias(inputs: Inputs) -> Run:
     return lambda q, k, v, _: F.scaled_dot_product_attention(q, k, v, is_causal=inputs.is_causal)
 
 
+def sdpa_flash(inputs: Inputs) -> Run:
+    """SDPA's FlashAttention, by name: it takes no bias."""
+    return _named_sdpa(SDPBackend.FLASH_ATTENTION, sdpa_no_bias(inputs))
+
+
+def sdpa_cudnn(inputs: Inputs) -> Run:
+    """SDPA's cuDNN, by name."""
+    return _named_sdpa(SDPBackend.CUDNN_ATTENTION, sdpa_no_bias(inputs))
+
+
+def sdpa_efficient(inputs: Inputs) -> Run:
+    """SDPA's memory-efficient attention, by name: the fused one that takes a bias for every pair, and trains it."""
+    return _named_sdpa(SDPBackend.EFFICIENT_ATTENTION, sdpa_index(inputs))
+
+
+def _named_sdpa(backend: SDPBackend, run: Run) -> Run:
+    def run_by_it(*arguments: Tensor) -> Tensor:
+        with sdpa_kernel(backend):
+            return run(*arguments)
+
+    return run_by_it
+
+
 def sdpa_index(inputs: Inputs) -> Run:
     """SDPA with a bias that is looked up and masked for every pair, as Swin and most models write it."""
     index = _table_index(inputs)
@@ -145,10 +169,7 @@ def t5_compiled(inputs: Inputs) -> Run:
 
 def flex_compiled(inputs: Inputs) -> Run:
     """Compiled FlexAttention that captures the table. On a CPU it has no backward."""
-    length, reach, device = inputs.q.shape[2], inputs.reach, inputs.q.device.type
-    mask = None
-    if inputs.is_causal:
-        mask = create_block_mask(lambda b, h, i, j: i >= j, None, None, length, length, device=device)
+    length, reach, mask = inputs.q.shape[2], inputs.reach, _flex_mask(inputs)
     compiled = _compile(flex_attention)
 
     def run(q: Tensor, k: Tensor, v: Tensor, table: Tensor) -> Tensor:
@@ -159,6 +180,19 @@ def flex_compiled(inputs: Inputs) -> Run:
         return compiled(q, k, v, score_mod=add_bias, block_mask=mask)
 
     return run
+
+
+def flex_no_bias(inputs: Inputs) -> Run:
+    """Compiled FlexAttention without a bias."""
+    mask, compiled = _flex_mask(inputs), _compile(flex_attention)
+    return lambda q, k, v, _: compiled(q, k, v, block_mask=mask)
+
+
+def _flex_mask(inputs: Inputs) -> BlockMask | None:
+    if not inputs.is_causal:
+        return None
+    length, device = inputs.q.shape[2], inputs.q.device.type
+    return create_block_mask(lambda b, h, i, j: i >= j, None, None, length, length, device=device)
 
 
 def _t5(q: Tensor, k: Tensor, v: Tensor, table: Tensor, index: Tensor, is_causal: bool) -> Tensor:
@@ -211,6 +245,17 @@ PROVIDERS = {
         why_not="flash-attn is for GPUs",
     ),
     "sdpa_no_bias": Provider("SDPA, no bias", sdpa_no_bias, uses_table=False),
+    "sdpa_flash": Provider("SDPA flash, no bias", sdpa_flash, uses_table=False),
+    "sdpa_cudnn": Provider(
+        "SDPA cuDNN, no bias", sdpa_cudnn, uses_table=False, cpu_modes=(), why_not="cuDNN is for NVIDIA GPUs"
+    ),
+    "sdpa_efficient": Provider(
+        "SDPA efficient + bias[:, index]",
+        sdpa_efficient,
+        is_dense=True,
+        cpu_modes=(),
+        why_not="SDPA's efficient attention is for GPUs",
+    ),
     "sdpa_index": Provider("SDPA + bias[:, index]", sdpa_index, is_dense=True),
     "sdpa_strided": Provider("SDPA + strided view", sdpa_strided, is_dense=True),
     "sdpa_strided_copy": Provider("SDPA + copied view", sdpa_strided_copy, is_dense=True),
@@ -223,6 +268,15 @@ PROVIDERS = {
         cpu_modes=(FORWARD,),
         why_not="FlexAttention has no backward on a CPU",
     ),
+    "flex_no_bias": Provider(
+        "FlexAttention, no bias",
+        flex_no_bias,
+        uses_table=False,
+        is_compiled=True,
+        cpu_modes=(FORWARD,),
+        why_not="FlexAttention has no backward on a CPU",
+    ),
 }
+EXPERIMENTAL: tuple[str, ...] = ()  # this package's kernels that are behind a switch
 SDPA_WITH_BIAS = ("sdpa_index", "sdpa_strided", "sdpa_strided_copy")
 TRAINABLE_PEERS = (*SDPA_WITH_BIAS, "t5_eager", "t5_compiled")

@@ -100,6 +100,16 @@ def write_rows(path: Path, rows: list[Row], keep_others: bool) -> None:
         writer.writerows(written)
 
 
+def append_rows(path: Path, rows: list[Row]) -> None:
+    """Appends to the CSV at once, so that an error later on leaves these rows."""
+    is_new = not path.exists()
+    with path.open("a", newline="") as file:
+        writer = csv.DictWriter(file, FIELDS)
+        if is_new:
+            writer.writeheader()
+        writer.writerows(map(asdict, rows))
+
+
 def _key(row: dict[str, Any]) -> tuple[str, ...]:
     """The values of a row that a later measurement of the same quantity shares."""
     return tuple(row[field] for field in ("case", "provider", "mode", "metric", "device"))

@@ -195,3 +195,16 @@ PACKAGE = mutants_in("triton_offset_bias", {
          "return True"),
     ],
 })  # fmt: skip
+PACKAGE += mutants_in("bench/gpu_report", {
+    "flow.py": [
+        ("what a part has started goes on", "test_gpu_report.py", "what_a_part_has_started",
+         "os.killpg(process.pid, number)",
+         "os.kill(process.pid, number)"),
+        ("the time that a part leaves is lost", "test_gpu_report.py", "shared_by_weights",
+         "(end - time.monotonic()) * part.weight / sum(weights)",
+         "seconds * part.weight / sum(other.weight for other in parts if not other.why_not)"),
+        ("parts run where the first is wrong", "test_gpu_report.py", "needed_and_fails",
+         "if part.why_not or is_stopped:",
+         "if part.why_not:"),
+    ],
+})  # fmt: skip
