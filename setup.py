@@ -9,7 +9,7 @@ from pathlib import Path
 from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
 
-# -ffp-contract=fast makes a * b + c one fused multiply-add; nothing else departs from IEEE arithmetic.
+# -ffp-contract=fast makes a * b + c one fused multiply-add. Nothing else departs from IEEE arithmetic.
 COMPILE_ARGS = [
     "-std=c++17",
     "-O3",
@@ -18,7 +18,7 @@ COMPILE_ARGS = [
     "-fno-trapping-math",
     "-fvisibility=hidden",
 ]
-# Compiled for OpenMP but not linked to a runtime: at load time the calls bind to the one that torch has loaded.
+# The engine is compiled for OpenMP, but not linked to a runtime. At load time its calls bind to torch's runtime.
 OPENMP_ARGS = ["-Xpreprocessor", "-fopenmp"] if sys.platform == "darwin" else ["-fopenmp"]
 BUILDS = {"portable": ["-DTOB_VECTOR_BYTES=16"]}
 if platform.machine().lower() in ("x86_64", "amd64"):
@@ -28,7 +28,7 @@ if platform.machine().lower() in ("x86_64", "amd64"):
     BUILDS["avx512_bf16"] = [*BUILDS["avx512"], "-mavx512bf16"]
 HEADERS = sorted(glob.glob("csrc_ref/*.h", root_dir=Path(__file__).parent))
 
-# optional: without a compiler the package still installs, and `python -m triton_offset_bias.info` says what is missing.
+# optional: without a compiler the package still installs. `python -m triton_offset_bias.info` says what is missing.
 # MSVC has no vector extensions, so on Windows there is no engine.
 EXTENSIONS = [
     Extension(
@@ -44,7 +44,7 @@ EXTENSIONS = [
 
 
 class BuildEngine(build_ext):
-    """Compiles the builds at the same time, each with a folder of its own for what it makes of the one source."""
+    """Compiles the builds at the same time, each with a folder of its own for its object files."""
 
     def build_extension(self, ext: Extension) -> None:  # noqa: D102
         build = copy.copy(self)

@@ -21,8 +21,8 @@ Measures offset_bias_attention beside other ways to compute the same attention, 
 
 Providers are checked against the dense reference (output and gradients) before they are timed. They are interleaved: in
 each round every provider runs once, in rotating order, and ratios are taken within a round. One thread is timed in CPU
-time, more in wall time, a GPU by its own events with an empty L2 cache. Forward is inference, without gradients;
-forward+backward takes the gradients of all inputs. What is measured unless named depends on --device.
+time, more threads in wall time, a GPU by its own events with an empty L2 cache. Forward is inference, without
+gradients. Forward+backward takes the gradients of all inputs. Cases and suites depend on --device unless you name them.
 """
 
 
@@ -35,7 +35,7 @@ def main(arguments: list[str] | None = None) -> None:
         parser.error(f"argument --device: torch {torch.__version__} finds {found} GPUs, none is {options.device}")
     plans = plans_of(options)
     if not plans:
-        parser.error("no suite takes such cases, modes and providers by itself: name it with --suite")
+        parser.error("no suite measures these cases, modes and providers by default: name one with --suite")
     if options.device.type != "cpu" and any(plan.suite == "memory" for plan in plans):
         parser.error("argument --suite: memory measures a process on a CPU")
     output = options.output or ROOT / "bench" / "out" / f"{options.device.type}.csv"
@@ -46,7 +46,7 @@ def main(arguments: list[str] | None = None) -> None:
             rows += measure(plan, maker)
             torch.set_num_threads(options.threads)
     except KeyboardInterrupt:
-        tqdm.write("interrupted: what is measured so far is written")
+        tqdm.write("interrupted: the rows measured so far are written")
     finally:
         if rows:
             write_rows(output, rows, options.append)

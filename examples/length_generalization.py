@@ -3,19 +3,19 @@
     python examples/length_generalization.py            # some minutes on two CPU cores; nothing is downloaded
     python examples/length_generalization.py --quick    # about half a minute, too short to learn much
 
-A parameter per offset (`OffsetBias`) knows nothing of offsets that training has not shown: they see the table's end
-("clamp") or no bias ("zero"). A function of the distance extends to them. The same small byte-level language model is
-trained with each bias on the source of Python's standard library. All models start equal and see the same bytes in the
-same order. With the default arguments the table is among the best at the length of training, and worse than no bias at
-8 times that length. T5's last bucket is such an end too; T5 gets worse later and less. ALiBi, KERPLE and FIRE do not
-get worse.
+A parameter per offset (`OffsetBias`) knows nothing of offsets that training has not shown. They see the table's end
+("clamp") or no bias ("zero"). A function of the distance extends to such offsets. The same small byte-level language
+model is trained with each bias on the source of Python's standard library. All models start equal and see the same
+bytes in the same order. With the default arguments the table is among the best biases at the length of training, and
+worse than no bias at 8 times that length. T5's last bucket also stands for all longer distances. T5 gets worse as well,
+but later and less. ALiBi, KERPLE and FIRE do not get worse.
 
-Evaluation at length L: the model sees L bytes of every held-out window and predicts the window's last 128. The
-predicted bytes are the same at every L; only the text before them grows. At L = 128 the first predicted byte has one
-byte before it and the last has 128, as in training. At L = 1024 they have 897 and 1024. Perplexity is
+At evaluation length L the model sees L bytes of every held-out window and predicts the window's last 128 bytes. The
+predicted bytes are the same at every L, and only the text before them grows. At L = 128 the first predicted byte has
+one byte before it and the last has 128, as in training. At L = 1024 they have 897 and 1024. Perplexity is
 2 ** (mean bits per byte).
 
-FIRE's threshold is the longest length evaluated, so that its bias is a table. The paper's rule for queries beyond the
+FIRE's threshold is the longest evaluated length, so that its bias is a table. The paper's rule for queries beyond the
 threshold is not used here. There is one seed and little text, so small differences between biases mean nothing. The
 same seed gives the same results on one machine's CPU, and equal results up to rounding on CUDA.
 """

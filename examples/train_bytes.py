@@ -4,11 +4,11 @@
     python examples/train_bytes.py --quick    # about half a minute, too short to learn much
 
 Two models start equal and see the same bytes. The first has a learned bias per offset (`OffsetBias`, initially 0, one
-table for all layers), the second no position information but the causal order. Then the first model's training step
-is measured against the same model on torch's SDPA with the bias of every query-key pair written out.
+table for all layers). The second knows nothing of positions except the causal order. Then a training step of the first
+model is compared with a step of the same model on torch's SDPA, which gets the bias of every query-key pair.
 
-Some hundred thousand bytes are far too few for either model to converge: the curves compare how fast they learn, not
-where they would end. The same seed gives the same losses on one machine's CPU; on CUDA only up to rounding.
+A few hundred thousand bytes are far too few for either model to converge. The curves compare how fast the models learn,
+not where they would end. The same seed gives the same losses on one machine's CPU, and on CUDA up to rounding.
 """
 
 import argparse

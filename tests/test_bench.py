@@ -168,7 +168,10 @@ def test_the_device_decides_what_is_measured():
     [
         (["--device", "cuda:99"], r"argument --device: torch .* finds \d+ GPUs, none is cuda:99"),
         (["--device", "cpu:0"], "argument --device: must be cpu, cuda or cuda:N, got cpu:0"),
-        (["--case", "l512_d64"], "no suite takes such cases, modes and providers by itself: name it with --suite"),
+        (
+            ["--case", "l512_d64"],
+            "no suite measures these cases, modes and providers by default: name one with --suite",
+        ),
         (["--device", "tpu"], "argument --device: must be cpu, cuda or cuda:N, got tpu"),
         (["--rounds", "0"], "argument --rounds: must be at least 1, got 0"),
     ],

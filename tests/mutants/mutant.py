@@ -13,7 +13,7 @@ _NAME = re.compile(r"\b[A-Za-z_]\w*")
 
 @dataclass(frozen=True)
 class Mutant:
-    """A mistake: `new` in the place of `old`, which its file holds once, or else under other names (see `places`).
+    """A mistake: the text `new` in place of `old`. The file holds `old` once, or with other names (see `places`).
 
     Attributes:
         file: the path from the repository's root.
@@ -37,7 +37,7 @@ def mutants_in(folder: str, rows: dict[str, list[Row]]) -> list[Mutant]:
 
 
 def misplaced(mutants: Sequence[Mutant]) -> list[str]:
-    """Messages on mistakes whose code has changed: a mistake must have one place in its file, and change it."""
+    """Messages about mistakes whose code has changed. A mistake must have one place in its file, and change it."""
     wrong = []
     for mutant in mutants:
         source = (ROOT / mutant.file).read_text()
