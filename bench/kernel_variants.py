@@ -12,15 +12,12 @@ from triton.compiler import ASTSource
 from triton_offset_bias import dropout
 from triton_offset_bias.backends.triton import configs
 from triton_offset_bias.backends.triton.kernels.arguments import (
-    Bounds,
     Form,
     Inputs,
     Loops,
     Outputs,
     Parts,
     Rows,
-    SharedStrides,
-    Sizes,
     Strides,
     constants,
 )
@@ -149,6 +146,7 @@ class Variant:
             HEAD_DIM_V=self.head_dim,
             BLOCK_D=self.block_d,
             BLOCK_DV=self.block_d,
+            GROUP=1,
             HAS_BIAS=SCHEDULES[self.schedule][0],
             BIAS_IN_ACC=configs.is_bias_in_acc(self.device, self.dtype, self.head_dim**-0.5),
             HAS_MASK=False,
@@ -188,9 +186,6 @@ class Variant:
             "outputs": Outputs(tensor, "*fp32", "*fp32", "*fp32"),
             "parts": Parts("*fp32", "*fp32", "*fp32"),
             "row_ptrs": Rows("*fp32", "*fp32", "*fp32"),
-            "shared_strides": SharedStrides("i32", "i32", "i32", "i32"),
-            "sizes": Sizes(**{**dict.fromkeys(Sizes._fields, "i32"), "group": "constexpr"}),
-            "bounds": Bounds(*("i32" for _ in Bounds._fields)),
             **_FLOATS,
             **_SUMS,
         }
@@ -210,17 +205,10 @@ class Variant:
             return Strides("i32", "i32", "constexpr", "constexpr")
         return tensor if parameter.name.endswith("_ptr") else "i32"
 
-    def _divisible(self) -> set[str]:
-        """The members that are multiples of 16 for even lengths and aligned tensors."""
-        queries, keys = {"len_q", "rows_q"}, {"len_k", "rows_k"}
-        if self.changes.get("IS_EVEN", True) or self.kernel == "dbias":
-            return {"b", "h"} | queries | keys
-        return {"b", "h"} | (keys if self.kernel == "dkey_dvalue" else queries)
-
     def source(self) -> ASTSource:
         """The kernel with the types of its arguments, in the form that Triton's compiler takes."""
-        kernel, types, divisible = KERNELS[self.kernel], self._types(), self._divisible()
-        compiled_in = {"row": self.head_dim, "d": 1, "group": 1}
+        kernel, types = KERNELS[self.kernel], self._types()
+        compiled_in = {"row": self.head_dim, "d": 1}
         values, attributes = {}, {}
         for i, (name, x) in enumerate(types.items()):
             members = x._asdict().items() if isinstance(x, tuple) else [(name, x)]
@@ -228,7 +216,7 @@ class Variant:
                 path = (i, j) if isinstance(x, tuple) else (i,)
                 if kind == "constexpr":
                     values[path] = self.constants.get(name) if member == name else compiled_in.get(member)
-                elif kind.startswith("*") or member in divisible:
+                elif kind.startswith("*") or member in ("b", "h"):  # aligned tensors
                     attributes[path] = [["tt.divisibility", 16]]
         return ASTSource(kernel, types, values, attributes)
 

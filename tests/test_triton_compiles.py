@@ -7,34 +7,41 @@ triton = pytest.importorskip("triton", reason="Triton is not installed")
 from triton.compiler import ASTSource  # noqa: E402
 
 from bench.kernel_variants import TARGETS, gpu_target  # noqa: E402
-from triton_offset_bias.backends.triton.kernels.arguments import Outputs, Parts, Rows, Strides  # noqa: E402
+from triton_offset_bias.backends.triton.kernels.arguments import Outputs, Parts, Rows, Strides, Table  # noqa: E402
 from triton_offset_bias.backends.triton.kernels.decode import combine_kernel  # noqa: E402
 from triton_offset_bias.backends.triton.kernels.prepare import prepare_kernel  # noqa: E402
 from triton_offset_bias.backends.triton.kernels.strip import (  # noqa: E402
     BLOCK,
     constants_kernel,
     fold_kernel,
-    strip_kernel,
 )
 
 pytestmark = pytest.mark.skipif(
-    not isinstance(strip_kernel, triton.JITFunction), reason="Triton's interpreter is on, and compiles nothing"
+    not isinstance(fold_kernel, triton.JITFunction), reason="Triton's interpreter is on, and compiles nothing"
 )
 HEAD = {"HEAD_DIM_V": 80, "BLOCK_DV": 128}
 FORMS = {
     "constants": (constants_kernel, {"BLOCK": BLOCK}),
-    "strip": (strip_kernel, {"HAS_CONSTANTS": False, "IS_ZERO_BEYOND": False, "BLOCK": BLOCK}),
-    "strip, constants, zeros": (strip_kernel, {"HAS_CONSTANTS": True, "IS_ZERO_BEYOND": True, "BLOCK": BLOCK}),
     "fold": (fold_kernel, {"IS_ZERO_BEYOND": False, "BLOCK": BLOCK}),
     "fold, zeros": (fold_kernel, {"IS_ZERO_BEYOND": True, "BLOCK": BLOCK}),
-    "prepare": (prepare_kernel, {**HEAD, "HAS_DLSE": True, "CLEAN_DOUT": False, "SPLIT_LSE": False, "BLOCK_M": 64}),
-    "prepare, split": (
+    "prepare": (
         prepare_kernel,
-        {**HEAD, "HAS_DLSE": False, "CLEAN_DOUT": True, "SPLIT_LSE": True, "BLOCK_M": 64},
+        {
+            **{"HAS_BIAS": True, "HAS_CONSTANTS": False, "IS_ZERO_BEYOND": False, "BLOCK": BLOCK, "BLOCK_M": 64},
+            **{**HEAD, "HAS_DLSE": True, "SPLIT_LSE": False},
+        },
+    ),
+    "prepare, split, constants, zeros": (
+        prepare_kernel,
+        {
+            **{"HAS_BIAS": True, "HAS_CONSTANTS": True, "IS_ZERO_BEYOND": True, "BLOCK": BLOCK, "BLOCK_M": 64},
+            **{**HEAD, "HAS_DLSE": False, "SPLIT_LSE": True},
+        },
     ),
     "combine": (combine_kernel, {**HEAD, "IS_PACKED": True, "BLOCK_S": 32}),
 }
-OF_INPUTS = ("bias_ptr", "dbias_ptr", "out_ptr", "dout_ptr", "clean_dout_ptr")  # pointers to the dtype of the inputs
+OF_INPUTS = ("out_ptr", "dout_ptr", "clean_dout_ptr")  # pointers to the dtype of the inputs
+OF_TABLES = ("bias_ptr", "dbias_ptr")
 FLOATS = ("unit", "limit")
 
 
@@ -45,10 +52,12 @@ def test_a_small_kernel_compiles_for_every_target(name, target):
     kernel, constants = FORMS[name]
     of_rows = ("*fp32", "*fp32", "*fp32")
     tuples = {"rows": Rows(*of_rows), "parts": Parts(*of_rows), "outputs": Outputs("*bf16", *of_rows)}
-    for dtype, integer in (("bf16", "i32"), ("fp64", "i64"))[: 2 if name.startswith(("strip", "fold")) else 1]:
+    for dtype, integer in (("bf16", "i32"), ("fp64", "i64"))[: 2 if name.startswith(("prepare", "fold")) else 1]:
+        tuples["table"] = Table(f"*{dtype}", *of_rows)
         signature = {parameter.name: integer if parameter.name == "first" else "i32" for parameter in kernel.params}
         signature |= dict.fromkeys((x for x in signature if x.endswith("_ptr")), "*fp32")
-        signature |= {x: f"*{dtype}" for x in OF_INPUTS if x in signature}
+        signature |= {x: "*bf16" for x in OF_INPUTS if x in signature}
+        signature |= {x: f"*{dtype}" for x in OF_TABLES if x in signature}
         signature |= {x: "fp32" for x in FLOATS if x in signature}
         signature |= {x: "*i32" for x in ("cu_seqlens_q_ptr",) if x in signature}
         signature |= {x: Strides("i32", "i32", "i32", "i32") for x in signature if x.endswith("_strides")}

@@ -7,38 +7,39 @@ from conftest import AVAILABLE
 
 from triton_offset_bias import offset_bias_attention
 
-passes = pytest.importorskip("triton_offset_bias.backends.triton.passes", reason="Triton is not installed")
+launch = pytest.importorskip("triton_offset_bias.backends.triton.launch", reason="Triton is not installed")
 pytestmark = pytest.mark.skipif(
     "triton" not in AVAILABLE, reason="no GPU here, and Triton's interpreter is off (TRITON_INTERPRET=1)"
 )
 BY_TILES = {"deterministic": True}
 LAUNCHES = {
-    "all": ("q k v bias", {}, {"dquery": "diagonals", "dkey_dvalue": None}),
-    "all, deterministic": ("q k v bias", BY_TILES, {"dquery": "none", "dkey_dvalue": None}),
-    "a frozen table": ("q k v", {}, {"dquery": "none", "dkey_dvalue": None}),
-    "queries alone": ("q", {}, {"dquery": "none"}),
-    "keys alone": ("k", {}, {"dkey_dvalue": None}),
-    "values alone": ("v", {}, {"dkey_dvalue": None}),
-    "the table alone": ("bias", {}, {"dquery": "diagonals"}),
-    "the table alone, deterministic": ("bias", BY_TILES, {}),
+    "all": ("q k v bias", {}, ["prepare", "dquery diagonals", "dkey_dvalue", "fold"]),
+    "all, deterministic": ("q k v bias", BY_TILES, ["prepare", "dquery none", "dkey_dvalue", "dbias", "fold"]),
+    "a frozen table": ("q k v", {}, ["prepare", "dquery none", "dkey_dvalue"]),
+    "queries alone": ("q", {}, ["prepare", "dquery none"]),
+    "keys alone": ("k", {}, ["prepare", "dkey_dvalue"]),
+    "values alone": ("v", {}, ["prepare", "dkey_dvalue"]),
+    "the table alone": ("bias", {}, ["prepare", "dquery diagonals", "fold"]),
+    "the table alone, deterministic": ("bias", BY_TILES, ["prepare", "dbias", "fold"]),
 }
 
 
 @pytest.mark.parametrize(("needed", "options", "expected"), LAUNCHES.values(), ids=LAUNCHES)
 def test_only_what_is_asked_for_is_launched(monkeypatch, needed, options, expected):
     """The test compares the kernels' names, and the way in which the dQ kernel adds up the table's gradient."""
-    launched = {}
+    launched = []
 
-    def record(kernel, config, blocks, others, arguments, constants, **named):
-        launched[kernel.__name__.removesuffix("_kernel")] = constants.get("DBIAS")
-        return launch(kernel, config, blocks, others, arguments, constants, **named)
+    def record(self, *arguments):
+        name = self.kernel.__name__.removesuffix("_kernel")
+        launched.append(" ".join([name, *([self.constants["DBIAS"]] if name == "dquery" else [])]))
+        return launch_it(self, *arguments)
 
-    call = build(Case("launches", (40, 40), columns=9))
+    call = build(Case("launches", (40, 40), columns=9, dtype=torch.float16))
     for name in ("q", "k", "v", "bias"):
         getattr(call, name).requires_grad_(name in needed.split())
     out = offset_bias_attention(call.q, call.k, call.v, call.bias, **options, backend="triton")
-    launch = passes.run_kernel
-    monkeypatch.setattr(passes, "run_kernel", record)
+    launch_it = launch.Launch.__call__
+    monkeypatch.setattr(launch.Launch, "__call__", record)
     out.backward(call.dout)
     assert launched == expected
 

@@ -12,6 +12,14 @@ from triton_offset_bias import table
 from triton_offset_bias.checks.call import checked_attention
 
 strip = pytest.importorskip("triton_offset_bias.backends.triton.strip", reason="Triton is not installed")
+
+from triton_offset_bias import ops  # noqa: E402
+from triton_offset_bias.backends.triton.call import Call  # noqa: E402
+from triton_offset_bias.backends.triton.dbias_sum import fold_offsets, fold_strip  # noqa: E402
+from triton_offset_bias.backends.triton.kernels.arguments import Outputs  # noqa: E402
+from triton_offset_bias.backends.triton.plan import Plan  # noqa: E402
+from triton_offset_bias.backends.triton.preparing import prepare_forward  # noqa: E402
+
 needs_kernels = pytest.mark.skipif(
     "triton" not in AVAILABLE, reason="no GPU here, and Triton's interpreter is off (TRITON_INTERPRET=1)"
 )
@@ -72,9 +80,13 @@ def _biases_in_bits(problem, options):
 
 
 def _filled(problem, unit=1.0):
-    made = strip.Strip(problem, unit)
-    made.fill()
-    return made
+    """A call with its strip in a unit."""
+    plan = Plan(problem)
+    plan.strip = strip.Strip(problem, unit)
+    call = Call(problem, plan=plan)
+    out, lse, row_max, row_sum = ops._new_outputs(problem.query, problem.value)
+    prepare_forward(call, Outputs(out, row_max, row_sum, lse))
+    return call
 
 
 @needs_kernels
@@ -83,7 +95,7 @@ def test_the_strip_is_the_table_at_every_offset(name):
     """A kernel reads a pair's bias minus the constant of the table's row."""
     problem = _problem(*PROBLEMS[name])
     expected, made = _biases_in_bits(problem, PROBLEMS[name][-1]), _filled(problem, math.log2(math.e))
-    values, bounds = made.values, made.bounds
+    values, bounds = made.strip, made.plan.strip.bounds
     added = 0.0 if made.constants is None else math.log2(math.e) * made.constants[0, :, 0]
     for offset, bias in expected.items():
         within = min(max(offset, bounds.near_lo - strip.PAD // 2), bounds.near_hi + strip.PAD // 2)
@@ -117,10 +129,10 @@ def test_a_strips_gradient_folds_back_into_the_table(name, dtype):
     problem = problem._replace(bias=problem.bias.to(dtype))
     made = _filled(problem, 1.0)
     # A table less its constants, so that the sum of the products is known to be of the table alone.
-    values = made.values + (0.0 if made.constants is None else made.constants)
+    values = made.strip + (0.0 if made.constants is None else made.constants)
     is_inside = values.isfinite()
     grad = torch.randint(-4, 5, values.shape).float() * is_inside  # sums that every dtype holds
-    folded = made.fold(grad)
+    folded = fold_strip(made, grad)
     assert folded.dtype == dtype
     assert folded.shape == problem.bias.shape
     spread = (values.masked_fill(~is_inside, 0.0).double() * grad).sum()
@@ -140,7 +152,7 @@ def test_every_offset_of_long_sequences_folds_back(shape, beyond):
     is_seen = ((columns >= 0) & (columns < shape[-1])) | (beyond == "clamp")
     expected = torch.zeros(*rows, shape[-1])
     expected.index_add_(-1, columns.clamp(0, shape[-1] - 1), doffsets * is_seen)
-    assert torch.equal(strip.fold_offsets(problem, doffsets, lo), expected.view(shape))
+    assert torch.equal(fold_offsets(Call(problem), doffsets, lo), expected.view(shape))
 
 
 @needs_kernels
@@ -159,8 +171,8 @@ def test_strips_of_several_blocks_are_the_table(shape):
     bias = torch.randn(*shape[:-1], 2 * shape[-1])[..., ::2]
     problem = _problem(1300, 1200, 3, {})._replace(bias=bias, bias_origin=shape[-1] // 2)
     made = _filled(problem, 2.0)
-    values = made.values[..., strip.PAD : -strip.PAD]
-    lo = max(problem.reachable_offsets[0], made.bounds.near_lo - strip.PAD + problem.query_start)
+    values = made.strip[..., strip.PAD : -strip.PAD]
+    lo = max(problem.reachable_offsets[0], made.plan.strip.bounds.near_lo - strip.PAD + problem.query_start)
     expected = 2.0 * table.per_offset(bias, lo, lo + values.shape[-1] - 1, problem.bias_origin)
     assert torch.equal(values, expected.expand_as(values))
 
@@ -172,7 +184,8 @@ def test_finite_numbers_stay_finite_in_a_strip():
     bias = torch.tensor([largest, -largest, math.inf, -math.inf, math.nan, 1.0, 0.0])
     problem = _problem(7, 1, 3, {})._replace(bias=bias, bias_origin=0, query_start=0)
     made = _filled(problem, 1.5)
-    values = made.values[0, 0, made.bounds.zero : made.bounds.zero + 7]
+    zero = made.plan.strip.bounds.zero
+    values = made.strip[0, 0, zero : zero + 7]
     expected = torch.tensor([largest, -largest, math.inf, -math.inf, math.nan, 1.5, 0.0])
     torch.testing.assert_close(values, expected, rtol=1e-6, atol=0, equal_nan=True)
 

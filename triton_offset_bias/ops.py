@@ -7,14 +7,13 @@ from torch import Tensor
 
 from triton_offset_bias.backends.contract import FUSED_BACKENDS, TORCH_BACKENDS, FusedBackend
 from triton_offset_bias.checks.data import check_data, check_fit, check_rows
-from triton_offset_bias.problem import DIFFERENTIABLE, Problem
+from triton_offset_bias.problem import DIFFERENTIABLE, NUM_TENSORS, Problem
 
 _SCHEMA_TYPES = {Tensor: "Tensor", Tensor | None: "Tensor?", float: "float", int: "SymInt", bool: "bool", str: "str"}
 _FIELDS = {name: _SCHEMA_TYPES[annotation] for name, annotation in get_type_hints(Problem).items()}
 _ARGUMENTS = ", ".join(f"{kind} {name}" for name, kind in (*_FIELDS.items(), ("backend", "str")))
 _GRADIENTS = ", ".join(f"Tensor d{name}" for name in DIFFERENTIABLE)
 _NUM_DIFFERENTIABLE = len(DIFFERENTIABLE)
-_NUM_TENSORS = sum(kind.startswith("Tensor") for kind in _FIELDS.values())
 _library = torch.library.Library("triton_offset_bias", "DEF")
 _library.define(f"attention({_ARGUMENTS}) -> (Tensor out, Tensor lse, Tensor row_max, Tensor row_sum)")
 _library.define(
@@ -147,8 +146,8 @@ class _Attention(torch.autograd.Function):
         arguments = (*inputs, *others)
         outputs = _below_autograd(_attention_op, arguments)
         out, _, row_max, row_sum = outputs
-        ctx.save_for_backward(*arguments[:_NUM_TENSORS], out, row_max, row_sum)
-        ctx.options = arguments[_NUM_TENSORS:]
+        ctx.save_for_backward(*arguments[:NUM_TENSORS], out, row_max, row_sum)
+        ctx.options = arguments[NUM_TENSORS:]
         ctx.mark_non_differentiable(row_max, row_sum)
         ctx.set_materialize_grads(False)
         return outputs

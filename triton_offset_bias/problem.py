@@ -1,6 +1,6 @@
 """A checked attention call, as it travels from the public function to a backend: the one list of options."""
 
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 from torch import Tensor
 
@@ -47,6 +47,11 @@ class Problem(NamedTuple):
     max_seqlen_k: int
 
     @property
+    def tensors(self) -> tuple[Tensor | None, ...]:
+        """The tensors, in the order of the fields."""
+        return cast(tuple[Tensor | None, ...], self[:NUM_TENSORS])
+
+    @property
     def num_sequences(self) -> int:
         """The number of sequences: the batch size, or the number of packed sequences."""
         return self.query.shape[0] if self.cu_seqlens_q is None else self.cu_seqlens_q.shape[0] - 1
@@ -58,6 +63,8 @@ class Problem(NamedTuple):
             return table.reachable_offsets(self.max_seqlen_q, self.max_seqlen_k, self.query_start)
         return 1 - self.max_seqlen_q, self.max_seqlen_k - 1
 
+
+NUM_TENSORS = Problem._fields.index("scale")  # that a problem has, given or None; they are its first fields
 
 # The tensors that have gradients, in the order in which the operators return them.
 DIFFERENTIABLE = ("query", "key", "value", "bias")

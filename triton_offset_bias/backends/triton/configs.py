@@ -150,6 +150,11 @@ def decode_config(target: Target, dtype: torch.dtype, block_d: int, rows: int) -
     return Config(block_m, 64 if block_d <= 128 and dtype != torch.float32 else 32, 4, 2)
 
 
+def combine_block(splits: int) -> int:
+    """The number of splits that `combine_kernel` is compiled for: one of three, since caches grow."""
+    return next(block for block in (8, 32, _MAX_SPLITS) if splits <= block)
+
+
 def combine_warps(block_s: int, block_d: int) -> int:
     """Warps of `combine_kernel`: one for every 1024 numbers, at least 1 and at most 4."""
     return max(1, min(block_s * block_d // 1024, 4))

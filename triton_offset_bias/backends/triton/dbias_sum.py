@@ -1,4 +1,4 @@
-"""The sum of the strip's gradient, to which `dquery_kernel` adds."""
+"""The sum of the strip's gradient, to which `dquery_kernel` adds, and the table's gradient that is folded from it."""
 
 import torch
 from torch import Tensor
@@ -6,6 +6,10 @@ from torch import Tensor
 from triton_offset_bias import dropout
 from triton_offset_bias.backends.triton import configs
 from triton_offset_bias.backends.triton.call import Call
+from triton_offset_bias.backends.triton.kernels.strip import BLOCK, fold_kernel
+from triton_offset_bias.backends.triton.launch import Launch
+from triton_offset_bias.backends.triton.plan import Plan
+from triton_offset_bias.backends.triton.strip import PAD
 
 
 class DbiasSum:
@@ -21,26 +25,31 @@ class DbiasSum:
 
     Attributes:
         how: DBIAS of `dquery_kernel`.
-        sums: shaped like the strip, zeros at first.
+        sums: shaped like the strip, zeros once prepared.
         unit: () float32 for "fixed" sums; otherwise None.
         poison: (1 or B, 1 or H), for "fixed" sums only: NaN where scores were NaN, which integers cannot hold; else 0.
     """
 
-    def __init__(self, call: Call, row_sum: Tensor, dout: Tensor, dlse: Tensor | None) -> None:
-        assert call.strip.values is not None
-        problem, strip = call.problem, call.strip.values
+    def __init__(self, call: Call) -> None:
+        """Allocates the sums. `prepare_kernel` zeroes them."""
+        assert call.strip is not None
+        self._problem = call.problem
         self.how = configs.gathering()
         self.unit: Tensor | None = None
-        if problem.query_positions is not None:
-            self.how = "fixed" if problem.deterministic else "elements"
-        if self.how == "fixed":
-            self.poison = 0.0 * row_sum.amax(-1).sum_to_size(strip.shape[:2])
-            largest = _largest_row(dout) * _largest_row(problem.value) * dropout.kept_scale(problem.dropout_p)
-            largest = 2.1 * largest + (0.0 if dlse is None else dlse.abs().amax())
-            bits = torch.floor(61.0 - torch.log2(largest * (dout.numel() // dout.shape[3])))
-            self.unit = torch.exp2(bits.clamp(-120.0, 120.0)).float()
-        dtype = torch.int64 if self.how == "fixed" else torch.float32
-        self.sums = torch.zeros_like(strip, dtype=dtype)
+        if call.plan.has_positions:
+            self.how = "fixed" if call.problem.deterministic else "elements"
+        self.sums = torch.empty_like(call.strip, dtype=torch.int64 if self.how == "fixed" else torch.float32)
+
+    def find_unit(self, row_sum: Tensor, dout: Tensor, dlse: Tensor | None) -> None:
+        """Chooses the unit of "fixed" sums; `dout` is 0 in rows that attend to nothing."""
+        if self.how != "fixed":
+            return
+        problem = self._problem
+        self.poison = 0.0 * row_sum.amax(-1).sum_to_size(self.sums.shape[:2])
+        largest = _largest_row(dout) * _largest_row(problem.value) * dropout.kept_scale(problem.dropout_p)
+        largest = 2.1 * largest + (0.0 if dlse is None else dlse.abs().amax())
+        bits = torch.floor(61.0 - torch.log2(largest * (dout.numel() // dout.shape[3])))
+        self.unit = torch.exp2(bits.clamp(-120.0, 120.0)).float()
 
     def total(self) -> Tensor:
         """The strip's gradient, float32."""
@@ -52,3 +61,33 @@ class DbiasSum:
 def _largest_row(x: Tensor) -> Tensor:
     """The largest Euclidean norm of a row."""
     return torch.linalg.vector_norm(x, dim=-1, dtype=torch.float32).amax()
+
+
+def fold_strip(call: Call, dstrip: Tensor) -> Tensor:
+    """The table's gradient, in its shape and dtype, from the strip's, (1 or B, 1 or H, columns)."""
+    width, first, *_ = call.plan.strip.columns
+    pad = 0 if call.plan.has_positions else PAD
+    return _fold(call, dstrip, (first, pad, width - pad))
+
+
+def fold_offsets(call: Call, doffsets: Tensor, lo: int) -> Tensor:
+    """The table's gradient, in its shape and dtype, from every offset's from `lo` on, (1 or B, 1 or H, offsets)."""
+    return _fold(call, doffsets, (lo + call.problem.bias_origin, 0, doffsets.shape[-1]))
+
+
+def _fold(call: Call, dstrip: Tensor, numbers: tuple[int, int, int]) -> Tensor:
+    """Folds the columns [begin, end); numbers are the table's column that is the strip's first one, begin and end."""
+    bias, plan = call.problem.bias, call.plan
+    assert bias is not None
+    dbias = torch.empty_like(bias, memory_format=torch.contiguous_format)
+    stride_row = dstrip.stride(-2) if dstrip.shape[1] > 1 else dstrip.stride(0)
+    launch = plan.launch((fold_kernel, stride_row, numbers), lambda: _fold_launch(plan, stride_row, numbers))
+    launch(call.is_aligned, dstrip, dbias)
+    return dbias
+
+
+def _fold_launch(plan: Plan, stride_row: int, numbers: tuple[int, int, int]) -> Launch:
+    *_, heads, columns = plan.strip.table_strides
+    constants = {"IS_ZERO_BEYOND": plan.strip.is_zero_beyond, "BLOCK": BLOCK, "enable_fp_fusion": True}
+    programs = plan.strip.shape[0] * heads * -(-columns // BLOCK)
+    return Launch(fold_kernel, programs, (stride_row, columns, *numbers), constants)

@@ -6,6 +6,7 @@ a head dim, dtype and kind of bias; Triton's cache on disk remembers the result.
 
 import functools
 import os
+from collections.abc import Hashable
 from typing import Any
 
 import triton
@@ -17,38 +18,118 @@ from triton_offset_bias.backends.triton.kernels.arguments import Form, Loops
 AUTOTUNE_VARIABLE = "TRITON_OFFSET_BIAS_AUTOTUNE"
 
 
-def run_kernel(
+class Launch:
+    """A launch of a kernel, complete but for pointers. It may be repeated with other tensors of the same layout.
+
+    Triton finds the compiled kernel for a launch from all of its arguments, which takes longer than all else. All but
+    the pointers are fixed here. So the kernel that Triton found for aligned pointers is kept, and launched as Triton's
+    own `JITFunction.run` does. On AMD GPUs the kernel also depends on the sizes of tensors, and Triton is always asked.
+    """
+
+    def __init__(self, kernel: Any, programs: int, numbers: tuple[Any, ...], constants: dict[str, Any]) -> None:
+        """Takes the arguments after the pointers by position, and by name the constants and the compiler's options."""
+        self.kernel = kernel
+        self._programs = programs
+        self._numbers = numbers
+        self.constants = constants
+        self._compiled: Any = None
+        # Launches pass constants too, in the order of the kernel's parameters, and ignore them.
+        self._rest = (*numbers, *(constants.get(name) for name in kernel.arg_names if name.isupper()))
+
+    def __call__(self, is_aligned: bool, *pointers: Any) -> None:
+        """Launches the kernel. `is_aligned` says whether each pointer is a multiple of 16 bytes."""
+        if self._compiled is not None and is_aligned:
+            self._run(self._compiled, (*pointers, *self._rest))
+            return
+        compiled = self.kernel[(self._programs,)](*pointers, *self._numbers, **self.constants)
+        if is_aligned and isinstance(self.kernel, triton.JITFunction) and _is_found_by_types():
+            self._compiled = compiled
+
+    def _run(self, compiled: Any, arguments: tuple[Any, ...]) -> None:
+        driver, grid = triton.runtime.driver.active, (self._programs, 1, 1)
+        stream = driver.get_current_stream(driver.get_current_device())
+        enter, leave = (_unless_empty(hook) for hook in _hooks())
+        metadata = None if enter is None else compiled.launch_metadata(grid, stream, *arguments)
+        compiled.run(*grid, stream, compiled.function, compiled.packed_metadata, metadata, enter, leave, *arguments)
+
+
+def _is_found_by_types() -> bool:
+    """Whether Triton's choice of a compiled kernel depends on nothing but types, constants, alignment and numbers."""
+    return triton.runtime.driver.active.get_current_target().backend == "cuda"
+
+
+def _hooks() -> tuple[Any, Any]:
+    """The hooks before and after a launch, which profilers put there."""
+    return triton.knobs.runtime.launch_enter_hook, triton.knobs.runtime.launch_exit_hook
+
+
+def _unless_empty(hook: Any) -> Any:
+    """A hook, or None for a chain of no hooks: Triton then calls nothing."""
+    return hook if getattr(hook, "calls", hook) else None
+
+
+def compiler_settings() -> Hashable:
+    """Settings of Triton that select other compiled kernels."""
+    knobs = triton.knobs
+    return knobs.runtime.debug, knobs.compilation.instrumentation_mode
+
+
+def is_tuned() -> bool:
+    """Whether the user asks for tuning."""
+    return os.environ.get(AUTOTUNE_VARIABLE) == "1"
+
+
+def blocked_launch(
     kernel: Any,
     config: configs.Config,
     blocks: tuple[int, int, str],
     others: str,
-    arguments: tuple[Any, ...],
+    numbers: tuple[Any, ...],
     constants: dict[str, Any],
     added_to: str | None = None,
-) -> None:
-    """Launches one program for each block of rows of each head.
+) -> "Launch | TunedLaunch":
+    """The launch of one program for each block of rows of each head.
 
     Args:
         kernel: a jitted function, whose BLOCK_* come from `config`.
         config: the configuration unless the user asks for tuning.
         blocks: the number of heads, the rows of each, and the name of the constant that is a program's number of rows.
         others: the size that a program loops over, in tiles that may leave a rest: "len_q" | "len_k".
-        arguments: by position, one of them `Sizes`.
+        numbers: the arguments after the pointers, by position.
         constants: the kernel's other constants, `FORM` and `LOOPS` among them.
         added_to: the name of the argument that the kernel adds to, if it does: tuning runs it several times.
     """
     heads, rows, axis = blocks
+    if is_tuned() and _name(kernel) in configs.CANDIDATES:
+        return TunedLaunch(kernel, blocks, others, numbers, constants, added_to)
+    sizes = {name: config.sizes[name] for name in configs.BLOCKS if name in kernel.arg_names}
+    names = [name for name in kernel.arg_names if not name.isupper()][-len(numbers) :]
+    loops = _loops({**dict(zip(names, numbers, strict=True)), **constants, **sizes}, others)
+    programs = heads * -(-rows // sizes[axis])
+    return Launch(kernel, programs, numbers, {**constants, "LOOPS": loops, **sizes, **config.options})
 
-    def grid(meta: dict[str, Any]) -> tuple[int]:
-        return (heads * -(-rows // meta[axis]),)
 
-    if os.environ.get(AUTOTUNE_VARIABLE) == "1" and _name(kernel) in configs.CANDIDATES:
-        _tuned(kernel, others, added_to)[grid](*arguments, **constants, enable_fp_fusion=True)
-    else:
-        sizes = {name: config.sizes[name] for name in configs.BLOCKS if name in kernel.arg_names}
-        named = {**dict(zip(kernel.arg_names, arguments, strict=False)), **constants, **sizes}
-        constants = {**constants, "LOOPS": _loops(named, others)}
-        kernel[grid](*arguments, **constants, **sizes, **config.options)
+class TunedLaunch:
+    """A `Launch` whose configuration is the fastest one measured."""
+
+    def __init__(
+        self,
+        kernel: Any,
+        blocks: tuple[int, int, str],
+        others: str,
+        numbers: tuple[Any, ...],
+        constants: dict[str, Any],
+        added_to: str | None,
+    ) -> None:
+        """Takes what `blocked_launch` does."""
+        heads, rows, axis = blocks
+        self._grid = lambda meta: (heads * -(-rows // meta[axis]),)
+        self._tuner = _tuned(kernel, others, added_to)
+        self._numbers, self._constants = numbers, constants
+
+    def __call__(self, is_aligned: bool, *pointers: Any) -> None:
+        """Launches the kernel, the first time with every candidate."""
+        self._tuner[self._grid](*pointers, *self._numbers, **self._constants, enable_fp_fusion=True)
 
 
 def _loops(arguments: dict[str, Any], others: str) -> Loops:
@@ -56,7 +137,7 @@ def _loops(arguments: dict[str, Any], others: str) -> Loops:
     block = arguments["BLOCK"] if "BLOCK" in arguments else arguments[{"len_q": "BLOCK_M", "len_k": "BLOCK_N"}[others]]
     form = arguments["FORM"]
     is_unknown = form.IS_PACKED.value or (form.HAS_LENGTHS.value and others == "len_k")
-    has_rest = is_unknown or getattr(arguments["sizes"], others) % block != 0
+    has_rest = is_unknown or arguments[others] % block != 0
     return arguments["LOOPS"]._replace(REST=tl.constexpr(has_rest))
 
 

@@ -5,84 +5,72 @@ from torch import Tensor
 
 from triton_offset_bias.backends.triton.kernels.arguments import Bounds, Loops
 from triton_offset_bias.backends.triton.kernels.scores import STRIP_PAD
-from triton_offset_bias.backends.triton.kernels.strip import BLOCK, LARGEST, constants_kernel, fold_kernel, strip_kernel
+from triton_offset_bias.backends.triton.kernels.strip import BLOCK, LARGEST
 from triton_offset_bias.problem import Problem
 
-_OPTIONS = {"BLOCK": BLOCK, "enable_fp_fusion": True}
 PAD: int = STRIP_PAD.value  # tiles overhang the score matrix by less than this
 
 
 class Strip:
-    """The bias of a problem as kernels read it. The constructor launches nothing.
+    """The layout of a problem's strip, and where its bias stops changing. It holds no tensors.
+
+    The strip itself is (1 or B, 1 or H, columns) float32: the table minus constants at every offset, in `unit`s, -inf
+    outside the band. Offsets that no tile looks up are left out. With positions the strip is the table alone. Finite
+    numbers stay finite: only -inf forbids a pair.
+
+    Each row of the table is counted from a constant, (1 or B, 1 or H, 1) float32. If all numbers of a row, except -inf,
+    have one sign and lie within a factor of 2 of one another, the constant is one of them. The subtraction is then
+    exact (Sterbenz 1974), and scores keep the digits that the table's size would cost them. Otherwise it is 0.
 
     Attributes:
         bounds: see `Bounds`.
         loops: which of the kernels' loops over whole tiles have work.
-        values: once filled, (1 or B, 1 or H, columns) float32: the table minus `constants` at every offset, in `unit`s,
-            -inf outside the band. Offsets that no tile looks up are left out. With positions the strip is the table
-            alone. Finite numbers stay finite: only -inf forbids a pair. None without a table.
-        constants: once filled, (1 or B, 1 or H, 1) float32: the number that each row of the table is counted from.
-            None: all rows count from 0. If all numbers of a row, except -inf, have one sign and lie within a factor of
-            2 of one another, the constant is one of them. The subtraction is then exact (Sterbenz 1974), and scores
-            keep the digits that the table's size would cost them. Otherwise it is 0. Inputs of 16 bits have no such
-            digits to keep; with zeros beyond the table the numbers are not close to one another.
+        shape: the strip's shape.
+        unit: the strip's unit.
+        limit: the largest number that stays finite when it is multiplied by `unit`.
+        has_constants: False if all rows count from 0: inputs of 16 bits have no such digits to keep, and with zeros
+            beyond the table the numbers are not close to one another.
+        is_zero_beyond: whether offsets outside the table have no bias.
+        table_strides: the strides of the table with all its axes, its number of heads, and its number of columns.
+        columns: the strip's number of columns, the table's column that is its first, and the range that is not -inf.
+        programs: the number of programs that fill it.
+        shared_strides: the first two of `SharedStrides`.
+        may_leave_rows_empty: whether some query may have no key to attend to, if the table has no -inf.
     """
 
     def __init__(self, problem: Problem, unit: float) -> None:
-        self._problem = problem
-        self._unit = unit
         self.bounds = bounds_of(problem)
         self.loops = _loops(problem, self.bounds)
-        self.values: Tensor | None = None
-        self.constants: Tensor | None = None
+        self.unit, self.limit = unit, _limit(unit)
+        self.may_leave_rows_empty = _may_leave_rows_empty(problem, self.bounds)
+        self.has_constants = False
+        self.is_zero_beyond = problem.beyond == "zero"
+        self.shape, self.table_strides, self.columns = (0, 0, 0), (0, 0, 0, 0, 0), (0, 0, 0, 0)
+        self.programs, self.shared_strides = 0, (0, 0)
+        if problem.bias is not None:
+            self._lay_out(problem, problem.bias)
 
-    def fill(self) -> None:
-        """Launches the kernels that make the strip from the table."""
-        problem = self._problem
-        if problem.bias is None:
-            return
-        bias = _with_heads(problem.bias)
-        if problem.query.dtype == torch.float32 and problem.beyond != "zero":
-            self.constants = bias.new_empty(*bias.shape[:2], 1, dtype=torch.float32)
-            rows = self.constants.numel()
-            constants_kernel[(rows,)](bias, self.constants, *bias.stride(), *bias.shape[1:], **_OPTIONS)
+    def _lay_out(self, problem: Problem, bias: Tensor) -> None:
+        self.has_constants = problem.query.dtype == torch.float32 and problem.beyond != "zero"
         first, width = _columns(problem, self.bounds)
         begin, end = 0, width
         if problem.query_positions is None:
             lo, hi = _strip_offsets(problem, self.bounds)
             begin = PAD + min(max(problem.min_offset - lo, 0), width)
             end = width - PAD - min(max(hi - problem.max_offset, 0), width)
-        self.values = bias.new_empty(*bias.shape[:2], width, dtype=torch.float32)
-        strip_kernel[(bias.shape[0] * bias.shape[1] * -(-width // BLOCK),)](
-            bias, bias if self.constants is None else self.constants, self.values,
-            *bias.stride(), *bias.shape[1:], width, first, begin, end, self._unit, _limit(self._unit),
-            HAS_CONSTANTS=self.constants is not None, IS_ZERO_BEYOND=problem.beyond == "zero", **_OPTIONS,
-        )  # fmt: skip
+        rows, strides = (1, 1, *bias.shape[:-1])[-2:], (0, 0, *bias.stride())[-3:]
+        self.shape = (*rows, width)
+        self.table_strides = (*strides, rows[1], bias.shape[-1])
+        self.columns = (width, first, begin, end)
+        self.programs = rows[0] * rows[1] * -(-width // BLOCK)
+        self.shared_strides = (rows[1] * width if rows[0] > 1 else 0, width if rows[1] > 1 else 0)
 
-    def add_constants(self, lse: Tensor) -> None:
-        """Adds to a (B, H, M) log-sum-exp the constants that the table was counted from."""
-        bounds_q = self._problem.cu_seqlens_q
-        if self.constants is None:
-            return
-        constants = self.constants
-        if bounds_q is not None and len(constants) > 1:  # of each token's sequence
-            tokens = torch.arange(lse.shape[2], dtype=bounds_q.dtype, device=lse.device)
-            constants = constants[torch.searchsorted(bounds_q[1:-1].contiguous(), tokens, right=True), :, 0].mT
-        lse += constants
 
-    def may_leave_rows_empty(self) -> bool:
-        """Whether some query may have no key to attend to. Values of -inf in the table are not considered."""
-        problem, bounds = self._problem, self.bounds
-        tensors = (problem.key_padding_mask, problem.query_positions, problem.cu_seqlens_q, problem.key_lengths)
-        if any(x is not None for x in tensors):
-            return True
-        return bounds.band_lo > 0 or bounds.band_hi < problem.query.shape[2] - problem.key.shape[2]
-
-    def fold(self, dvalues: Tensor) -> Tensor:
-        """The table's gradient, in its shape and dtype, from the gradient of `values`."""
-        first, width = _columns(self._problem, self.bounds)
-        pad = PAD if self._problem.query_positions is None else 0
-        return _fold(self._problem, dvalues, first, pad, width - pad)
+def _may_leave_rows_empty(problem: Problem, bounds: Bounds) -> bool:
+    tensors = (problem.key_padding_mask, problem.query_positions, problem.cu_seqlens_q, problem.key_lengths)
+    if any(x is not None for x in tensors):
+        return True
+    return bounds.band_lo > 0 or bounds.band_hi < problem.query.shape[2] - problem.key.shape[2]
 
 
 def bounds_of(problem: Problem) -> Bounds:
@@ -127,27 +115,6 @@ def _loops(problem: Problem, bounds: Bounds) -> Loops:
         NEAR=not is_flat,
         FAR_RIGHT=not is_flat and bounds.near_lo >= max(lowest, bounds.band_lo),
     )
-
-
-def fold_offsets(problem: Problem, doffsets: Tensor, lo: int) -> Tensor:
-    """The table's gradient, in its shape and dtype, from every offset's from `lo` on, (1 or B, 1 or H, offsets)."""
-    return _fold(problem, doffsets, lo + problem.bias_origin, 0, doffsets.shape[-1])
-
-
-def _fold(problem: Problem, dstrip: Tensor, first: int, begin: int, end: int) -> Tensor:
-    assert problem.bias is not None
-    dbias = torch.empty_like(problem.bias, memory_format=torch.contiguous_format)
-    rows, columns = dstrip.flatten(0, 1), dbias.shape[-1]
-    fold_kernel[(len(rows) * -(-columns // BLOCK),)](
-        rows, dbias, rows.stride(0), columns, first, begin, end,
-        IS_ZERO_BEYOND=problem.beyond == "zero", **_OPTIONS,
-    )  # fmt: skip
-    return dbias
-
-
-def _with_heads(bias: Tensor) -> Tensor:
-    """The table with all its axes: (1 or B, 1 or H, N)."""
-    return bias.detach().reshape((1,) * (3 - bias.dim()) + bias.shape)
 
 
 def _limit(unit: float) -> float:

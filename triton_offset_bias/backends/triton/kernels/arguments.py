@@ -35,6 +35,15 @@ class Outputs(NamedTuple):
     lse: Any  # nats
 
 
+class Table(NamedTuple):
+    """Pointers to the table, and to what is made of it: (1 or B, 1 or H, columns) each, constants with one column."""
+
+    bias: Any
+    constants: Any  # see `Strip.constants`
+    strip: Any
+    sums: Any  # of the strip's gradient
+
+
 class Parts(NamedTuple):
     """Pointers to the results of every split of the keys, (splits, B, H, len_q) float32; acc has an axis DV as well."""
 
@@ -44,7 +53,7 @@ class Parts(NamedTuple):
 
 
 class Rows(NamedTuple):
-    """Three float32 of every row, which `prepare_kernel` writes: pointers to (B, H, M), or one block's numbers."""
+    """Three float32 of every row, which `prepare_kernel` writes: pointers to (B, H, `row_stride`), or one block's."""
 
     lse: Any  # bits; without the log of the sum where SPLIT_LSE
     log_sum: Any  # bits
@@ -73,7 +82,7 @@ class Sizes(NamedTuple):
     """Numbers of heads, queries, keys and rows."""
 
     num_heads: Any  # of queries
-    group: Any  # query heads that share a key head
+    group: Any  # of them that share a key head, compiled in
     len_q: Any  # of the longest sequence
     len_k: Any
     rows_q: Any  # of the tensors
@@ -94,6 +103,16 @@ class Bounds(NamedTuple):
     near_hi: Any
 
 
+# Arguments that kernels take one by one. Triton compiles a kernel anew for a multiple of 16 and for 1, unless it is
+# told not to, which it can be for arguments but not for members of tuples. No load is wider for knowing these integers.
+INTEGERS = [
+    *(name for fields in (Sizes, Bounds, SharedStrides) for name in fields._fields if name != "group"),
+    *("largest_dropped", "batch", "num_splits", "bias_batch", "bias_heads", "first_distance", "num_distances"),
+    *("stride_b", "stride_h", "stride_n", "stride_row", "num_columns", "width", "first", "begin", "end"),
+    *("sums_width", "strip_programs", "rows_cleaned"),
+]
+
+
 class Form(NamedTuple):
     """Properties of a call that are compiled into its kernels."""
 
@@ -101,6 +120,7 @@ class Form(NamedTuple):
     HEAD_DIM_V: Any
     BLOCK_D: Any  # the head dims padded to powers of two
     BLOCK_DV: Any
+    GROUP: Any  # query heads that share a key head
     HAS_BIAS: Any
     BIAS_IN_ACC: Any  # see `scores`
     HAS_MASK: Any

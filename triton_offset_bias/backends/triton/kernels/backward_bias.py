@@ -6,7 +6,7 @@ dbias[offset] = sum of dS along the offset's diagonal, over batch and over the h
 import triton
 import triton.language as tl
 
-from triton_offset_bias.backends.triton.kernels.arguments import Dropping
+from triton_offset_bias.backends.triton.kernels.arguments import INTEGERS, Bounds, Dropping, SharedStrides, Sizes
 from triton_offset_bias.backends.triton.kernels.blocks import first_position, sequence_keys, sequence_rows
 from triton_offset_bias.backends.triton.kernels.scores import (
     dropout_factors,
@@ -14,6 +14,7 @@ from triton_offset_bias.backends.triton.kernels.scores import (
     load_rows,
     of_sequence,
     probabilities,
+    row_stride,
     rows_of_head,
     score_tile,
     score_unit,
@@ -24,11 +25,14 @@ from triton_offset_bias.backends.triton.kernels.scores import (
 from triton_offset_bias.backends.triton.kernels.tiles import load_tile, product, sum_diagonals, tile_ptrs
 
 
-@triton.jit(do_not_specialize=["largest_dropped"])
+@triton.jit(do_not_specialize=INTEGERS)
 def dbias_kernel(
     inputs, dout_ptr, row_ptrs, parts_ptr,
-    q_strides, k_strides, v_strides, dout_strides, shared_strides,
-    sizes, bounds, scale_log2, largest_dropped, kept_scale,
+    q_strides, k_strides, v_strides, dout_strides,
+    num_heads, len_q, len_k, rows_q, rows_k,
+    zero, band_lo, band_hi, near_lo, near_hi,
+    strip_b, strip_h, query_positions_b, key_positions_b,
+    scale_log2, largest_dropped, kept_scale,
     batch, bias_batch, bias_heads, first_distance, num_distances,
     FORM: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
@@ -40,6 +44,9 @@ def dbias_kernel(
     parts, (bias_batch, bias_heads, num_distances, 2, BLOCK): first the sums of the BLOCK offsets before the diagonal's,
     then the sums of the BLOCK offsets from the diagonal's on.
     """
+    sizes = Sizes(num_heads, FORM.GROUP, len_q, len_k, rows_q, rows_k)
+    bounds = Bounds(zero, band_lo, band_hi, near_lo, near_hi)
+    shared_strides = SharedStrides(strip_b, strip_h, query_positions_b, key_positions_b)
     distance = first_distance + tl.program_id(0) % num_distances
     bias_row = tl.program_id(0) // num_distances
     first_b = bias_row // bias_heads  # 0 if all sequences share the table; so with heads
@@ -55,7 +62,7 @@ def dbias_kernel(
         first_q, seq_q = sequence_rows(inputs.cu_seqlens_q, b, sizes.len_q, sizes.rows_q, FORM.IS_PACKED)
         first_k, seq_k = sequence_keys(inputs, b, sizes, FORM)
         first = first_position(seq_q, seq_k, sizes, FORM)
-        first_row = b * sizes.num_heads * sizes.rows_q
+        first_row = b * sizes.num_heads * row_stride(rows_q)
         if FORM.IS_PACKED:
             first_row = first_q
         above = (first % BLOCK + BLOCK) % BLOCK  # rows that the first tile begins above the first query
@@ -84,7 +91,7 @@ def dbias_kernel(
             k = load_tile(k_ptrs, offs_n, seq_k, False, FORM.HEAD_DIM, FORM.BLOCK_D)
             v = load_tile(v_ptrs, offs_n, seq_k, False, FORM.HEAD_DIM_V, FORM.BLOCK_DV)  # (BLOCK, BLOCK_DV)
             dout = load_tile(dout_ptrs, offs_m, seq_q, False, FORM.HEAD_DIM_V, FORM.BLOCK_DV)
-            stats = load_rows(rows_of_head(row_ptrs, first_row + h * sizes.rows_q), offs_m, seq_q, False, FORM)
+            stats = load_rows(rows_of_head(row_ptrs, first_row + h * row_stride(rows_q)), offs_m, seq_q, False, FORM)
             mask_ptr = of_sequence(inputs.key_mask, b * sizes.len_k, FORM.HAS_MASK)
             keep = kept_keys(mask_ptr, offs_n, seq_k, FORM.HAS_MASK)[None, :]
             strip_shift = shift_in_strip(shift + first, bounds)

@@ -6,7 +6,15 @@ dK = scale dS^T Q      dV = (Z * P)^T dO
 import triton
 import triton.language as tl
 
-from triton_offset_bias.backends.triton.kernels.arguments import Dropping, KeyBlock, QueryTiles
+from triton_offset_bias.backends.triton.kernels.arguments import (
+    INTEGERS,
+    Bounds,
+    Dropping,
+    KeyBlock,
+    QueryTiles,
+    SharedStrides,
+    Sizes,
+)
 from triton_offset_bias.backends.triton.kernels.blocks import (
     FAR_LEFT,
     FAR_RIGHT,
@@ -26,6 +34,7 @@ from triton_offset_bias.backends.triton.kernels.scores import (
     of_sequence,
     position_rows,
     probabilities,
+    row_stride,
     rows_of_head,
     score_tile,
     score_unit,
@@ -76,24 +85,30 @@ def sweep_queries(
     return dk, dv
 
 
-@triton.jit(do_not_specialize=["largest_dropped"])
+@triton.jit(do_not_specialize=INTEGERS)
 def dkey_dvalue_kernel(
     inputs, dout_ptr, row_ptrs, dk_ptr, dv_ptr,
-    q_strides, k_strides, v_strides, dout_strides, dk_strides, dv_strides, shared_strides,
-    sizes, bounds, scale, scale_log2, largest_dropped, kept_scale,
+    q_strides, k_strides, v_strides, dout_strides, dk_strides, dv_strides,
+    num_heads, len_q, len_k, rows_q, rows_k,
+    zero, band_lo, band_hi, near_lo, near_hi,
+    strip_b, strip_h, query_positions_b, key_positions_b,
+    scale, scale_log2, largest_dropped, kept_scale,
     FORM: tl.constexpr, LOOPS: tl.constexpr, HAS_DK: tl.constexpr, HAS_DV: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """dK and dV of a block of keys of one key head, from every query head that shares it."""
     BLOCK_D: tl.constexpr = FORM.BLOCK_D
     BLOCK_DV: tl.constexpr = FORM.BLOCK_DV
+    sizes = Sizes(num_heads, FORM.GROUP, len_q, len_k, rows_q, rows_k)
+    bounds = Bounds(zero, band_lo, band_hi, near_lo, near_hi)
+    shared_strides = SharedStrides(strip_b, strip_h, query_positions_b, key_positions_b)
     num_blocks = tl.cdiv(sizes.len_k, BLOCK_N)
     start_n = tl.program_id(0) % num_blocks * BLOCK_N
     head_kv = head_of(tl.program_id(0) // num_blocks, sizes.num_heads // sizes.group)
     b = head_kv.b
     offs_n = start_n + tl.arange(0, BLOCK_N)
     offs_m = tl.arange(0, BLOCK_M)
-    first_row = b * sizes.num_heads * sizes.rows_q
+    first_row = b * sizes.num_heads * row_stride(rows_q)
     sequence = sequence_of(inputs, b, sizes, bounds, FORM)
     len_q, len_k = sequence.len_q, sequence.len_k
     if FORM.IS_PACKED:
@@ -122,7 +137,7 @@ def dkey_dvalue_kernel(
         h = head_kv.h * sizes.group + g
         q_ptrs = tile_ptrs(q_ptr + h * q_strides.h, offs_m, q_strides.row, q_strides.d, FORM.BLOCK_D)
         dout_ptrs = tile_ptrs(dout_ptr + h * dout_strides.h, offs_m, dout_strides.row, dout_strides.d, FORM.BLOCK_DV)
-        rows_of_queries = rows_of_head(row_ptrs, first_row + h * sizes.rows_q)
+        rows_of_queries = rows_of_head(row_ptrs, first_row + h * row_stride(rows_q))
         queries = QueryTiles(q_ptrs, dout_ptrs, q_strides.row, dout_strides.row, rows_of_queries, positions_ptr, len_q)
         scoring = scoring_of(inputs, b, h, shared_strides, sequence.bounds, scale_log2, FORM)
         dropping = Dropping(seed, (b * sizes.num_heads + h).to(tl.int32), largest_dropped, kept_scale)

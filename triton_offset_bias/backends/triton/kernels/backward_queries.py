@@ -14,8 +14,12 @@ import triton
 import triton.language as tl
 
 from triton_offset_bias.backends.triton.kernels.arguments import (
+    INTEGERS,
+    Bounds,
     Dropping,
     QueryBlock,
+    SharedStrides,
+    Sizes,
     StripGradient,
 )
 from triton_offset_bias.backends.triton.kernels.blocks import (
@@ -36,6 +40,7 @@ from triton_offset_bias.backends.triton.kernels.scores import (
     load_rows,
     position_rows,
     probabilities,
+    row_stride,
     rows_of_head,
     score_tile,
     score_unit,
@@ -111,11 +116,14 @@ def sweep_keys(
     return dq, far_sum
 
 
-@triton.jit(do_not_specialize=["largest_dropped"])
+@triton.jit(do_not_specialize=INTEGERS)
 def dquery_kernel(
     inputs, dout_ptr, row_ptrs, fixed_unit_ptr, dq_ptr, dstrip_ptr,
-    q_strides, k_strides, v_strides, dout_strides, dq_strides, shared_strides,
-    sizes, bounds, scale, scale_log2, largest_dropped, kept_scale,
+    q_strides, k_strides, v_strides, dout_strides, dq_strides,
+    num_heads, len_q, len_k, rows_q, rows_k,
+    zero, band_lo, band_hi, near_lo, near_hi,
+    strip_b, strip_h, query_positions_b, key_positions_b,
+    scale, scale_log2, largest_dropped, kept_scale,
     FORM: tl.constexpr, LOOPS: tl.constexpr, HAS_DQ: tl.constexpr, DBIAS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):  # fmt: skip
@@ -125,16 +133,19 @@ def dquery_kernel(
     every score, of int64 that count steps of 1 / fixed_unit: their sum does not depend on the order.
     """
     BLOCK_D: tl.constexpr = FORM.BLOCK_D
+    sizes = Sizes(num_heads, FORM.GROUP, len_q, len_k, rows_q, rows_k)
+    bounds = Bounds(zero, band_lo, band_hi, near_lo, near_hi)
+    shared_strides = SharedStrides(strip_b, strip_h, query_positions_b, key_positions_b)
     num_blocks = tl.cdiv(sizes.len_q, BLOCK)
     start_m = (num_blocks - 1 - tl.program_id(0) % num_blocks) * BLOCK
     head = head_of(tl.program_id(0) // num_blocks, sizes.num_heads)
     offs_m = start_m + tl.arange(0, BLOCK)
     offs_n = tl.arange(0, BLOCK)
-    row = head.index.to(tl.int64) * sizes.rows_q
+    row = head.index.to(tl.int64) * row_stride(rows_q)
     sequence = sequence_of(inputs, head.b, sizes, bounds, FORM)
     len_k = sequence.len_k
     if FORM.IS_PACKED:
-        row = head.h * sizes.rows_q + sequence.first_q
+        row = head.h * row_stride(rows_q) + sequence.first_q
         len_k = tl.where(start_m < sequence.len_q, len_k, 0)
     q_ptr = inputs.q + (head.b * q_strides.b + head.h * q_strides.h + sequence.first_q * q_strides.row)
     dout_ptr += head.b * dout_strides.b + head.h * dout_strides.h + sequence.first_q * dout_strides.row

@@ -9,7 +9,7 @@ share a key head are rows of one block, so that keys and values are read once.
 import triton
 import triton.language as tl
 
-from triton_offset_bias.backends.triton.kernels.arguments import Dropping
+from triton_offset_bias.backends.triton.kernels.arguments import INTEGERS, Bounds, Dropping, SharedStrides, Sizes
 from triton_offset_bias.backends.triton.kernels.blocks import edges_of, head_of, sequence_of, sequence_rows
 from triton_offset_bias.backends.triton.kernels.forward import attend
 from triton_offset_bias.backends.triton.kernels.scores import (
@@ -22,15 +22,21 @@ from triton_offset_bias.backends.triton.kernels.scores import (
 from triton_offset_bias.backends.triton.kernels.tiles import load_tile, store_tile, tile_ptrs
 
 
-@triton.jit
+@triton.jit(do_not_specialize=INTEGERS)
 def decode_kernel(
     inputs, parts,
-    q_strides, k_strides, v_strides, shared_strides,
-    sizes, bounds, scale_log2, batch, num_splits,
+    q_strides, k_strides, v_strides,
+    num_heads, len_q, len_k, rows_q, rows_k,
+    zero, band_lo, band_hi, near_lo, near_hi,
+    strip_b, strip_h, query_positions_b, key_positions_b,
+    scale_log2, batch, num_splits,
     FORM: tl.constexpr, LOOPS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """All queries of one key head against one split of its keys, without dropout. Tensors as in `forward_kernel`."""
     BLOCK_DV: tl.constexpr = FORM.BLOCK_DV
+    sizes = Sizes(num_heads, FORM.GROUP, len_q, len_k, rows_q, rows_k)
+    bounds = Bounds(zero, band_lo, band_hi, near_lo, near_hi)
+    shared_strides = SharedStrides(strip_b, strip_h, query_positions_b, key_positions_b)
     split = tl.program_id(0) % num_splits
     head_kv = head_of(tl.program_id(0) // num_splits, sizes.num_heads // sizes.group)
     b = head_kv.b
@@ -74,7 +80,7 @@ def decode_kernel(
     tl.store(parts.sum + part_rows, l_i, mask=exists)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=INTEGERS)
 def combine_kernel(
     parts, cu_seqlens_q_ptr, outputs, out_strides,
     num_heads, len_q, rows_q, batch, num_splits,

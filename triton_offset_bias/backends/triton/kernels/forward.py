@@ -9,7 +9,7 @@ exponentials of base 2.
 import triton
 import triton.language as tl
 
-from triton_offset_bias.backends.triton.kernels.arguments import Dropping
+from triton_offset_bias.backends.triton.kernels.arguments import INTEGERS, Bounds, Dropping, SharedStrides, Sizes
 from triton_offset_bias.backends.triton.kernels.blocks import (
     FAR_LEFT,
     FAR_RIGHT,
@@ -87,11 +87,14 @@ def attend(
     return acc, l_i, m_i
 
 
-@triton.jit(do_not_specialize=["largest_dropped"])
+@triton.jit(do_not_specialize=INTEGERS)
 def forward_kernel(
     inputs, outputs,
-    q_strides, k_strides, v_strides, out_strides, shared_strides,
-    sizes, bounds, scale_log2, largest_dropped, kept_scale,
+    q_strides, k_strides, v_strides, out_strides,
+    num_heads, len_q, len_k, rows_q, rows_k,
+    zero, band_lo, band_hi, near_lo, near_hi,
+    strip_b, strip_h, query_positions_b, key_positions_b,
+    scale_log2, largest_dropped, kept_scale,
     FORM: tl.constexpr, LOOPS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """Output and row statistics of a block of queries of one head.
@@ -100,6 +103,9 @@ def forward_kernel(
     the queries with the most keys start first.
     """
     BLOCK_DV: tl.constexpr = FORM.BLOCK_DV
+    sizes = Sizes(num_heads, FORM.GROUP, len_q, len_k, rows_q, rows_k)
+    bounds = Bounds(zero, band_lo, band_hi, near_lo, near_hi)
+    shared_strides = SharedStrides(strip_b, strip_h, query_positions_b, key_positions_b)
     num_blocks = tl.cdiv(sizes.len_q, BLOCK_M)
     block = num_blocks - 1 - tl.program_id(0) % num_blocks
     head = head_of(tl.program_id(0) // num_blocks, sizes.num_heads)

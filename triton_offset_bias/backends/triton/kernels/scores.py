@@ -130,6 +130,12 @@ def far_bias(scoring, offset, FORM: tl.constexpr, IS_NEAR: tl.constexpr):
 
 
 @triton.jit
+def row_stride(rows_q):
+    """The distance from a head's `Rows` to the next head's: a multiple of 16, so that blocks of them are aligned."""
+    return tl.cdiv(rows_q, 16) * 16
+
+
+@triton.jit
 def rows_of_head(rows, first):
     """Pointers to the numbers of a head's first row."""
     return Rows(rows.lse + first, rows.log_sum + first, rows.delta + first)

@@ -1,4 +1,4 @@
-"""Kernels that make strips from tables, and a table's gradient from a strip's gradient, with one launch each.
+"""Strips from tables, as a part of `prepare_kernel`; and a kernel that makes a table's gradient from a strip's.
 
 Column `c` of a strip is the table's column ``first + c``, or the bias beyond its end. Every head of a table is a row.
 """
@@ -6,9 +6,10 @@ Column `c` of a strip is the table's column ``first + c``, or the bias beyond it
 import triton
 import triton.language as tl
 
+from triton_offset_bias.backends.triton.kernels.arguments import INTEGERS
+
 BLOCK = 1024
 LARGEST = tl.constexpr(3.4028234663852886e38)
-INTEGERS = ["stride_b", "stride_h", "stride_n", "num_heads", "num_columns", "width", "first", "begin", "end"]
 
 
 @triton.jit(do_not_specialize=INTEGERS)
@@ -40,19 +41,20 @@ def constants_kernel(
     tl.store(constants_ptr + row, tl.where(is_exact, low, 0.0))
 
 
-@triton.jit(do_not_specialize=INTEGERS)
-def strip_kernel(
-    bias_ptr, constants_ptr, strip_ptr,
-    stride_b, stride_h, stride_n, num_heads, num_columns, width, first, begin, end, unit, limit,
+@triton.jit
+def fill_strip(
+    table, index, stride_b, stride_h, stride_n, num_heads, num_columns, width, first, begin, end, sums_width,
+    unit, limit,
     HAS_CONSTANTS: tl.constexpr, IS_ZERO_BEYOND: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Writes (table - constant) * unit to the columns [begin, end) of the strip, and -inf to the others.
+    """Writes (table - constant) * unit to the columns [begin, end) of block `index` of the strips, -inf to the others.
 
     Finite numbers stay finite, since only -inf forbids a pair: `limit` is the largest number that is finite in units.
+    The first `sums_width` sums become 0: all of them, or none.
     """
     blocks = tl.cdiv(width, BLOCK)
-    row, column = tl.program_id(0) // blocks, tl.program_id(0) % blocks * BLOCK + tl.arange(0, BLOCK)
-    bias_ptr += (row // num_heads).to(tl.int64) * stride_b + (row % num_heads).to(tl.int64) * stride_h
+    row, column = index // blocks, index % blocks * BLOCK + tl.arange(0, BLOCK)
+    bias_ptr = table.bias + (row // num_heads).to(tl.int64) * stride_b + (row % num_heads).to(tl.int64) * stride_h
     is_inside = (column >= begin) & (column < end)
     source = first + column.to(tl.int64)
     within = tl.minimum(tl.maximum(source, 0), num_columns - 1)
@@ -60,20 +62,22 @@ def strip_kernel(
     if IS_ZERO_BEYOND:
         x = tl.where(is_inside & (source != within), 0.0, x)
     if HAS_CONSTANTS:
-        x -= tl.load(constants_ptr + row)
+        x -= tl.load(table.constants + row)
     # Comparisons let NaN pass, unlike minimum and maximum.
     x = tl.where((x > limit) & (x <= LARGEST), limit, x)
     x = tl.where((x < -limit) & (x >= -LARGEST), -limit, x)
-    tl.store(strip_ptr + row.to(tl.int64) * width + column, x * unit, mask=column < width)
+    to_column = row.to(tl.int64) * width + column
+    tl.store(table.strip + to_column, x * unit, mask=column < width)
+    tl.store(table.sums + to_column, tl.zeros([BLOCK], table.sums.dtype.element_ty), mask=column < sums_width)
 
 
-@triton.jit(do_not_specialize=["stride_row", *INTEGERS])
+@triton.jit(do_not_specialize=INTEGERS)
 def fold_kernel(
     dstrip_ptr, dbias_ptr,
     stride_row, num_columns, first, begin, end,
     IS_ZERO_BEYOND: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """The transpose of `strip_kernel` with unit 1: each column of the table gets the columns [begin, end) that see it.
+    """The transpose of `fill_strip` with unit 1: each column of the table gets the columns [begin, end) that see it.
 
     The program that holds an end of the table adds up the columns beyond that end.
     """

@@ -1,0 +1,142 @@
+"""`Plan`: what all launches of a call share, and what follows from shapes, strides, dtypes and options alone."""
+
+import math
+import threading
+from collections.abc import Callable, Hashable
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from triton_offset_bias import dropout
+from triton_offset_bias.backends.triton import configs
+from triton_offset_bias.backends.triton.kernels.arguments import Form, Loops, Strides, constants
+from triton_offset_bias.backends.triton.launch import Launch, TunedLaunch, compiler_settings, is_tuned
+from triton_offset_bias.backends.triton.strip import Strip
+from triton_offset_bias.backends.triton.target import allows_tf32, current_target, precision
+from triton_offset_bias.problem import NUM_TENSORS, Problem
+
+MOST_PLANS = 1024
+_plans: dict[Hashable, "Plan"] = {}
+_lock = threading.Lock()
+
+
+class Plan:
+    """Everything that launches for a problem need but its tensors, so that it serves each call of the same layout.
+
+    Attributes:
+        query_factor: factor on the queries. The kernels want a positive scale, so its sign, or a scale of 0, goes here.
+        block_d: the larger of the padded head dims.
+        integers: the members of `Sizes` but the group, of `Bounds`, and of `SharedStrides`, which kernels take one by
+            one.
+    """
+
+    def __init__(self, problem: Problem) -> None:
+        query, key = problem.query, problem.key
+        self.target = current_target()
+        self.query_factor = 1.0 if problem.scale > 0 else -1.0 if problem.scale < 0 else 0.0
+        self.scale = abs(problem.scale) or 1.0
+        self.scale_log2 = self.scale * math.log2(math.e)
+        self.is_packed = problem.cu_seqlens_q is not None
+        self.has_positions = problem.query_positions is not None
+        self.batch, self.num_heads = problem.num_sequences, query.shape[1]
+        self.key_heads = key.shape[1]
+        self.len_q, self.len_k = problem.max_seqlen_q, problem.max_seqlen_k
+        self.group = self.num_heads // self.key_heads
+        self.dtype = query.dtype
+        self.block_d = max(padded(query), padded(problem.value))
+        is_bias_in_acc = configs.is_bias_in_acc(self.target, query.dtype, self.scale_log2)
+        self.strip = Strip(problem, 1 / self.scale if is_bias_in_acc else math.log2(math.e))
+        self.form = self._form(problem, is_bias_in_acc)
+        self.loops = Loops(*constants(self._loops(problem)))
+        self.largest_dropped, self.kept_scale = _dropout_numbers(problem)
+        positions = (_batch_stride(problem.query_positions), _batch_stride(problem.key_positions))
+        sizes = (self.num_heads, self.len_q, self.len_k, query.shape[2], key.shape[2])
+        self.integers = (*sizes, *self.strip.bounds, *self.strip.shared_strides, *positions)
+        self.input_strides = tuple(map(self.strides, (query, key, problem.value)))
+        self._launches: dict[Hashable, Launch | TunedLaunch] = {}
+
+    def launch(self, key: Hashable, make: Callable[[], Launch | TunedLaunch]) -> Launch | TunedLaunch:
+        """The launch that `key` names, made at its first use."""
+        launch = self._launches.get(key)
+        if launch is None:
+            launch = self._launches.setdefault(key, make())
+        return launch
+
+    def strides(self, x: Tensor) -> Strides:
+        """Strides of a (B, H, L, D) tensor for a launch; all packed sequences lie in one batch element.
+
+        The stride of rows is compiled into the kernel where it depends on heads and head dim, but not on lengths or
+        batch. This saves the registers that hold pointers.
+        """
+        b, h, row, d = x.stride()
+        row = tl.constexpr(row) if row <= 4 * x.shape[1] * x.shape[3] else row
+        return Strides(0 if self.is_packed else b, h, row, d)
+
+    def _form(self, problem: Problem, is_bias_in_acc: bool) -> Form:
+        query, value = problem.query, problem.value
+        form = Form(
+            HEAD_DIM=query.shape[3],
+            HEAD_DIM_V=value.shape[3],
+            BLOCK_D=padded(query),
+            BLOCK_DV=padded(value),
+            GROUP=self.group,
+            HAS_BIAS=problem.bias is not None,
+            BIAS_IN_ACC=is_bias_in_acc,
+            HAS_MASK=problem.key_padding_mask is not None,
+            HAS_POSITIONS=self.has_positions,
+            IS_PACKED=self.is_packed,
+            HAS_LENGTHS=problem.key_lengths is not None,
+            DROPOUT_ROUNDS=0 if problem.seed is None else dropout.ROUNDS,
+            SPLIT_LSE=query.dtype == torch.float32,
+            USE_ASM=self.target.backend == "cuda",
+            PRECISION=precision(self.target, query.dtype),
+            WAIT=configs.needs_wait(self.target, query.dtype),
+        )
+        return Form(*constants(form))
+
+    def _loops(self, problem: Problem) -> Loops:
+        loops = self.strip.loops
+        if problem.bias is not None and not self.has_positions and configs.needs_far_loop(self.target):
+            return loops._replace(FAR_LEFT=True, FAR_RIGHT=True)
+        return loops
+
+
+def plan_of(problem: Problem) -> Plan:
+    """The plan of a problem, remembered from an earlier call of the same layout. It holds no tensors."""
+    key = (
+        triton.runtime.driver._active,
+        problem.query.device,
+        *(None if x is None else (x.shape, x.stride(), x.dtype) for x in problem.tensors),
+        *problem[NUM_TENSORS:],
+        problem.query.dtype == torch.float32 and allows_tf32(),
+        configs.gathering(),
+        is_tuned(),
+        compiler_settings(),
+    )
+    plan = _plans.get(key)
+    if plan is None:
+        plan = Plan(problem)
+        with _lock:
+            if len(_plans) >= MOST_PLANS:
+                del _plans[next(iter(_plans))]  # the oldest
+            _plans[key] = plan
+    return plan
+
+
+def padded(x: Tensor) -> int:
+    """The head dim of the kernels' tiles: the next power of two, at least 16."""
+    return max(16, triton.next_power_of_2(x.shape[3]))
+
+
+def _batch_stride(positions: Tensor | None) -> int:
+    return 0 if positions is None or positions.dim() == 1 else positions.shape[1]
+
+
+def _dropout_numbers(problem: Problem) -> tuple[int, float]:
+    """The largest dropped word, as an int32 of the same bits, and the factor on kept weights."""
+    if problem.seed is None:
+        return 0, 1.0
+    word = dropout.largest_dropped(problem.dropout_p)
+    return word - 2**32 if word >= 2**31 else word, dropout.kept_scale(problem.dropout_p)
