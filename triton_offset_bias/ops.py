@@ -125,16 +125,16 @@ def _new_gradients(problem: Problem, needs) -> tuple[list[Tensor | None], bool]:
 def _new_outputs(query: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Uninitialised out, lse, row_max and row_sum. A backend's `backward` gets the last two again."""
     real = torch.promote_types(query.dtype, torch.float32)
-    lse, row_max, row_sum = (query.new_empty(query.shape[:3], dtype=real) for _ in range(3))
-    return _empty_like(query, value.shape[-1]), lse, row_max, row_sum
+    lse = query.new_empty(query.shape[:3], dtype=real)
+    return _empty_like(query, value.shape[-1]), lse, torch.empty_like(lse), torch.empty_like(lse)
 
 
 def _empty_like(x: Tensor, dim: int) -> Tensor:
     """An uninitialised (B, H, L, dim) tensor laid out in memory as `x` is: (B, H, L, D) or (B, L, H, D)."""
     batch, heads, length, _ = x.shape
     if x.stride(1) < x.stride(2):
-        return x.new_empty(batch, length, heads, dim).transpose(1, 2)
-    return x.new_empty(batch, heads, length, dim)
+        return x.new_empty((batch, length, heads, dim)).transpose(1, 2)
+    return x.new_empty((batch, heads, length, dim))
 
 
 class _Attention(torch.autograd.Function):

@@ -61,11 +61,12 @@ def _problem_reasons(problem: Problem) -> list[str]:
 
 def unsupported_reasons(problem: Problem) -> list[str]:
     """Why this backend cannot serve `problem` here."""
-    reasons = unavailable_reasons()
+    types = () if _WHY_NOT else device_types()
+    reasons = [] if types else unavailable_reasons()
     query = problem.query
-    if not reasons and query.device.type not in device_types():
-        reasons.append(f"serves {' and '.join(device_types())} tensors here, got {query.device.type}")
-    elif not reasons and query.dtype == torch.float32 and max(query.shape[3], problem.value.shape[3]) > 128:
+    if types and query.device.type not in types:
+        reasons.append(f"serves {' and '.join(types)} tensors here, got {query.device.type}")
+    elif types and query.dtype == torch.float32 and max(query.shape[3], problem.value.shape[3]) > 128:
         needed, there = configs.least_shared_memory(torch.float32, 256), shared_memory()
         if needed > there:
             reasons.append(

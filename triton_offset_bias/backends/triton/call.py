@@ -22,7 +22,7 @@ class Call:
         self.problem = problem
         self.plan = plan = plan or plan_of(problem)
         tensors = (*problem.tensors, *others)
-        self.is_aligned = not any(x is not None and x.data_ptr() % 16 for x in tensors)
+        self.is_aligned = not any([x.data_ptr() % 16 for x in tensors if x is not None])
         self.strip = self.constants = None
         if problem.bias is not None:
             self.strip = problem.bias.new_empty(plan.strip.shape, dtype=torch.float32)

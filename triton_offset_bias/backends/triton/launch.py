@@ -46,9 +46,9 @@ class Launch:
             self._compiled = compiled
 
     def _run(self, compiled: Any, arguments: tuple[Any, ...]) -> None:
-        driver, grid = triton.runtime.driver.active, (self._programs, 1, 1)
+        driver, hooks, grid = triton.runtime.driver.active, triton.knobs.runtime, (self._programs, 1, 1)
         stream = driver.get_current_stream(driver.get_current_device())
-        enter, leave = (_unless_empty(hook) for hook in _hooks())
+        enter, leave = _unless_empty(hooks.launch_enter_hook), _unless_empty(hooks.launch_exit_hook)
         metadata = None if enter is None else compiled.launch_metadata(grid, stream, *arguments)
         compiled.run(*grid, stream, compiled.function, compiled.packed_metadata, metadata, enter, leave, *arguments)
 
@@ -58,13 +58,8 @@ def _is_found_by_types() -> bool:
     return triton.runtime.driver.active.get_current_target().backend == "cuda"
 
 
-def _hooks() -> tuple[Any, Any]:
-    """The hooks before and after a launch, which profilers put there."""
-    return triton.knobs.runtime.launch_enter_hook, triton.knobs.runtime.launch_exit_hook
-
-
 def _unless_empty(hook: Any) -> Any:
-    """A hook, or None for a chain of no hooks: Triton then calls nothing."""
+    """A hook that profilers have around launches, or None for a chain of no hooks: Triton then calls nothing."""
     return hook if getattr(hook, "calls", hook) else None
 
 

@@ -108,7 +108,7 @@ def plan_of(problem: Problem) -> Plan:
     key = (
         triton.runtime.driver._active,
         problem.query.device,
-        *(None if x is None else (x.shape, x.stride(), x.dtype) for x in problem.tensors),
+        *[None if x is None else (x.shape, x.stride(), x.dtype) for x in problem.tensors],
         *problem[NUM_TENSORS:],
         problem.query.dtype == torch.float32 and allows_tf32(),
         configs.gathering(),

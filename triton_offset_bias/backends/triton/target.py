@@ -109,10 +109,13 @@ def _with_memory(backend: str, arch: int | str, device: int) -> Target:
 
 @torch.compiler.assume_constant_result
 def device_types() -> tuple[str, ...]:
-    """The types of the devices whose tensors Triton can work on here."""
+    """The types of the devices whose tensors Triton can work on here; none where there is no target."""
     if interprets():
         return ("cpu", "cuda")
-    return (triton.runtime.driver.active.get_active_torch_device().type,)
+    try:
+        return (triton.runtime.driver.active.get_active_torch_device().type,)
+    except RuntimeError:  # no driver is active
+        return ()
 
 
 @torch.compiler.assume_constant_result
