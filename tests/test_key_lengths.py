@@ -1,4 +1,4 @@
-"""Sequences that fill the first part of a cache: `key_lengths`, one number of keys for each sequence."""
+"""`key_lengths`: each sequence fills the first part of a cache, with a number of keys of its own."""
 
 import re
 from dataclasses import replace
@@ -65,7 +65,7 @@ CASES = [
 @pytest.mark.usefixtures("poisoned_memory")
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.reason)
 def test_each_sequence_has_its_first_keys_alone(backend, case):
-    """Output, log-sum-exp and every gradient; a sequence's last query lies on the last of its keys."""
+    """Output, log-sum-exp and every gradient are compared. A sequence's last query lies on the last of its keys."""
     call = build(case)
     assert_matches_oracle(call, results_of(call, backend))
 
@@ -73,7 +73,10 @@ def test_each_sequence_has_its_first_keys_alone(backend, case):
 @pytest.mark.usefixtures("poisoned_memory")
 @pytest.mark.parametrize("case", [MIXED, CASES[-2]], ids=lambda case: case.reason)
 def test_nobody_reads_what_lies_beyond(backend, case):
-    """It may be NaN, as in memory that nobody has written. Not a bit changes, and its gradients are exactly 0."""
+    """Keys and values beyond may be NaN, as in uninitialised memory.
+
+    Not a bit changes, and their gradients are exactly 0.
+    """
     call = build(case)
     expected = results_of(call, backend)
     beyond = torch.arange(case.lengths[1]) >= call.options["key_lengths"][:, None]
@@ -91,7 +94,7 @@ def test_nobody_reads_what_lies_beyond(backend, case):
 @pytest.mark.cpu_only
 @pytest.mark.parametrize("case", [MIXED, CASES[-1]], ids=lambda case: case.reason)
 def test_the_engine_does_what_it_does_without_the_rest_of_the_cache(case):
-    """Equal bits: tasks, threads and sums are those of tensors that end after the longest sequence."""
+    """Bits are equal, because tasks, threads and sums are those of tensors that end after the longest sequence."""
     call = build(case)
     longest = int(call.options["key_lengths"].max())
     cut = _with_keys(call, longest)
@@ -103,7 +106,7 @@ def test_the_engine_does_what_it_does_without_the_rest_of_the_cache(case):
 
 
 def _with_keys(call: Call, length: int) -> Call:
-    """The call with the first keys alone."""
+    """The call with only the first keys."""
     options = dict(call.options)
     if "key_padding_mask" in options:
         options["key_padding_mask"] = options["key_padding_mask"][:, :length]
@@ -114,7 +117,7 @@ def _with_keys(call: Call, length: int) -> Call:
 @pytest.mark.cpu_only
 @pytest.mark.parametrize(("lengths", "wrong"), [((5, 7), "7 for sequence 1"), ((-1, 6), "-1 for sequence 0")])
 def test_a_length_out_of_range_is_named_with_its_sequence(backend, lengths, wrong):
-    """On a GPU nobody would see it, and it counts as the nearest that there is."""
+    """A GPU call does not check lengths. There such a length counts as the nearest length in range."""
     call = build(Case("wrong", (5, 6), options=_lengths(*lengths)))
     message = f"`key_lengths` must be between 0 and `key`'s length 6, got {wrong}"
     with pytest.raises(ValueError, match=re.escape(message)):
@@ -122,7 +125,7 @@ def test_a_length_out_of_range_is_named_with_its_sequence(backend, lengths, wron
 
 
 def test_offsets_beyond_a_table_are_judged_as_if_all_sequences_were_full(backend):
-    """Neither lengths nor a mask are looked at, on any device: a window or a longer table makes the call valid."""
+    """No device reads lengths or a mask for this check. A window or a longer table makes the call valid."""
     q, k = torch.randn(2, 2, 3, 8), torch.randn(2, 2, 20, 8)
     options = {**_lengths(4, 5), "key_padding_mask": torch.arange(20).expand(2, 20) < 5, "beyond": "error"}
     with pytest.raises(ValueError, match="offsets -5 to 5, but offsets -2 to 19 are attended to"):
@@ -135,7 +138,7 @@ def test_offsets_beyond_a_table_are_judged_as_if_all_sequences_were_full(backend
 
 @pytest.mark.parametrize("dtype", [torch.int32, torch.int64])
 def test_one_compiled_graph_serves_every_length(backend, dtype):
-    """Forward and backward: lengths are data, so no length brings another compilation."""
+    """Lengths are data, forward and backward, so a new length compiles nothing."""
     call = build(replace(MIXED, through_lse=True))
     counter = CompileCounterWithBackend("aot_eager")
 
@@ -157,7 +160,7 @@ def test_one_compiled_graph_serves_every_length(backend, dtype):
 
 
 def _forward_without_checks(call: Call, lengths: torch.Tensor) -> list[torch.Tensor]:
-    """The four results of the GPU kernels for lengths that nobody has looked at, as on a GPU."""
+    """The four results of the GPU kernels for lengths that are not checked, as on a GPU."""
     options = {"dropout_p": 0.0, "is_causal": True, "scale": None, "enable_gqa": True, "bias_origin": None}
     options |= {"beyond": "clamp", "window_size": (-1, -1), "deterministic": False}
     masks = dict.fromkeys(("query_start", "key_padding_mask", "query_positions", "key_positions"))
@@ -171,7 +174,7 @@ def _forward_without_checks(call: Call, lengths: torch.Tensor) -> list[torch.Ten
 @needs_kernels
 @pytest.mark.parametrize("len_q", [1, 70])
 def test_kernels_take_a_length_out_of_range_for_the_nearest(len_q):
-    """Where nobody looks at lengths, nothing outside of the tensors is read."""
+    """Kernels read nothing outside of the tensors, even if nobody checks lengths."""
     call = build(Case("unchecked", (len_q, 520), heads=(2, 1), columns=81))
     expected = _forward_without_checks(call, torch.tensor([520, 0]))
     for wrong in (torch.tensor([521, -1]), torch.tensor([2**40, -(2**40)])):
@@ -193,7 +196,7 @@ def _plain(x: object) -> object:
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")  # numpy's, about results that were not written
 @pytest.mark.parametrize("len_q", [1, 70])
 def test_launches_do_not_depend_on_lengths(monkeypatch, len_q):
-    """Kernels, grids, constants and numbers are those of a full cache: a captured graph serves every length."""
+    """Kernels, grids, constants and numbers are those of a full cache, so a captured graph serves every length."""
     from triton_offset_bias.backends.triton import passes
 
     launched: list[list] = []

@@ -12,14 +12,14 @@ LONGER = 7  # tokens that the second sequence is longer
 
 
 class StaticCache:
-    """Keys and values of two sequences, in memory that holds NaN where nobody has written."""
+    """Keys and values of two sequences, in memory that is NaN until it is written."""
 
     def __init__(self) -> None:
         self.keys, self.values = (torch.full((2, KV_HEADS, CAPACITY, DIM), float("nan")) for _ in range(2))
         self.lengths = torch.zeros(2, dtype=torch.int32)
 
     def append(self, keys: Tensor, values: Tensor) -> None:
-        """Writes (2, Hkv, tokens, D) keys and values behind those of each sequence."""
+        """Writes (2, Hkv, tokens, D) keys and values after the last token of each sequence."""
         tokens = keys.shape[2]
         places = self.lengths[:, None] + torch.arange(tokens, dtype=torch.int32)
         rows = torch.arange(2)[:, None]
@@ -27,7 +27,7 @@ class StaticCache:
         self.lengths += tokens
 
     def attend(self, query: Tensor, table: Tensor, backend: str) -> Tensor:
-        """Attention of the last tokens' queries to all tokens until theirs."""
+        """Attends from the last tokens' queries to all tokens up to their own."""
         options = {"bias_origin": 0, "is_causal": True, "enable_gqa": True, "key_lengths": self.lengths}
         return offset_bias_attention(query, self.keys, self.values, table, **options, backend=backend)
 
@@ -38,7 +38,7 @@ def _tokens(count: int) -> tuple[Tensor, Tensor, Tensor]:
 
 @torch.no_grad()
 def test_a_loop_over_a_static_cache_equals_one_pass_over_each_sequence(backend):
-    """Prompts of 36 and 43 tokens, then a chunk of 2 and single tokens, in one cache."""
+    """One cache gets prompts of 20 and 27 tokens, then a chunk of 5 tokens, then single tokens."""
     query, key, value = _tokens(40)
     table, cache = torch.randn(HEADS, 25), StaticCache()
     old_key, old_value = torch.randn(2, 1, KV_HEADS, LONGER, DIM)
