@@ -217,18 +217,27 @@ def test_the_backward_operator_passes_torchs_own_checks(needs, beyond, bias_head
     arguments["bias"] = arguments["bias"][:bias_heads].to(bias_dtype).t().contiguous().t()
     for name, axis in (("key", 2), ("value", 2), ("key_padding_mask", 1)):
         arguments[name] = arguments[name].narrow(axis, 0, num_keys)
+    _check_backward_operator(arguments | {"needs": needs})
+
+
+def _check_backward_operator(arguments: dict) -> None:
+    """Runs torch's checks on the backward operator, with results of the forward operator."""
     forward = torch.ops.triton_offset_bias.attention.default
     out, lse, row_max, row_sum = forward(*_matching(forward, arguments))
-    arguments |= {
-        "dout": torch.randn_like(out),
-        "dlse": torch.randn_like(lse),
-        "out": out,
-        "row_max": row_max,
-        "row_sum": row_sum,
-        "needs": needs,
-    }
+    rows = {"out": out, "row_max": row_max, "row_sum": row_sum}
+    incoming = {"dout": torch.randn_like(out), "dlse": torch.randn_like(lse)}
     operator = torch.ops.triton_offset_bias.attention_backward.default
+    torch.library.opcheck(operator, _matching(operator, arguments | rows | incoming))
+
+
+@pytest.mark.needs_engine
+@pytest.mark.cpu_only
+def test_the_operators_pass_torchs_own_checks_with_lengths():
+    """Both operators are checked where each sequence has its own number of keys."""
+    arguments = _operator_arguments(False) | {"key_lengths": torch.tensor([19, 7]), "needs": [True] * 4}
+    operator = torch.ops.triton_offset_bias.attention.default
     torch.library.opcheck(operator, _matching(operator, arguments))
+    _check_backward_operator(arguments)
 
 
 @pytest.mark.needs_engine
