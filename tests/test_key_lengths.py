@@ -26,7 +26,7 @@ def _lengths(*lengths: int) -> dict:
 MIXED = Case(
     "tiles that keys fill, tiles that they do not",
     (70, 192),
-    heads=(4, 2),
+    heads=(2, 1),
     columns=81,
     options={**_lengths(129, 64), "is_causal": True},
 )
@@ -47,6 +47,7 @@ CASES = [
     Case(
         "deterministic, far on both sides",
         (130, 150),
+        heads=(1, 1),
         columns=41,
         options={**_lengths(101, 150), "deterministic": True},
     ),
@@ -139,7 +140,7 @@ def test_offsets_beyond_a_table_are_judged_as_if_all_sequences_were_full(backend
 @pytest.mark.parametrize("dtype", [torch.int32, torch.int64])
 def test_one_compiled_graph_serves_every_length(backend, dtype):
     """Lengths are data, forward and backward, so a new length compiles nothing."""
-    call = build(replace(MIXED, through_lse=True))
+    call = build(Case("graph", (9, 40), columns=21, through_lse=True, options={"is_causal": True}))
     counter = CompileCounterWithBackend("aot_eager")
 
     def attend(q, k, v, bias, lengths):
@@ -148,7 +149,7 @@ def test_one_compiled_graph_serves_every_length(backend, dtype):
 
     torch._dynamo.reset()
     compiled = torch.compile(attend, fullgraph=True, backend=counter)
-    for lengths in ([129, 64], [0, 192], [70, 1]):
+    for lengths in ([40, 13], [0, 40], [9, 1]):
         inputs, results = [call.q, call.k, call.v, call.bias], []
         for function in (attend, compiled):
             outputs = function(*inputs, torch.tensor(lengths, dtype=dtype))
@@ -179,36 +180,3 @@ def test_kernels_take_a_length_out_of_range_for_the_nearest(len_q):
     expected = _forward_without_checks(call, torch.tensor([520, 0]))
     for wrong in (torch.tensor([521, -1]), torch.tensor([2**40, -(2**40)])):
         assert all(torch.equal(*pair) for pair in zip(_forward_without_checks(call, wrong), expected, strict=True))
-
-
-def _plain(x: object) -> object:
-    """What a launch can depend on: for tensors their shapes and dtypes, for tuples and constants what they hold."""
-    if isinstance(x, torch.Tensor):
-        return x.shape, x.stride(), x.dtype
-    if isinstance(x, dict):
-        return {name: _plain(value) for name, value in x.items()}
-    if isinstance(x, tuple):
-        return [_plain(value) for value in x]
-    return getattr(x, "value", x)
-
-
-@needs_kernels
-@pytest.mark.filterwarnings("ignore::RuntimeWarning")  # numpy's, about results that were not written
-@pytest.mark.parametrize("len_q", [1, 70])
-def test_launches_do_not_depend_on_lengths(monkeypatch, len_q):
-    """Kernels, grids, constants and numbers are those of a full cache, so a captured graph serves every length."""
-    from triton_offset_bias.backends.triton import passes
-
-    launched: list[list] = []
-
-    def record(kernel, *arguments, **named):  # instead of a launch, which would take long in the interpreter
-        launched[-1].append((kernel.__name__, _plain(arguments), _plain(named)))
-
-    monkeypatch.setattr(passes, "run_kernel", record)
-    call = build(Case("launches", (len_q, 520), batch=2, columns=81))
-    for lengths in ([520, 520], [3, 0], [100, 519]):
-        launched.append([])
-        call.options["key_lengths"] = torch.tensor(lengths)
-        results_of(call, "triton")
-    assert len(launched[0]) > 1
-    assert launched[1:] == launched[:1] * 2

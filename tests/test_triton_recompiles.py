@@ -97,6 +97,27 @@ def test_a_growing_cache_compiles_few_kernels(record, capacity):
     assert len(record.compiled) <= MOST, sorted(record.compiled)
 
 
+@pytest.mark.parametrize(
+    ("len_q", "expected"),
+    [(1, ["prepare", "decode", "combine"]), (70, ["prepare", "forward"])],
+    ids=["decode", "forward"],
+)
+def test_a_captured_step_serves_every_length_of_a_cache(record, monkeypatch, len_q, expected):
+    """Calls with other `key_lengths` have one plan, and with it the same kernels, grids and numbers."""
+    from triton_offset_bias.backends.triton import plan
+
+    monkeypatch.setattr(plan, "_plans", {})
+    q, k, v = tensors((2, 4, len_q, 64), *2 * [(2, 2, 2048, 64)])
+    table = torch.empty(4, 257, device="cpu")
+    for lengths in ([2048, 2048], [3, 0], [700, 1]):
+        record.launches.clear()
+        lengths = torch.tensor(lengths, device="cpu")
+        offset_bias_attention(q, k, v, table, enable_gqa=True, key_lengths=lengths, backend="triton")
+        assert record.launches == expected
+    assert record.compiled == expected
+    assert len(plan._plans) == 1
+
+
 def test_packed_sequences_compile_few_kernels(record):
     """Six sequences, of other lengths in every step."""
     generator = random.Random(1)

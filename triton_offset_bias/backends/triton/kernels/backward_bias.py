@@ -61,10 +61,10 @@ def dbias_kernel(
         b = (first_b + index).to(tl.int64)
         first_q, seq_q = sequence_rows(inputs.cu_seqlens_q, b, sizes.len_q, sizes.rows_q, FORM.IS_PACKED)
         first_k, seq_k = sequence_keys(inputs, b, sizes, FORM)
-        first = first_position(seq_q, seq_k, sizes, FORM)
         first_row = b * sizes.num_heads * row_stride(rows_q)
         if FORM.IS_PACKED:
             first_row = first_q
+        first = first_position(seq_q, seq_k, sizes, FORM)
         above = (first % BLOCK + BLOCK) % BLOCK  # rows that the first tile begins above the first query
         blocks = distance - (first - above) // BLOCK  # that the tiles lie from the sequence's first one
         shift = blocks * BLOCK - above
