@@ -229,6 +229,7 @@ def shipped_variants(target: str) -> Iterator[Variant]:
     """The variants that must stay within the budget: every kernel, dtype, size of head dim and kind of schedule."""
     ragged = {"IS_EVEN": False, "HAS_MASK": True}
     packed = {"IS_EVEN": False, "IS_PACKED": True}
+    lengths = {"IS_EVEN": False, "HAS_LENGTHS": True}
     dropping = {"DROPOUT_ROUNDS": dropout.ROUNDS}
     gathered = {"IS_EVEN": False, "HAS_POSITIONS": True, "DBIAS": "elements"}
     for kernel in KERNELS:
@@ -239,6 +240,7 @@ def shipped_variants(target: str) -> Iterator[Variant]:
         yield Variant(kernel, target, torch.float32, 64)
         yield Variant(kernel, target, torch.float32, 128)
         yield Variant(kernel, target, torch.bfloat16, 64, changes=packed)
+        yield Variant(kernel, target, torch.bfloat16, 64, changes=lengths)
         if kernel != "decode":
             yield Variant(kernel, target, torch.bfloat16, 64, changes=dropping)
         if kernel != "dbias":
