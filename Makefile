@@ -6,6 +6,7 @@ INSTALLED := $(VENV)/.installed
 OPTIONS ?=
 SANITIZER ?=
 OLDEST_TRITON := $(VENV)/triton-3.6.0
+SHIPPED_TRITONS := $(patsubst %,$(VENV)/triton-%,3.7.1 3.8.0)  # by torch 2.13 and 2.14
 OLDEST_TRANSFORMERS := $(VENV)/transformers-5.15.0
 PTXEMU ?= $(wildcard ../shared/tools/ptxemu)
 
@@ -46,8 +47,8 @@ compile-kernels: $(INSTALLED) $(OLDEST_TRITON)  ## compile the GPU kernels for e
 	$(RUN) -m bench.compile_kernels $(OPTIONS)
 	PYTHONPATH=$(OLDEST_TRITON) $(RUN) -m bench.compile_kernels $(OPTIONS)
 
-gpu-static: $(INSTALLED)  ## model the GPU kernels' cycles from their compiled code (needs sassmeter, see --help)
-	$(RUN) -m bench.gpu_static $(OPTIONS)
+gpu-static: $(INSTALLED) $(SHIPPED_TRITONS)  ## model the GPU kernels' cycles from their compiled code (needs sassmeter, see --help)
+	for triton in $(SHIPPED_TRITONS); do PYTHONPATH=$$triton $(RUN) -m bench.gpu_static $(OPTIONS) || exit 1; done
 
 gpu-report:  ## is it right on this GPU, and how fast? no network, nothing is installed (OPTIONS="--minutes 7")
 	$(firstword $(wildcard $(RUN)) $(PYTHON)) -m bench.gpu_report $(OPTIONS)
@@ -82,8 +83,8 @@ $(INSTALLED): pyproject.toml constraints.txt setup.py $(wildcard csrc_ref/*)
 	$(RUN) -m pip install --quiet --no-compile --disable-pip-version-check --constraint constraints.txt --editable ".[dev]"
 	touch $@
 
-$(OLDEST_TRITON):
-	$(RUN) -m pip install --quiet --disable-pip-version-check --no-deps --no-compile --target $@ triton==3.6.0
+$(VENV)/triton-%: | $(INSTALLED)
+	$(RUN) -m pip install --quiet --disable-pip-version-check --no-deps --no-compile --target $@ triton==$*
 
 $(OLDEST_TRANSFORMERS):
 	$(RUN) -m pip install --quiet --no-compile --disable-pip-version-check --target $@ transformers==5.15.0

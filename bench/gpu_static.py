@@ -6,13 +6,16 @@ once with matrix products and all other instructions one after another ("serial"
 kernel without a bias), `far`, `near`, and `naive` (near, with one atomic add for every score). With an emulator it also
 counts executed instructions and atomic adds. "Whole pass" weighs near and far tiles as they occur at L = 8192 with a
 table of 257 columns.
+
+It measures the kernels of the Triton that it runs with, and keeps the rows of other versions. The picture shows the
+version in `SHOWN`. The tables in docs/gpu.md are written anew from the rows of all versions.
 """
 
 import argparse
 import importlib
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -33,12 +36,15 @@ HEAD_DIMS = (64, 128)
 PASSES = {"forward": ("forward",), "backward": ("dquery", "dkey_dvalue")}
 LENGTH, CLAMP = 1024, 128  # of the executed counts
 WHOLE_LENGTH = 8192
+SHOWN = "3.8.0"  # what torch 2.14 ships
+DOCS = ROOT / "docs" / "gpu.md"
+BEGIN, END = "<!-- from bench/results/gpu_static.csv -->", "<!-- end -->"
 COLORS = {"far": ELSE, "near": OURS, "naive": DENSE}
 PIPES = {"max": "slowest pipe", "ser": "serial"}
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Measures, writes the CSV and the plot, and prints the ratios to the floor."""
+    """Measures, writes the CSV, the plot and the tables in the documentation, and prints the ratios to the floor."""
     parser = argparse.ArgumentParser("python -m bench.gpu_static", description=__doc__)
     parser.add_argument("--sassmeter", default="../shared/tools/sassmeter", help="folder of sassmeter.py")
     parser.add_argument("--ptxemu", default="../shared/tools/ptxemu", help="folder of the emulator (optional)")
@@ -53,11 +59,17 @@ def main(arguments: list[str] | None = None) -> None:
         sys.path.append(options.ptxemu)
         rows += [row for target in tqdm(TARGETS, desc="executed") for row in _executed(target)]
     table = pd.DataFrame(rows)
-    table.to_csv(options.output, index=False)
     print(summary(table).to_string())
     print(f"\nwhole pass, L = {WHOLE_LENGTH}\n{whole_pass(table).to_string(index=False)}")
-    draw(table, options.output.with_suffix(".png"))
-    print(f"\nwrote {options.output} and {options.output.with_suffix('.png')}")
+    if options.output.exists():
+        before = pd.read_csv(options.output)
+        table = pd.concat([before[before.triton != triton.__version__], table]).sort_values("triton", kind="stable")
+    table.to_csv(options.output, index=False)
+    if SHOWN in set(table.triton):
+        draw(table[table.triton == SHOWN], options.output.with_suffix(".png"))
+    before, _, rest = DOCS.read_text().partition(BEGIN)
+    DOCS.write_text(before + BEGIN + "\n" + docs_tables(table) + END + rest.partition(END)[2])
+    print(f"\nwrote {options.output}, {options.output.with_suffix('.png')} and {DOCS}")
 
 
 def _variants() -> Iterator[tuple[str, Variant]]:
@@ -117,6 +129,29 @@ def _row(target: str, kernel: str, head_dim: int, kind: str, metric: str, value:
         "value": value,
         **versions,
     }
+
+
+def docs_tables(table: pd.DataFrame) -> str:
+    """The ratios to the floor as Markdown: for a tile, and for a whole pass; by the slowest pipe / in series."""
+    columns = [(target, head_dim) for target in TARGETS for head_dim in HEAD_DIMS]
+    header = "".join(f"| {target} D={head_dim} " for target, head_dim in columns)
+    lines = [f"| Triton | pass, tile {header}|", "|---" * (2 + len(columns)) + "|"]
+    for version, rows in table.groupby("triton", sort=False):
+        tiles = summary(rows)["over floor"]
+        whole = whole_pass(rows).set_index(["target", "D", "pass", "metric"])["whole pass over floor"]
+        metrics = [f"modelled cycles, {pipe}" for pipe in PIPES.values()]
+        for name in PASSES:
+            for tile in ("near", "far"):
+                cells = ([tiles[(*column, name, metric, tile)] for metric in metrics] for column in columns)
+                lines.append(_docs_line(version, f"{name}, {tile}", cells))
+            cells = ([whole[(*column, name, metric)] for metric in metrics] for column in columns)
+            lines.append(_docs_line(version, f"{name}, whole pass", cells))
+    return "\n".join([*lines, ""])
+
+
+def _docs_line(version: str, what: str, cells: Iterable[list[float]]) -> str:
+    ratios = (" / ".join(f"{ratio:.2f}" for ratio in cell) for cell in cells)
+    return f"| {version} | {what} | " + " | ".join(ratios) + " |"
 
 
 def summary(table: pd.DataFrame) -> pd.DataFrame:

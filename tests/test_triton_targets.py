@@ -1,5 +1,7 @@
 """Block sizes follow a device's compute capability and its shared memory, for known devices and for later ones."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 
@@ -8,7 +10,7 @@ triton = pytest.importorskip("triton", reason="Triton is not installed")
 from bench import compile_kernels  # noqa: E402
 from bench.kernel_variants import CAPABILITIES, KERNELS, TARGETS, Variant, target_of  # noqa: E402
 from triton_offset_bias.backends import triton as backend  # noqa: E402
-from triton_offset_bias.backends.triton import configs  # noqa: E402
+from triton_offset_bias.backends.triton import configs, launch  # noqa: E402
 from triton_offset_bias.backends.triton.target import KIB, Target  # noqa: E402
 
 KINDS = [(dtype, block_d) for dtype in (torch.float16, torch.bfloat16, torch.float32) for block_d in (16, 64, 128, 256)]
@@ -98,15 +100,46 @@ def test_the_most_decoding_rows_fit_into_shared_memory(monkeypatch, capability):
     assert shared_memory_of(variant, monkeypatch) <= target.shared_memory
 
 
+# What tuning need not try: a kernel, and a configuration that lacks room in 16 bits at a head dim on a target.
+WITHOUT_ROOM = [
+    ("forward", "sm_86", 128, configs.Config(64, 128, 4, 3)),
+    ("dkey_dvalue", "sm_90", 256, configs.Config(128, 64, 8, 3)),
+]
+
+
+@pytest.mark.skipif(not COMPILES, reason="Triton's interpreter is on, and compiles nothing")
+@pytest.mark.parametrize(("kernel", "target", "head_dim", "config"), WITHOUT_ROOM)
+def test_candidates_that_tuning_leaves_out_do_not_fit(monkeypatch, kernel, target, head_dim, config):
+    """They are compiled here to show it. The smallest candidate stays for every kind of input."""
+    assert config in configs.CANDIDATES[kernel]
+    device = target_of(target)
+    assert not configs.may_fit(kernel, config, device, torch.bfloat16, head_dim)
+    assert all(configs.may_fit(kernel, configs.CANDIDATES[kernel][0], device, *kind) for kind in KINDS)
+    variant = Variant(kernel, target, torch.bfloat16, head_dim, config=config)
+    assert shared_memory_of(variant, monkeypatch) > device.shared_memory
+
+
+def test_tuning_tries_what_may_fit_alone(monkeypatch):
+    """Of two candidates for GeForce, the one with three stages of 128 keys of head dim 128 is left out."""
+    fits, lacks = ({"BLOCK_M": 64, "BLOCK_N": 128, "num_warps": 4, "num_stages": stages} for stages in (2, 3))
+    candidates = [
+        triton.Config({name: x for name, x in one.items() if name.isupper()}, one["num_warps"], one["num_stages"])
+        for one in (fits, lacks)
+    ]
+    monkeypatch.setattr(launch, "current_target", lambda: target_of("sm_86"))
+    arguments = {"inputs": SimpleNamespace(q=torch.empty(0, dtype=torch.bfloat16))}
+    form = SimpleNamespace(BLOCK_D=triton.language.constexpr(128))
+    assert launch._with_room("forward", candidates, arguments, FORM=form, LOOPS=None) == candidates[:1]
+
+
 @pytest.mark.skipif(not COMPILES, reason="Triton's interpreter is on, and compiles nothing")
 @pytest.mark.parametrize("kernel", ["forward", "dquery", "dkey_dvalue"])
 def test_no_product_of_hopper_is_serialised(kernel):
     """The installed Triton and ptxas compile them. `make compile-kernels` takes the other head dims and forms."""
-    variant = Variant(kernel, "sm_90", torch.bfloat16, 64)
-    assert compile_kernels._ptxas_usage(variant.compile(), variant)["serialised"] == 0
+    assert compile_kernels.usage_of(Variant(kernel, "sm_90", torch.bfloat16, 64))["serialised"] == 0
 
 
-@pytest.mark.parametrize(("version", "expected"), [((3, 6), True), ((3, 7), True), ((3, 8), False), ((3, 10), False)])
+@pytest.mark.parametrize(("version", "expected"), [((3, 6), True), ((3, 8), True), ((3, 9), False), ((3, 10), False)])
 def test_only_hopper_and_only_older_tritons_are_helped(monkeypatch, version, expected):
     """For other targets the compiled code stays as it was."""
     monkeypatch.setattr(configs, "_TRITON", version)

@@ -7,14 +7,17 @@ import time
 from collections.abc import Iterator
 from typing import NamedTuple
 
+import torch
 import torch._inductor.config
+import triton
 
 from bench.cases import BACKWARD, FORWARD, GPU_CLAMP, Case, make_inputs
 from bench.gpu_report import search, speed
 from bench.gpu_report.part import DEVICE, IS_DRY, case_of, first_line
 from bench.providers import PROVIDERS
 from bench.steps import make_step
-from triton_offset_bias.backends.triton import configs
+from triton_offset_bias.backends.triton import configs, launch, plan
+from triton_offset_bias.backends.triton.target import current_target
 
 LENGTH = 1024  # kernels do not depend on it; what torch.compile makes does
 MOST_PROCESSES = 12
@@ -79,11 +82,20 @@ def run_provider(task: Task) -> None:
 def run_candidates(task: Task) -> None:
     """Runs a pass in which every kernel has one candidate, which therefore is not measured."""
     every = configs.CANDIDATES
-    configs.CANDIDATES = {kernel: [some[task.candidate % len(some)]] for kernel, some in every.items()}
+    configs.CANDIDATES = {kernel: [_candidate(kernel, task)] for kernel in every}
+    launch._tuned.cache_clear()  # of the candidates before
+    plan._plans.clear()
     try:
         search.run_tuned(task.case)
     finally:
         configs.CANDIDATES = every
+
+
+def _candidate(kernel: str, task: Task) -> configs.Config:
+    """The task's candidate of a kernel, among those that may fit; the first ones again where there are fewer."""
+    kind = current_target(), getattr(torch, task.case.dtype), triton.next_power_of_2(task.case.head_dim)
+    fitting = [config for config in configs.CANDIDATES[kernel] if configs.may_fit(kernel, config, *kind)]
+    return fitting[task.candidate % len(fitting)]
 
 
 if __name__ == "__main__":

@@ -58,6 +58,11 @@ KERNELS = mutants_in("triton_offset_bias/backends/triton", {
          "0), sizes.len_k).to(tl.int32)",
          "0), sizes.len_k + 64).to(tl.int32)"),
     ],
+    "configs.py": [
+        ("tuning leaves out a stage too many", "test_triton_targets.py", "tuning_tries",
+         "2 * (config.num_stages - 1) * rows",
+         "2 * config.num_stages * rows"),
+    ],
     "kernels/prepare.py": [
         ("the log-sum-exp's gradient has the wrong sign", "test_attention.py", "triton and primes",
          "delta -= tl.load(dlse_ptr",

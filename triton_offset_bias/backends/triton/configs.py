@@ -48,17 +48,38 @@ _MIN_DECODE_KEYS = 512
 _MIN_KEYS_PER_SPLIT, _MAX_SPLITS = 256, 128
 
 _SQUARE = [Config(size, size, 4, stages) for size in (32, 64) for stages in (1, 2, 3)]
-# The configurations that tuning on the user's machine tries, by kernel. One that the device has no room for loses.
+_SQUARE += [Config(64, 64, 8, 2), Config(64, 64, 8, 3), Config(128, 128, 8, 1), Config(128, 128, 8, 2)]
+# The configurations that tuning on the user's machine tries, by kernel, if they `may_fit`. One that does not fit after
+# all loses. The large tiles, and 8 warps, are for data centres' GPUs.
 CANDIDATES = {
     "forward": [
-        Config(block_m, block_n, warps, stages)
-        for block_m, warps in ((64, 4), (128, 4), (128, 8))
-        for block_n in (32, 64, 128)
-        for stages in (2, 3)
+        Config(32, 32, 4, 1),
+        *(
+            Config(block_m, block_n, warps, stages)
+            for block_m, warps in ((64, 4), (128, 4), (128, 8))
+            for block_n in (32, 64, 128)
+            for stages in (2, 3)
+        ),
+        *(Config(128, 64, warps, 4) for warps in (4, 8)),
+        Config(256, 64, 8, 3),
     ],
     "dquery": _SQUARE,
-    "dkey_dvalue": [*_SQUARE, Config(32, 64, 4, 3), Config(32, 128, 8, 3), Config(64, 128, 8, 2)],
+    "dkey_dvalue": [
+        *_SQUARE,
+        *(Config(32, 64, 4, 3), Config(32, 128, 8, 3)),
+        *(Config(64, 128, 8, stages) for stages in (2, 3)),
+        *(Config(128, 64, 8, stages) for stages in (2, 3)),
+    ],
 }
+
+
+def may_fit(kernel: str, config: Config, target: Target, dtype: torch.dtype, block_d: int) -> bool:
+    """Whether shared memory has room for the tiles that are on their way while the loop's last stage is at work.
+
+    Each stage loads two tiles: keys and values, or queries and dO. What else a kernel needs is not counted.
+    """
+    rows = config.block_m if kernel == "dkey_dvalue" else config.block_n
+    return 2 * (config.num_stages - 1) * rows * block_d * dtype.itemsize <= target.shared_memory
 
 
 def gathering() -> str:
@@ -85,8 +106,8 @@ def needs_far_loop(target: Target) -> bool:
 
 
 def needs_wait(target: Target, dtype: torch.dtype) -> bool:
-    """Whether kernels must make asynchronous products start and end in one iteration. Triton 3.8 does so by itself."""
-    return target.is_hopper and dtype != torch.float32 and _TRITON < (3, 8)
+    """Whether kernels must make asynchronous products start and end in one iteration. Triton 3.9 does so by itself."""
+    return target.is_hopper and dtype != torch.float32 and _TRITON < (3, 9)
 
 
 def forward_config(target: Target, dtype: torch.dtype, block_d: int, has_positions: bool = False) -> Config:
@@ -102,8 +123,10 @@ def forward_config(target: Target, dtype: torch.dtype, block_d: int, has_positio
     if block_d > 128:
         return Config(128, 32, 8, 3) if target.shared_memory >= 162 * KIB else Config(64, 32, 4, 2)
     if block_d > 64:
-        return Config(128, 64, 8, 3) if target.is_asynchronous else Config(128, 128, 8, 2)
-    return Config(128, 64, 4, 3)
+        if target.is_asynchronous:
+            return Config(128, 64, 8, 3)
+        return Config(128, 64 if _TRITON < (3, 7) else 128, 8, 2)  # 3.6 spills kilobytes of masked tiles of 128 keys
+    return Config(128, 64, 4, 2 if target.is_hopper and _TRITON == (3, 8) else 3)  # there a third stage spills
 
 
 def dquery_config(target: Target, dtype: torch.dtype, block_d: int) -> Config:

@@ -14,6 +14,7 @@ import triton.language as tl
 
 from triton_offset_bias.backends.triton import configs
 from triton_offset_bias.backends.triton.kernels.arguments import Form, Loops
+from triton_offset_bias.backends.triton.target import current_target
 
 AUTOTUNE_VARIABLE = "TRITON_OFFSET_BIAS_AUTOTUNE"
 
@@ -153,7 +154,9 @@ def _tuned(kernel: Any, others: str, added_to: str | None) -> Any:
     key = [constant for constant in kernel.arg_names if constant.isupper() and constant not in configs.BLOCKS]
     rules = {"LOOPS": functools.partial(_loops, others=others)}
     hook = None if added_to is None else functools.partial(_forget, added_to)
-    tuner = triton.autotune(candidates, key, pre_hook=hook, cache_results=True)(triton.heuristics(rules)(kernel))
+    prune = {"early_config_prune": functools.partial(_with_room, _name(kernel))}
+    tune = triton.autotune(candidates, key, prune_configs_by=prune, pre_hook=hook, cache_results=True)
+    tuner = tune(triton.heuristics(rules)(kernel))
     look_up = tuner.check_disk_cache
 
     def check_disk_cache(tuning_key: tuple[Any, ...], *rest: Any) -> bool:
@@ -166,6 +169,18 @@ def _tuned(kernel: Any, others: str, added_to: str | None) -> Any:
 
     tuner.check_disk_cache = check_disk_cache
     return tuner
+
+
+def _with_room(name: str, candidates: list[Any], arguments: dict[str, Any], **constants: Any) -> list[Any]:
+    """The candidates for which shared memory may have room; the smallest has none of the stages that take it."""
+    dtype, block_d = arguments["inputs"].q.dtype, constants["FORM"].BLOCK_D.value
+
+    def may_fit(candidate: Any) -> bool:
+        rows, columns = (candidate.kwargs.get(size, candidate.kwargs.get("BLOCK")) for size in ("BLOCK_M", "BLOCK_N"))
+        config = configs.Config(rows, columns, candidate.num_warps, candidate.num_stages)
+        return configs.may_fit(name, config, current_target(), dtype, block_d)
+
+    return [candidate for candidate in candidates if may_fit(candidate)]
 
 
 def _plain(x: Any) -> Any:

@@ -85,7 +85,7 @@ def prepare_rows(
         has_one_key = log_sum == 0.0
         tl.store(rows.log_sum + to_row, log_sum, mask=mask_m)
     else:
-        has_one_key = tl.abs(row_sum - 1.0) <= ONE_KEY + ONE_KEY_PER_BIT * tl.abs(lse_bits)
+        has_one_key = tl.abs(row_sum - 1.0) <= tl.abs(lse_bits) * ONE_KEY_PER_BIT + ONE_KEY
         bits = (lse_bits + log_sum).to(tl.int32, bitcast=True)
         lse_bits = tl.where(has_one_key, bits & -2, bits | 1).to(tl.float32, bitcast=True)
     delta = tl.where(has_one_key, 0.0, tl.sum(out * dout, 1))
