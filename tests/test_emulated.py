@@ -165,6 +165,35 @@ def test_a_tile_adds_once_a_diagonal_not_once_a_score():
     assert 0 < lanes <= 512 * 512 / 32
 
 
+SHIFTED = torch.arange(49) // 7 * 13 + torch.arange(49) % 7 + 1000 * (torch.arange(49) // 28)
+GATHERED = {
+    "timestamps": ({"query_positions": torch.arange(70) * 1000, "key_positions": torch.arange(90) * 1000 + 7}, 41),
+    "a shifted window": ({"query_positions": SHIFTED, "key_positions": SHIFTED, "window_size": (200, 200)}, 169),
+}
+
+
+@pytest.mark.parametrize("deterministic", [False, True])
+@pytest.mark.parametrize(("options", "columns"), GATHERED.values(), ids=GATHERED)
+def test_gathered_gradients_add_once_a_pair_inside_the_table_and_once_an_end(options, columns, deterministic):
+    """Pairs that are not attended to, and pairs at or beyond the ends of the table, take no atomic add of their own."""
+    import triton_offline
+
+    query_positions, key_positions = options["query_positions"], options["key_positions"]
+    lengths = (len(query_positions), len(key_positions))
+    case = Case(
+        "counted", lengths, (32, 32), columns=columns, dtype=BF16, options={**options, "deterministic": deterministic}
+    )
+    call = build(case)
+    triton_offline.LAUNCHES.clear()
+    assert_matches_oracle(call, results_of(call, "triton"))
+    ((_, stats),) = [launch for launch in triton_offline.LAUNCHES if launch[0] == "dquery_kernel"]
+    lanes = sum(count for name, count in stats.lanes_by_class.items() if name.startswith(("red", "atom")))
+    offsets = query_positions[:, None] - key_positions[None, :]
+    heads, programs = 2 * 2, 2 * 2 * -(-lengths[0] // 64)
+    assert lanes <= heads * (offsets.abs() < columns // 2).sum() + 2 * programs
+    assert lanes > 0
+
+
 def test_tuning_picks_the_cheapest_configuration_and_changes_no_result(monkeypatch, tmp_path):
     """`TRITON_OFFSET_BIAS_AUTOTUNE=1`: the emulator's clock is instructions; what candidates add to dbias goes."""
     import triton

@@ -56,6 +56,7 @@ CASES = [
         (13, 17),
         options={**{name: x.to(torch.uint8) for name, x in SHARED.items()}, "is_causal": True},
     ),
+    Case("one column for all offsets", (13, 17), columns=1, options=EACH),
     Case("clusters far apart", (13, 17), columns=9, options=CLUSTERS),
     Case("clusters far apart, causal, no table", (13, 17), bias=None, options={**CLUSTERS, "is_causal": True}),
     Case(

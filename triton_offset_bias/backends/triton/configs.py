@@ -43,6 +43,7 @@ class Config:
         return {"num_warps": self.num_warps, "num_stages": self.num_stages, "enable_fp_fusion": True}
 
 
+_MIN_COPIED_QUERIES, _MAX_COPIED_COLUMNS = 1024, 1024
 MAX_DECODE_ROWS = 64  # queries times heads that share a key head
 _MIN_DECODE_KEYS = 512
 _MIN_KEYS_PER_SPLIT, _MAX_SPLITS = 256, 128
@@ -85,6 +86,18 @@ def may_fit(kernel: str, config: Config, target: Target, dtype: torch.dtype, blo
 def gathering() -> str:
     """The way in which the table's gradient is added up where offsets are contiguous: "diagonals" or "elements"."""
     return os.environ.get(GATHERING_VARIABLE, "diagonals")
+
+
+def takes_copies(queries: int, columns: int) -> bool:
+    """Whether the gradient of a table that is gathered is summed in copies, of which each program takes one.
+
+    Thousands of windows may share a small table, as Swin's do. Their programs would add to the same few addresses.
+
+    Args:
+        queries: the number of queries, of all heads and sequences, that share a row of the table.
+        columns: the columns of a row.
+    """
+    return queries >= _MIN_COPIED_QUERIES and columns <= _MAX_COPIED_COLUMNS
 
 
 def is_bias_in_acc(target: Target, dtype: torch.dtype, scale_log2: float) -> bool:

@@ -6,6 +6,7 @@ from torch import Tensor
 from triton_offset_bias import dropout
 from triton_offset_bias.backends.triton import configs
 from triton_offset_bias.backends.triton.call import Call
+from triton_offset_bias.backends.triton.kernels.backward_queries import COPIES
 from triton_offset_bias.backends.triton.kernels.strip import BLOCK, fold_kernel
 from triton_offset_bias.backends.triton.launch import Launch
 from triton_offset_bias.backends.triton.plan import Plan
@@ -25,7 +26,8 @@ class DbiasSum:
 
     Attributes:
         how: DBIAS of `dquery_kernel`.
-        sums: shaped like the strip, zeros once prepared.
+        sums: copies of the strip, (copies, 1 or B, 1 or H, columns), zeros once prepared; see `configs.takes_copies`.
+        copy_stride: from one copy to the next, in elements; 0 if there is one.
         unit: () float32 for "fixed" sums; otherwise None.
         poison: (1 or B, 1 or H), for "fixed" sums only: NaN where scores were NaN, which integers cannot hold; else 0.
     """
@@ -38,14 +40,21 @@ class DbiasSum:
         self.unit: Tensor | None = None
         if call.plan.has_positions:
             self.how = "fixed" if call.problem.deterministic else "elements"
-        self.sums = torch.empty_like(call.strip, dtype=torch.int64 if self.how == "fixed" else torch.float32)
+        dtype = torch.int64 if self.how == "fixed" else torch.float32
+        queries = call.plan.batch * call.plan.num_heads * call.plan.len_q // call.strip[..., 0].numel()
+        if call.plan.has_positions and configs.takes_copies(queries, call.strip.shape[-1]):
+            self.sums = call.strip.new_zeros(COPIES.value, *call.strip.shape, dtype=dtype)
+            self.copy_stride = call.strip.numel()
+        else:
+            self.sums = torch.empty_like(call.strip, dtype=dtype).unsqueeze(0)
+            self.copy_stride = 0
 
     def find_unit(self, row_sum: Tensor, dout: Tensor, dlse: Tensor | None) -> None:
         """Chooses the unit of "fixed" sums; `dout` is 0 in rows that attend to nothing."""
         if self.how != "fixed":
             return
         problem = self._problem
-        self.poison = 0.0 * row_sum.amax(-1).sum_to_size(self.sums.shape[:2])
+        self.poison = 0.0 * row_sum.amax(-1).sum_to_size(self.sums.shape[1:3])
         largest = _largest_row(dout) * _largest_row(problem.value) * dropout.kept_scale(problem.dropout_p)
         largest = 2.1 * largest + (0.0 if dlse is None else dlse.abs().amax())
         bits = torch.floor(61.0 - torch.log2(largest * (dout.numel() // dout.shape[3])))
@@ -53,9 +62,10 @@ class DbiasSum:
 
     def total(self) -> Tensor:
         """The strip's gradient, float32."""
+        sums = self.sums[0] if len(self.sums) == 1 else self.sums.sum(0)
         if self.unit is None:
-            return self.sums
-        return (self.sums.double() / self.unit).float() + self.poison.unsqueeze(-1)
+            return sums
+        return (sums.double() / self.unit).float() + self.poison.unsqueeze(-1)
 
 
 def _largest_row(x: Tensor) -> Tensor:

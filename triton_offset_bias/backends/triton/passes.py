@@ -110,19 +110,21 @@ def _combine_launch(plan: Plan, out: Tensor, splits: int) -> Launch:
 def _launch_dquery(call: Call, dout: Tensor, rows: Rows, dquery: Tensor | None, added: DbiasSum | None) -> None:
     """Launches `dquery_kernel`, which writes dQ and adds to the strip's gradient, each where it is not None."""
     plan = call.plan
-    unit, sums, how = (None, None, "none") if added is None else (added.unit, added.sums, added.how)
+    unit, sums, how, copy_stride = None, None, "none", 0
+    if added is not None:
+        unit, sums, how, copy_stride = added.unit, added.sums, added.how, added.copy_stride
     key = (dquery_kernel, dout.stride(), how, None if dquery is None else dquery.stride())
-    launch = plan.launch(key, lambda: _dquery_launch(plan, dout, dquery, how))
+    launch = plan.launch(key, lambda: _dquery_launch(plan, dout, dquery, how, copy_stride))
     launch(call.is_aligned, call.inputs, dout, rows, unit, dquery, sums)
     if dquery is not None and plan.query_factor != 1.0:
         dquery.mul_(plan.query_factor)
 
 
-def _dquery_launch(plan: Plan, dout: Tensor, dquery: Tensor | None, how: str) -> Launch | TunedLaunch:
+def _dquery_launch(plan: Plan, dout: Tensor, dquery: Tensor | None, how: str, copy_stride: int) -> Launch | TunedLaunch:
     config = configs.dquery_config(plan.target, plan.dtype, plan.block_d)
     numbers = (
         *plan.input_strides, plan.strides(dout), _strides(plan, dquery),
-        *plan.integers, plan.scale, plan.scale_log2, plan.largest_dropped, plan.kept_scale,
+        *plan.integers, plan.scale, plan.scale_log2, plan.largest_dropped, plan.kept_scale, copy_stride,
     )  # fmt: skip
     constants = {"FORM": plan.form, "LOOPS": plan.loops, "HAS_DQ": dquery is not None, "DBIAS": how}
     blocks = (plan.batch * plan.num_heads, plan.len_q, "BLOCK")

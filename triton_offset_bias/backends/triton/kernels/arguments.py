@@ -109,7 +109,7 @@ INTEGERS = [
     *(name for fields in (Sizes, Bounds, SharedStrides) for name in fields._fields if name != "group"),
     *("largest_dropped", "batch", "num_splits", "bias_batch", "bias_heads", "first_distance", "num_distances"),
     *("stride_b", "stride_h", "stride_n", "stride_row", "num_columns", "width", "first", "begin", "end"),
-    *("sums_width", "strip_programs", "rows_cleaned"),
+    *("sums_width", "strip_programs", "rows_cleaned", "copy_stride"),
 ]
 
 

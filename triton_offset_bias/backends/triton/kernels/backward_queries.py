@@ -25,7 +25,6 @@ from triton_offset_bias.backends.triton.kernels.arguments import (
 from triton_offset_bias.backends.triton.kernels.blocks import (
     FAR_LEFT,
     FAR_RIGHT,
-    NEAR,
     REST,
     edges_of,
     far_offset,
@@ -48,9 +47,10 @@ from triton_offset_bias.backends.triton.kernels.scores import (
     shift_in_strip,
     slope_weights,
     strip_of_head,
+    table_columns,
 )
 from triton_offset_bias.backends.triton.kernels.tiles import (
-    add_elements,
+    add_nonzero,
     load_tile,
     product,
     store_tile,
@@ -59,13 +59,45 @@ from triton_offset_bias.backends.triton.kernels.tiles import (
     waited_for,
 )
 
+# Copies of a gathered strip's gradient, so that programs that run side by side add to different addresses.
+COPIES = tl.constexpr(16)
+
+
+@triton.jit
+def add_gathered(low_sum, high_sum, ds, columns, dstrip, bounds, FORM: tl.constexpr, HOW: tl.constexpr):
+    """Adds a tile of dS to the strip's gradient at its `table_columns`, and returns the sums at the ends of the table.
+
+    Offsets up to near_lo see one bias, and so do offsets from near_hi on: low_sum and high_sum, (rows, 1), take their
+    dS. Each dS between them takes one atomic add, unless it is 0, as it is for every pair that is not attended to.
+    HOW: "elements" | "fixed", by which dS become int64 that count steps of 1 / fixed_unit.
+    """
+    if HOW == "fixed":
+        ds = (ds * dstrip.fixed_unit).to(tl.int64)
+    low, high = 0, tl.cast(bounds.near_hi - bounds.near_lo, tl.int32)
+    high = tl.where(high == low, -1, high)  # a single column counts once
+    low_sum += tl.sum(tl.where(columns == low, ds, 0), 1, keep_dims=True)
+    high_sum += tl.sum(tl.where(columns == high, ds, 0), 1, keep_dims=True)
+    between = tl.where((columns == low) | (columns == high), 0, ds)
+    add_nonzero(dstrip.ptr + bounds.near_lo + columns, between, FORM.USE_ASM)
+    return low_sum, high_sum
+
+
+@triton.jit
+def add_to_end(dstrip, end, sums):
+    """Adds all elements of `sums` to the strip's gradient at the offset `end`, by one atomic add."""
+    tl.atomic_add(dstrip.ptr + end, tl.sum(tl.sum(sums, 1), 0), sem="relaxed")
+
 
 @triton.jit
 def sweep_keys(
-    dq, far_sum, queries, keys, scoring, dstrip, begin, end, dropping,
+    dq, low_sum, high_sum, queries, keys, scoring, dstrip, begin, end, dropping,
     FORM: tl.constexpr, DBIAS: tl.constexpr, BLOCK: tl.constexpr, PART: tl.constexpr,
 ):  # fmt: skip
-    """Adds the keys [begin, end) to dQ of a block of queries; near dS go to dstrip by diagonals, far dS to far_sum."""
+    """Adds the keys [begin, end) to dQ of a block of queries, and to the strip's gradient.
+
+    Near dS are added by diagonals, or by offsets. low_sum takes dS at offsets up to near_lo, high_sum from near_hi on:
+    far tiles as they are, gathered ones as sums of rows.
+    """
     IS_NEAR: tl.constexpr = PART != FAR_LEFT and PART != FAR_RIGHT
     EVEN_N: tl.constexpr = PART != REST
     columns = -tl.arange(0, BLOCK).to(tl.int64)
@@ -96,7 +128,10 @@ def sweep_keys(
             dp *= dropout_factors(dropping, queries.start, start_n, m, n, FORM)
         ds = p * (dp * queries.weights[:, None] - queries.stats.delta[:, None])
         if DBIAS != "none" and not IS_NEAR:
-            far_sum += ds
+            if PART == FAR_LEFT:
+                high_sum += ds
+            else:
+                low_sum += ds
         elif DBIAS == "diagonals":
             diagonals = sum_diagonals(previous, ds, BLOCK)
             tl.atomic_add(dstrip.ptr + shift + tl.arange(0, BLOCK), diagonals, sem="relaxed")
@@ -104,16 +139,16 @@ def sweep_keys(
         elif DBIAS != "none":
             offset = queries.rows[:, None] + columns[None, :]
             if FORM.HAS_POSITIONS:
-                offset = tl.minimum(tl.maximum(offset, scoring.bounds.near_lo), scoring.bounds.near_hi)
+                offset = table_columns(offset, scoring.bounds)
+                low_sum, high_sum = add_gathered(low_sum, high_sum, ds, offset, dstrip, scoring.bounds, FORM, DBIAS)
             else:
-                offset += shift
-            add_elements(dstrip.ptr + offset, ds, dstrip.fixed_unit, DBIAS)
+                tl.atomic_add(dstrip.ptr + shift + offset, ds, sem="relaxed")
         dq = waited_for(product(ds.to(k.dtype), k, dq, FORM.PRECISION), FORM.WAIT)
     if DBIAS == "diagonals" and IS_NEAR:
         diagonals = sum_diagonals(previous, tl.zeros([BLOCK, BLOCK], tl.float32), BLOCK)
         shift = shift_in_strip(queries.start - end + BLOCK, scoring.bounds) - BLOCK
         tl.atomic_add(dstrip.ptr + shift + tl.arange(0, BLOCK), diagonals, sem="relaxed")
-    return dq, far_sum
+    return dq, low_sum, high_sum
 
 
 @triton.jit(do_not_specialize=INTEGERS)
@@ -123,21 +158,23 @@ def dquery_kernel(
     num_heads, len_q, len_k, rows_q, rows_k,
     zero, band_lo, band_hi, near_lo, near_hi,
     strip_b, strip_h, query_positions_b, key_positions_b,
-    scale, scale_log2, largest_dropped, kept_scale,
+    scale, scale_log2, largest_dropped, kept_scale, copy_stride,
     FORM: tl.constexpr, LOOPS: tl.constexpr, HAS_DQ: tl.constexpr, DBIAS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):  # fmt: skip
     """dQ of a block of queries of one head, and the block's part of dbias. Tensors are as in `forward_kernel`.
 
-    DBIAS: "none" | "diagonals", BLOCK atomic adds for a near tile | "elements", one for every score | "fixed", one for
-    every score, of int64 that count steps of 1 / fixed_unit: their sum does not depend on the order.
+    DBIAS: "none" | "diagonals", BLOCK atomic adds for a near tile | "elements", one for every near score | "fixed", one
+    for every near score, of int64 that count steps of 1 / fixed_unit: their sum does not depend on the order.
+    copy_stride: from one copy of the gathered strip's gradient to the next, in elements; 0 if there is one.
     """
     BLOCK_D: tl.constexpr = FORM.BLOCK_D
     sizes = Sizes(num_heads, FORM.GROUP, len_q, len_k, rows_q, rows_k)
     bounds = Bounds(zero, band_lo, band_hi, near_lo, near_hi)
     shared_strides = SharedStrides(strip_b, strip_h, query_positions_b, key_positions_b)
     num_blocks = tl.cdiv(sizes.len_q, BLOCK)
-    start_m = (num_blocks - 1 - tl.program_id(0) % num_blocks) * BLOCK
+    block = num_blocks - 1 - tl.program_id(0) % num_blocks
+    start_m = block * BLOCK
     head = head_of(tl.program_id(0) // num_blocks, sizes.num_heads)
     offs_m = start_m + tl.arange(0, BLOCK)
     offs_n = tl.arange(0, BLOCK)
@@ -151,6 +188,8 @@ def dquery_kernel(
     dout_ptr += head.b * dout_strides.b + head.h * dout_strides.h + sequence.first_q * dout_strides.row
     scoring = scoring_of(inputs, head.b, head.h, shared_strides, sequence.bounds, scale_log2, FORM)
     dstrip_ptr = strip_of_head(dstrip_ptr, head.b, head.h, shared_strides, sequence.bounds.zero, DBIAS != "none")
+    if DBIAS != "none" and FORM.HAS_POSITIONS:
+        dstrip_ptr += (head.b + head.h + block) % COPIES * copy_stride
     rows = tl.arange(0, BLOCK).to(tl.int64)
     if FORM.HAS_POSITIONS:
         positions_ptr = inputs.query_positions + head.b * shared_strides.query_positions_b
@@ -170,16 +209,22 @@ def dquery_kernel(
     dropping = Dropping(seed, head.index, largest_dropped, kept_scale)
     dstrip = StripGradient(dstrip_ptr, tl.load(fixed_unit_ptr) if DBIAS == "fixed" else 0.0)
     edges = edges_of(start_m, len_k, sequence.bounds, BLOCK, BLOCK, FORM)
+    # Far tiles have a sum for every element: no exchange between threads.
+    low_sum = tl.zeros([BLOCK, 1 if FORM.HAS_POSITIONS else BLOCK], tl.int64 if DBIAS == "fixed" else tl.float32)
+    high_sum = low_sum
     for part in tl.static_range(4):
         if LOOPS[part]:
-            far_sum = tl.zeros([BLOCK, BLOCK], tl.float32)  # a sum for every element: no exchange between threads
-            dq, far_sum = sweep_keys(
-                dq, far_sum, queries, keys, scoring, dstrip, edges[part], edges[part + 1], dropping,
+            dq, low_sum, high_sum = sweep_keys(
+                dq, low_sum, high_sum, queries, keys, scoring, dstrip, edges[part], edges[part + 1], dropping,
                 FORM, DBIAS, BLOCK, part,
             )  # fmt: skip
-            if DBIAS != "none" and (part != NEAR and part != REST):
-                far_ptr = dstrip.ptr + far_offset(sequence.bounds, part)
-                tl.atomic_add(far_ptr, tl.sum(tl.sum(far_sum, 1), 0), sem="relaxed")
+            if DBIAS != "none" and part == FAR_LEFT:
+                add_to_end(dstrip, sequence.bounds.near_hi, high_sum)
+            if DBIAS != "none" and part == FAR_RIGHT:
+                add_to_end(dstrip, sequence.bounds.near_lo, low_sum)
+    if DBIAS != "none" and FORM.HAS_POSITIONS:
+        add_to_end(dstrip, sequence.bounds.near_lo, low_sum)
+        add_to_end(dstrip, sequence.bounds.near_hi, high_sum)
 
     if HAS_DQ:
         dq_ptr += head.b * dq_strides.b + head.h * dq_strides.h + sequence.first_q * dq_strides.row

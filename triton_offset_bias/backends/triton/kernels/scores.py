@@ -62,6 +62,12 @@ def position_rows(positions_ptr, offs, length):
 
 
 @triton.jit
+def table_columns(offsets, bounds):
+    """The columns of the strip of gathered biases that hold `offsets`, int64, as int32 counted from near_lo."""
+    return (tl.minimum(tl.maximum(offsets, bounds.near_lo), bounds.near_hi) - bounds.near_lo).to(tl.int32)
+
+
+@triton.jit
 def bias_tile(ptrs, USE_ASM: tl.constexpr):
     """The values at the pointers, element by element in the layout of the scores.
 
