@@ -44,6 +44,33 @@ def test_only_what_is_asked_for_is_launched(monkeypatch, needed, options, expect
     assert launched == expected
 
 
+def test_a_remembered_plan_serves_its_layout_alone():
+    """Calls of equal shapes follow one another, with strides, options and dtypes that come back."""
+    shape, table = (1, 2, 40, 16), torch.randn(2, 9)
+    plain = torch.randn(3, *shape)
+    transposed = plain.transpose(2, 3).contiguous().transpose(2, 3)
+    for q, k, v in (plain, transposed, plain, plain.half(), transposed):
+        for is_causal in (False, True, False):
+            options = {"is_causal": is_causal, "scale": -0.5 if is_causal else None}
+            got, expected = (
+                offset_bias_attention(q, k, v, table, **options, backend=name) for name in ("triton", "reference")
+            )
+            torch.testing.assert_close(got, expected, rtol=2e-3, atol=2e-3)
+
+
+@pytest.mark.usefixtures("poisoned_memory")
+def test_sums_of_the_tables_gradient_begin_at_zero_in_each_call():
+    """Memory holds NaN before, and the same layout comes twice."""
+    call = build(Case("sums", (40, 40), columns=9, dtype=torch.float16))
+    for _ in range(2):
+        (dbias,) = torch.autograd.grad(
+            offset_bias_attention(call.q, call.k, call.v, call.bias, deterministic=False, backend="triton"),
+            call.bias,
+            call.dout,
+        )
+        assert dbias.isfinite().all()
+
+
 def test_without_gradients_nothing_is_kept_for_a_backward_pass():
     """Inference has no graph."""
     call = build(Case("inference", (40, 40)))

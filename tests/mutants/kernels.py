@@ -166,6 +166,11 @@ KERNELS = mutants_in("triton_offset_bias/backends/triton", {
          "mask=offs_n < len_k, other=0) != 0",
          "mask=offs_n < len_k, other=0) >= 0"),
     ],
+    "plan.py": [
+        ("tensors of other strides get a plan that is not theirs", "test_triton_launches.py", "remembered_plan",
+         "(x.shape, x.stride(), x.dtype)",
+         "(x.shape, x.dtype)"),
+    ],
     "preparing.py": [
         ("the log-sum-exp does not get a head's constant back", "test_hostile.py", "triton and constant and alone",
          "lse += constants",
@@ -201,6 +206,9 @@ KERNELS = mutants_in("triton_offset_bias/backends/triton", {
         ("beyond the table lies its end, not zero", "test_triton_strip.py", "nothing and beyond",
          "tl.where(is_inside & (source != within), 0.0, x)",
          "x"),
+        ("sums of the table's gradient begin with what memory holds", "test_triton_launches.py", "begin_at_zero",
+         "mask=column < sums_width",
+         "mask=column < 0"),
         ("numbers that are finite become infinite", "test_triton_strip.py", "finite",
          "tl.where((x > limit) & (x <= LARGEST), limit, x)",
          "tl.where(x != x, limit, x)"),

@@ -101,6 +101,16 @@ PACKAGE = mutants_in("triton_offset_bias", {
          "dkey: Tensor | None,\n    dvalue: Tensor | None,",
          "dvalue: Tensor | None,\n    dkey: Tensor | None,"),
     ],
+    "backends/triton/launch.py": [
+        ("a kernel for aligned tensors is launched with others", "test_triton_recompiles.py", "alignment",
+         "self._compiled is not None and is_aligned",
+         "self._compiled is not None"),
+    ],
+    "backends/triton/kernels/arguments.py": [
+        ("a kernel is compiled anew for multiples of 16", "test_triton_recompiles.py", "random_lengths and clamped",
+         "for fields in (Sizes, Bounds, SharedStrides)",
+         "for fields in (Sizes, SharedStrides)"),
+    ],
     "backends/reference.py": [
         ("a query head reads another key head", "test_attention.py", "grouped and reference",
          "key = problem.key.to(compute).repeat_interleave(groups, dim=1)",
