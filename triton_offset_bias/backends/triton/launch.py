@@ -100,7 +100,7 @@ def blocked_launch(
         return TunedLaunch(kernel, blocks, others, numbers, constants, added_to)
     sizes = {name: config.sizes[name] for name in configs.BLOCKS if name in kernel.arg_names}
     names = [name for name in kernel.arg_names if not name.isupper()][-len(numbers) :]
-    loops = _loops({**dict(zip(names, numbers, strict=True)), **constants, **sizes}, others)
+    loops = with_rest({**dict(zip(names, numbers, strict=True)), **constants, **sizes}, others)
     programs = heads * -(-rows // sizes[axis])
     return Launch(kernel, programs, numbers, {**constants, "LOOPS": loops, **sizes, **config.options})
 
@@ -128,12 +128,16 @@ class TunedLaunch:
         self._tuner[self._grid](*pointers, *self._numbers, **self._constants, enable_fp_fusion=True)
 
 
-def _loops(arguments: dict[str, Any], others: str) -> Loops:
-    """The loops, with REST where tiles may leave a rest, as in sequences whose lengths the host does not know."""
+def with_rest(arguments: dict[str, Any], others: str) -> Loops:
+    """The loops, with REST where tiles may leave a rest, as in sequences whose lengths the host does not know.
+
+    The lengths of both sides count, but for decoding: without a rest, kernels take both for multiples of 16.
+    """
     block = arguments["BLOCK"] if "BLOCK" in arguments else arguments[{"len_q": "BLOCK_M", "len_k": "BLOCK_N"}[others]]
     form = arguments["FORM"]
     is_unknown = form.IS_PACKED.value or (form.HAS_LENGTHS.value and others == "len_k")
-    has_rest = is_unknown or arguments[others] % block != 0
+    is_odd = "num_splits" not in arguments and (arguments["len_q"] % 16 != 0 or arguments["len_k"] % 16 != 0)
+    has_rest = is_unknown or is_odd or arguments[others] % block != 0
     return arguments["LOOPS"]._replace(REST=tl.constexpr(has_rest))
 
 
@@ -152,7 +156,7 @@ def _tuned(kernel: Any, others: str, added_to: str | None) -> Any:
         for config in configs.CANDIDATES[_name(kernel)]
     ]
     key = [constant for constant in kernel.arg_names if constant.isupper() and constant not in configs.BLOCKS]
-    rules = {"LOOPS": functools.partial(_loops, others=others)}
+    rules = {"LOOPS": functools.partial(with_rest, others=others)}
     hook = None if added_to is None else functools.partial(_forget, added_to)
     prune = {"early_config_prune": functools.partial(_with_room, _name(kernel))}
     tune = triton.autotune(candidates, key, prune_configs_by=prune, pre_hook=hook, cache_results=True)

@@ -12,7 +12,7 @@ from triton_offset_bias.backends.triton.kernels.backward_keys import dkey_dvalue
 from triton_offset_bias.backends.triton.kernels.backward_queries import dquery_kernel
 from triton_offset_bias.backends.triton.kernels.decode import combine_kernel, decode_kernel
 from triton_offset_bias.backends.triton.kernels.forward import forward_kernel
-from triton_offset_bias.backends.triton.launch import Launch, TunedLaunch, blocked_launch
+from triton_offset_bias.backends.triton.launch import Launch, TunedLaunch, blocked_launch, with_rest
 from triton_offset_bias.backends.triton.plan import Plan, padded
 from triton_offset_bias.backends.triton.preparing import add_constants, prepare_backward, prepare_forward
 from triton_offset_bias.backends.triton.strip import counted_reach
@@ -173,7 +173,9 @@ def _launch_dbias(call: Call, dout: Tensor, rows: Rows) -> Tensor:
             *plan.integers, plan.scale_log2, plan.largest_dropped, plan.kept_scale,
             plan.batch, bias_batch, bias_heads, first_distance, distances,
         )  # fmt: skip
-        constants = {"FORM": plan.form, "BLOCK": block, **config.options}
+        known = {"FORM": plan.form, "LOOPS": plan.loops, "BLOCK": block, "len_q": plan.len_q, "len_k": plan.len_k}
+        loops = with_rest(known, "len_k")
+        constants = {"FORM": plan.form, "LOOPS": loops, "BLOCK": block, **config.options}
         return Launch(dbias_kernel, bias_batch * bias_heads * distances, numbers, constants)
 
     launch = plan.launch((dbias_kernel, dout.stride()), make)

@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 
 from triton_offset_bias.backends.triton.kernels.arguments import INTEGERS, Bounds, Dropping, SharedStrides, Sizes
-from triton_offset_bias.backends.triton.kernels.blocks import first_position, sequence_keys, sequence_rows
+from triton_offset_bias.backends.triton.kernels.blocks import first_position, full_length, sequence_keys, sequence_rows
 from triton_offset_bias.backends.triton.kernels.scores import (
     dropout_factors,
     kept_keys,
@@ -34,7 +34,7 @@ def dbias_kernel(
     strip_b, strip_h, query_positions_b, key_positions_b,
     scale_log2, largest_dropped, kept_scale,
     batch, bias_batch, bias_heads, first_distance, num_distances,
-    FORM: tl.constexpr, BLOCK: tl.constexpr,
+    FORM: tl.constexpr, LOOPS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """One diagonal of tiles of one row of the table: the sums along its diagonals, in a fixed order.
 
@@ -43,7 +43,10 @@ def dbias_kernel(
     diagonal in all of them.
     parts, (bias_batch, bias_heads, num_distances, 2, BLOCK): first the sums of the BLOCK offsets before the diagonal's,
     then the sums of the BLOCK offsets from the diagonal's on.
+    Of LOOPS only REST counts: without it lengths are multiples of 16.
     """
+    if not LOOPS.REST:
+        len_q, len_k = full_length(len_q), full_length(len_k)
     sizes = Sizes(num_heads, FORM.GROUP, len_q, len_k, rows_q, rows_k)
     bounds = Bounds(zero, band_lo, band_hi, near_lo, near_hi)
     shared_strides = SharedStrides(strip_b, strip_h, query_positions_b, key_positions_b)

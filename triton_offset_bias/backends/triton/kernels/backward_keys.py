@@ -22,6 +22,7 @@ from triton_offset_bias.backends.triton.kernels.blocks import (
     REST,
     edges_of,
     far_offset,
+    full_length,
     head_of,
     mirrored,
     sequence_of,
@@ -99,6 +100,8 @@ def dkey_dvalue_kernel(
     """dK and dV of a block of keys of one key head, from every query head that shares it."""
     BLOCK_D: tl.constexpr = FORM.BLOCK_D
     BLOCK_DV: tl.constexpr = FORM.BLOCK_DV
+    if not LOOPS.REST:
+        len_q, len_k = full_length(len_q), full_length(len_k)
     sizes = Sizes(num_heads, FORM.GROUP, len_q, len_k, rows_q, rows_k)
     bounds = Bounds(zero, band_lo, band_hi, near_lo, near_hi)
     shared_strides = SharedStrides(strip_b, strip_h, query_positions_b, key_positions_b)

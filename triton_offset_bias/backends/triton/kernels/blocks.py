@@ -41,6 +41,12 @@ def far_offset(bounds, PART: tl.constexpr):
 
 
 @triton.jit
+def full_length(length):
+    """A multiple of 16, computed so that the compiler sees it: neighbouring rows then share a mask."""
+    return length // 16 * 16
+
+
+@triton.jit
 def head_of(index, num_heads):
     """The sequence and the head with the number b * num_heads + h."""
     return Head(index, (index // num_heads).to(tl.int64), (index % num_heads).to(tl.int64))
