@@ -143,6 +143,7 @@ DETERMINISTIC = [
 LAYOUTS = [
     Case("transposed views", (40, 50), heads=(6, 2), layout="transposed BLHD"),
     Case("slices of a packed qkv", (40, 40), layout="slice of a packed qkv"),
+    Case("slices of a packed qkv, negative scale", (40, 40), layout="slice of a packed qkv", options={"scale": -0.3}),
     Case("head dim not innermost", layout="last stride not 1", dims=(12, 20)),
     Case("gaps between elements", layout="every other element", dtype=torch.bfloat16),
     Case("one head's memory for all", heads=(4, 4), layout="heads of stride 0"),

@@ -30,7 +30,7 @@ class Call:
                 self.constants = self.strip.new_empty(*plan.strip.shape[:2], 1)
         mask = problem.key_padding_mask
         self.inputs = Inputs(
-            problem.query if plan.query_factor == 1.0 else problem.query * plan.query_factor,
+            problem.query if plan.query_factor == 1.0 else (problem.query * plan.query_factor).contiguous(),
             problem.key,
             problem.value,
             self.strip,

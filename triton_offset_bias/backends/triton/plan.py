@@ -54,7 +54,9 @@ class Plan:
         positions = (_batch_stride(problem.query_positions), _batch_stride(problem.key_positions))
         sizes = (self.num_heads, self.len_q, self.len_k, query.shape[2], key.shape[2])
         self.integers = (*sizes, *self.strip.bounds, *self.strip.shared_strides, *positions)
-        self.input_strides = tuple(map(self.strides, (query, key, problem.value)))
+        # The product of queries and a factor is contiguous, whatever the queries are.
+        scaled = query if self.query_factor == 1.0 else torch.empty(query.shape, device="meta")
+        self.input_strides = tuple(map(self.strides, (scaled, key, problem.value)))
         self._launches: dict[Hashable, Launch | TunedLaunch] = {}
 
     def launch(self, key: Hashable, make: Callable[[], Launch | TunedLaunch]) -> Launch | TunedLaunch:
