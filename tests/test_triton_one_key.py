@@ -23,9 +23,10 @@ NONE, ALONE = (-1, -1), (0, 0)
 # The emulator compiles for minutes; kernels treat both 16-bit dtypes alike.
 DTYPES = [torch.float32, torch.bfloat16, *([] if "PTXEMU" in os.environ else [torch.float16])]
 # Far tiles multiply and add in other places than near ones: a table of one column, or none, has far tiles alone.
+# Scores are small, because the interpreter's products (NumPy's) round by the shapes of tiles, which differ by pass.
 CASES = [
     Case("one query and one key", (1, 1), (16, 16), heads=(2, 1)),
-    Case("a window of one key", (70, 70), (32, 32), batch=1, options={"window_size": ALONE, "scale": -0.7}),
+    Case("a window of one key", (70, 70), (32, 32), batch=1, options={"window_size": ALONE, "scale": -0.2}),
     Case("a window of one key, in order", (40, 40), (32, 32), options={"window_size": ALONE, "deterministic": True}),
     Case("one key for all queries", (70, 1), (32, 32), columns=1, options={"scale": 0.4}),
     Case("one key for all queries, no bias", (70, 1), (32, 32), bias=None, options={"scale": 0.4}),
@@ -145,7 +146,7 @@ def _gradients_of_part(call, bias_origin: int, keys: slice) -> tuple[torch.Tenso
     q, k, v, bias = (x.detach() for x in (call.q, call.k, call.v, call.bias))
 
     def problem(first: int, end: int) -> tuple:
-        tensors = (q, k[:, :, first:end], v[:, :, first:end], bias, *[None] * 6)
+        tensors = (q, k[:, :, first:end], v[:, :, first:end], bias, *[None] * 7)
         numbers = (0.25, 0.0, -first, -(2**30), 2**30, bias_origin, "clamp", False, q.shape[2], end - first)
         return (*tensors, *numbers, "triton")
 
