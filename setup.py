@@ -26,6 +26,7 @@ if platform.machine().lower() in ("x86_64", "amd64"):
     avx512 = [f"-mavx512{subset}" for subset in ("f", "bw", "dq", "vl")]
     BUILDS["avx512"] = ["-DTOB_VECTOR_BYTES=64", "-mavx2", "-mfma", "-mf16c", *avx512, "-mprefer-vector-width=512"]
     BUILDS["avx512_bf16"] = [*BUILDS["avx512"], "-mavx512bf16"]
+    BUILDS["amx"] = [*BUILDS["avx512_bf16"], "-mamx-tile", "-mamx-bf16"]
 HEADERS = sorted(glob.glob("csrc_ref/*.h", root_dir=Path(__file__).parent))
 
 # optional: without a compiler the package still installs. `python -m triton_offset_bias.info` says what is missing.

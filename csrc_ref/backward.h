@@ -8,19 +8,21 @@
 #pragma once
 
 #include "dbias.h"
-#include "dscores.h"
+#include "products.h"
 #include "tiles.h"
 
 namespace tob {
 
-template <class Real, class Operand> class Backward {
+template <class Products> class Backward {
+  using Real = typename Products::Real;
+  using Operand = typename Products::Operand;
   using Lanes = Simd<Real>;
   using Vec = typename Lanes::Vec;
   static constexpr int kPanelWidth = kPanel<Real>, W = Lanes::kLanes, kPerCell = kOperandsPerCell<Real, Operand>,
                        kChunk = kChunkCells<Real, Operand>;
-  static constexpr int kQueries = 96, kMaxKeys = 96;  // of a tile
-  static constexpr int kRows = 12;                    // rows in a step
-  using TilePair = Tiles<Real, Operand, kQueries, kMaxKeys>;
+  static constexpr int kQueries = Products::kBackwardQueries, kMaxKeys = Products::kBackwardKeys;  // of a tile
+  static constexpr int kRows = Products::kRows;
+  using TilePair = Tiles<Real, Operand, kQueries, kMaxKeys, Products::kKeptRows>;
   static constexpr int64_t kTileStride = TilePair::kStride;
 
  public:
@@ -42,7 +44,7 @@ template <class Real, class Operand> class Backward {
     const Scratch<Block> blocks(p.num_threads);
     const int64_t row_blocks = group * query_tiles;
     OrderedSteps block_order(heads * key_blocks), head_order(heads);
-    run_stages(
+    run_stages<typename Products::Session>(
         heads, schedule, p.num_threads,
         {{row_blocks,
           [&](int64_t head, int64_t task, int) { prepare(head_of(head, task % group), int(task / group) * kQueries); }},
@@ -63,10 +65,10 @@ template <class Real, class Operand> class Backward {
  private:
   // A task's working set.
   struct Block {
-    Real key_columns[kMaxKeys * (kMaxDim + kPanelWidth)],
-        value_columns[kMaxKeys * (kMaxDim + kPanelWidth)];  // right factors, transposed
-    Real key_factor[kMaxKeys * (kMaxDim + kPanelWidth)];    // a right factor
-    Real dkey[kMaxKeys * (kMaxDim + kPanelWidth)],
+    alignas(64) Real key_columns[kMaxKeys * (kMaxDim + kPanelWidth)],
+        value_columns[kMaxKeys * (kMaxDim + kPanelWidth)];            // right factors, transposed
+    alignas(64) Real key_factor[kMaxKeys * (kMaxDim + kPanelWidth)];  // a right factor
+    alignas(64) Real dkey[kMaxKeys * (kMaxDim + kPanelWidth)],
         dvalue[kMaxKeys * (kMaxDim + kPanelWidth)];  // row-major, to be scaled
     TilePair tiles;
     KeptWeights<kQueries, kMaxKeys> kept;
@@ -105,6 +107,7 @@ template <class Real, class Operand> class Backward {
   void prepare(const Head &head, int first) {
     const tob_sequence &s = p.sequences[head.b];
     if (dbias_sums.needed() && first == 0) dbias_sums.begin_head(head.slot);
+    if (first == 0) bias_tiles.make(head.slot, head.b, head.h);
     if (first >= s.len_q) return;
     const int64_t base = head.slot * rows_padded + first, source = first_row(head) + first;
     const int rows = std::min(kQueries, rows_padded - first), count = std::min(rows, int(s.len_q) - first);
@@ -115,7 +118,7 @@ template <class Real, class Operand> class Backward {
     dout_factors.pack(head.slot, g, first, count, rows, Real(1));
     if (dquery.data) std::fill_n(dquery_acc.get() + base * chunks * kPanelWidth, rows * chunks * kPanelWidth, Real(0));
     Real *const deltas = delta.get() + base;
-    dot_rows<Operand>(o, g, first, count, deltas);
+    Products::dots(o, g, dout_factors, head.slot, first, count, deltas);
     for (int r = 0; r < rows; ++r) {
       const Real sum = r < count ? row_sum[source + r] : Real(0);
       const bool empty = sum == 0;
@@ -141,9 +144,10 @@ template <class Real, class Operand> class Backward {
       pack_right_transposed<Operand>(v, c.first + j, std::min(kPanelWidth, c.count - j),
                                      t.value_columns + j * chunks_v * kChunk);
     }
-    pack_right<Operand>(k, c.first, c.count, task_keys, t.key_factor, int64_t(task_keys) / kPerCell * kPanelWidth);
+    pack_right<Operand>(k, c.first, c.count, round_up(c.count, kPanelWidth), t.key_factor,
+                        int64_t(task_keys) / kPerCell * kPanelWidth);
     t.tiles.clear_margins(round_up(c.count, kPanelWidth));
-    const int padded_keys = round_up(c.count, kTileRows);
+    const int padded_keys = round_up(c.count, Products::kTile);
     std::fill_n(t.dkey, padded_keys * chunks * kPanelWidth, Real(0));
     std::fill_n(t.dvalue, padded_keys * chunks_v * kPanelWidth, Real(0));
 
@@ -152,11 +156,11 @@ template <class Real, class Operand> class Backward {
     for (int64_t g = 0; g < group; ++g) sweep(c, head_of(c.head, g), g, used, attending);
 
     if (dkey.data)
-      write_rows(matrix_of(dkey, p.dtype, int(p.dim), b, h, first_key), c.first, c.count, scale.dkey, t.dkey,
-                 chunks * kPanelWidth);
+      Products::write_gradient(matrix_of(dkey, p.dtype, int(p.dim), b, h, first_key), c.first, c.count, scale.dkey,
+                               t.dkey, padded_keys, chunks);
     if (dvalue.data)
-      write_rows(matrix_of(dvalue, p.dtype, int(p.dim_v), b, h, first_key), c.first, c.count, kept_scale, t.dvalue,
-                 chunks_v * kPanelWidth);
+      Products::write_gradient(matrix_of(dvalue, p.dtype, int(p.dim_v), b, h, first_key), c.first, c.count, kept_scale,
+                               t.dvalue, padded_keys, chunks_v);
   }
 
   // The queries of one query head. Each tile is a step of OrderedSteps, and adding to the head's dbias is one more.
@@ -165,12 +169,10 @@ template <class Real, class Operand> class Backward {
     const int64_t len_q = p.sequences[head.b].len_q;
     if (dbias) dbias_sums.begin_task(c.thread);
     for (int first = round_down(attending.begin, kQueries); first < attending.end; first += kQueries) {
-      const int rows = round_up(std::min(kQueries, int(len_q) - first), kTileRows);
+      const int rows = round_up(std::min(kQueries, int(len_q) - first), Products::kTile);
       const int64_t step = g * (query_tiles + 1) + first / kQueries;
       fill_tiles(c, head, first, rows, used);
-      if (dbias)
-        dbias_sums.add_tile(c.thread, c.block.tiles.dscores(0), kTileStride, first, c.first, rows,
-                            round_up(c.count, kPanelWidth), gathered.from(head.b, head.h, first, c.first));
+      if constexpr (Products::kKeptRows == kQueries) add_dbias(c, head, first, 0, rows);
       if (!is_first) c.order.wait(c.task - 1, step);
       accumulate(c, head, first, rows);
       c.order.finish(c.task, step);
@@ -189,9 +191,17 @@ template <class Real, class Operand> class Backward {
     if (p.has_dropout) t.kept.fill(p, head.b, head.h, first, c.first, rows, c.count);
     for (int row = 0; row < rows; row += kRows) {
       fill_rows(c, head, first, row, std::min(kRows, rows - row), used);
+      if constexpr (Products::kKeptRows == kRows) add_dbias(c, head, first, row, kRows);
       t.tiles.pack(row, std::min(kRows, rows - row), round_up(c.count, kPanelWidth), dvalue.data, dkey.data,
                    dquery.data);
     }
+  }
+
+  // Adds rows [row, row + rows) of the tile to the task's share of dbias.
+  void add_dbias(Column &c, const Head &head, int first, int row, int rows) {
+    if (!dbias) return;
+    dbias_sums.add_tile(c.thread, c.block.tiles.dscores(row), kTileStride, first + row, c.first, rows,
+                        round_up(c.count, kPanelWidth), gathered.from(head.b, head.h, first + row, c.first));
   }
 
   // Rows [row, row + rows) of the tile.
@@ -208,31 +218,36 @@ template <class Real, class Operand> class Backward {
     clear_outside(dscores, kTileStride, rows, columns, width);
     if (columns.empty()) return;
     const int64_t base = head.slot * rows_padded + query;
-    const bool inside = band.covers(query, query + rows, c.first + columns.begin, c.first + columns.end);
+    const bool biased = p.bias || !band.covers(query, query + rows, c.first + columns.begin, c.first + columns.end);
     const GatheredTile<Real> gathered_tile = gathered.from(head.b, head.h, query, c.first);
     const ScoreTerms<Real> terms{
-        Real(p.scale * kLog2E), p.bias || !inside ? strips.at(head.b, head.h, c.first - query) : nullptr,
-        gathered.present() ? &gathered_tile : nullptr, mask.present() ? mask.at(head.b) + c.first : nullptr};
-    score_block<Operand>(query_factors.left(head.slot, query), query_factors.panel_stride, t.key_columns, chunks, probs,
-                         kTileStride, terms, rows, columns, c.count);
+        scale.products, biased && !bias_tiles.present() ? strips.at(head.b, head.h, c.first - query) : nullptr,
+        gathered.present() ? &gathered_tile : nullptr, mask.present() ? mask.at(head.b) + c.first : nullptr,
+        biased ? bias_tiles.at(head.slot, query, c.first) : nullptr};
+    Products::scores(query_factors.left(head.slot, query), query_factors.panel_stride, t.key_columns, chunks, probs,
+                     kTileStride, terms, rows, columns, c.count);
+    const auto prob = [&](const Real *x, Vec maximum, Vec factor) {
+      return factor * Lanes::exp2(Products::scaled(Lanes::load(x), scale.scores) - maximum);
+    };
     for (int r = 0; r < rows; ++r) {
       const Vec maximum = Lanes::broadcast(max.get()[base + r]), factor = Lanes::broadcast(inverse_sum.get()[base + r]);
       for (int j = columns.begin; j < columns.end; j += kPanelWidth) {
         Real *x = probs + r * kTileStride + j;
-        Lanes::store(x, factor * Lanes::exp2(Lanes::load(x) - maximum));
-        Lanes::store(x + W, factor * Lanes::exp2(Lanes::load(x + W) - maximum));
+        Lanes::store(x, prob(x, maximum, factor));
+        Lanes::store(x + W, prob(x + W, maximum, factor));
       }
     }
     const auto kept = [&](int r, int column) { return t.kept.at(query + r, c.first + column); };
-    const auto dscore = [&](auto is_dropped, auto has_dlse) {
-      dscore_block<decltype(is_dropped)::value, decltype(has_dlse)::value, Operand>(
-          dout_factors.left(head.slot, query), dout_factors.panel_stride, t.value_columns, chunks_v, delta.get() + base,
-          row_dlse.get() + base, probs, dscores, kTileStride, rows, columns, kept_scale, kept);
+    const DscoreTerms<Real> dterms{delta.get() + base, row_dlse.get() + base, kept_scale};
+    const auto make_dscores = [&](auto is_dropped, auto has_dlse) {
+      Products::template dscores<decltype(is_dropped)::value, decltype(has_dlse)::value>(
+          dout_factors.left(head.slot, query), dout_factors.panel_stride, t.value_columns, chunks_v, dterms, probs,
+          dscores, kTileStride, rows, columns, kept);
     };
-    const auto dscore_with = [&](auto is_dropped) {
-      dlse ? dscore(is_dropped, std::true_type()) : dscore(is_dropped, std::false_type());
+    const auto make_with = [&](auto is_dropped) {
+      dlse ? make_dscores(is_dropped, std::true_type()) : make_dscores(is_dropped, std::false_type());
     };
-    if (needs_dscores()) p.has_dropout ? dscore_with(std::true_type()) : dscore_with(std::false_type());
+    if (needs_dscores()) p.has_dropout ? make_with(std::true_type()) : make_with(std::false_type());
     if (p.has_dropout) drop(probs, kTileStride, rows, columns, kept);
   }
 
@@ -240,27 +255,24 @@ template <class Real, class Operand> class Backward {
   void accumulate(Column &c, const Head &head, int first, int rows) {
     Block &t = c.block;
     const Band &band = bands[size_t(head.b)];
-    const int padded_keys = round_up(c.count, kTileRows);
+    const int padded_keys = round_up(c.count, Products::kTile);
     const auto query_range = [&](int j) {
-      return band.queries_of(c.first + j, c.first + j + kTileRows).clip(first, first + rows).shift(-first);
+      return band.queries_of(c.first + j, c.first + j + Products::kTile).clip(first, first + rows).shift(-first);
     };
     const auto key_range = [&](int r) {
-      return band.keys_of(first + r, first + r + kTileRows).clip(c.first, c.first + c.count).shift(-c.first);
+      return band.keys_of(first + r, first + r + Products::kTile).clip(c.first, c.first + c.count).shift(-c.first);
     };
-    const Real *none = nullptr;
     if (dvalue.data)
-      accumulate_product<false, Operand>(t.tiles.transposed_probs(), 1, kTileStride,
-                                         dout_factors.right(head.slot, first), dout_factors.panel_stride, t.dvalue,
-                                         chunks_v * kPanelWidth, padded_keys, chunks_v, none, query_range);
+      Products::accumulate_columns(t.tiles.transposed_probs(), kTileStride, dout_factors, head.slot, first, t.dvalue,
+                                   padded_keys, chunks_v, query_range);
     if (dkey.data)
-      accumulate_product<false, Operand>(t.tiles.transposed_dscores(), 1, kTileStride,
-                                         query_factors.right(head.slot, first), query_factors.panel_stride, t.dkey,
-                                         chunks * kPanelWidth, padded_keys, chunks, none, query_range);
+      Products::accumulate_columns(t.tiles.transposed_dscores(), kTileStride, query_factors, head.slot, first, t.dkey,
+                                   padded_keys, chunks, query_range);
     if (dquery.data)
-      accumulate_product<false, Operand>(t.tiles.dscores_factor(), kTileStride, 1, t.key_factor,
-                                         int64_t(task_keys) / kPerCell * kPanelWidth,
-                                         dquery_acc.get() + (head.slot * rows_padded + first) * chunks * kPanelWidth,
-                                         chunks * kPanelWidth, rows, chunks, none, key_range);
+      Products::template accumulate<false>(t.tiles.dscores_factor(), kTileStride, t.key_factor,
+                                           int64_t(task_keys) / kPerCell * kPanelWidth,
+                                           dquery_acc.get() + (head.slot * rows_padded + first) * chunks * kPanelWidth,
+                                           chunks * kPanelWidth, rows, chunks, nullptr, key_range);
   }
 
   // Pass 3: writes dQ.
@@ -300,7 +312,6 @@ template <class Real, class Operand> class Backward {
   const BiasStrips<Real> strips{p, table};
   const GatheredBias<Real> gathered{p, table};
   const KeyMask<Real> mask{p};
-  const Scale<Real, Operand> scale{p.scale};
   const Real kept_scale = p.has_dropout ? Real(p.kept_scale) : Real(1);
   const int chunks = round_up(int(p.dim), kPanelWidth) / kPanelWidth,
             chunks_v = round_up(int(p.dim_v), kPanelWidth) / kPanelWidth;  // dims, counted in panels
@@ -312,7 +323,9 @@ template <class Real, class Operand> class Backward {
   const int64_t heads = p.batch * p.heads_kv;                     // key heads
   const Schedule schedule{heads, 3, key_blocks, p.num_threads};
   const int64_t slots = schedule.slots, slots_q = slots * group;  // heads at work
-  const RowFactors<Real, Operand> query_factors{slots_q, rows_padded, int(p.dim)},
+  const typename Products::BiasTiles bias_tiles{p, strips, slots_q};
+  const Scale<Real, Operand> scale{p.scale, bias_tiles.present()};
+  const typename Products::Factors query_factors{slots_q, rows_padded, int(p.dim)},
       dout_factors{slots_q, rows_padded, int(p.dim_v)};
   const Scratch<Real> dquery_acc{dquery.data ? slots_q * rows_padded * chunks * kPanelWidth : 0};
   const Scratch<Real> max{slots_q * rows_padded}, inverse_sum{slots_q * rows_padded}, delta{slots_q * rows_padded};

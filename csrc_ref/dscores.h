@@ -6,19 +6,35 @@
 
 namespace tob {
 
-// dS = P * (Z dO V^T - delta + dlse) for rows [0, rows) and some columns. `a` and `panels` hold dO and V in the form in
-// which score_block takes Q and K. Z is kept_scale or 0, as the bytes of kept(row, column) tell (see KeptWeights); it
-// is 1 without dropout.
+// What turns a tile of dO V^T into dS. Row 0 is the tile's first.
+template <class Real> struct DscoreTerms {
+  const Real *delta, *dlse;
+  Real kept_scale;
+};
+
+// A vector of dS = P * (Z dO V^T - delta + dlse), where x is dO V^T. Z is kept_scale or 0, as the bytes at `kept` tell
+// (see KeptWeights); it is 1 without dropout.
 //
 // A row with one key has dS = P dlse exactly. Without dropout its out is V, so delta equals the product to the last
 // bit. With dropout its out is Z V, rounded, and delta only near the product; so the difference is set to 0 where P
 // is 1.
-template <bool kDropped, bool kDlse, class Operand, class Real, class Kept>
-void dscore_block(const Real *a, int64_t chunk_stride, const Real *panels, int chunks, const Real *delta,
-                  const Real *dlse, const Real *probs, Real *dscores, int64_t stride, int rows, Range columns,
-                  Real kept_scale, Kept kept) {
+template <bool kDropped, bool kDlse, class Real>
+TOB_INLINE typename Simd<Real>::Vec dscore(typename Simd<Real>::Vec x, typename Simd<Real>::Vec prob,
+                                           const DscoreTerms<Real> &terms, int row, const int8_t *kept) {
   using Lanes = Simd<Real>;
-  using Vec = typename Lanes::Vec;
+  if constexpr (kDropped) x = where_kept<Real>(kept, terms.kept_scale * x);
+  x -= Lanes::broadcast(terms.delta[row]);
+  if constexpr (kDropped) x = prob == Lanes::broadcast(1) ? typename Lanes::Vec{} : x;
+  if constexpr (kDlse) x += Lanes::broadcast(terms.dlse[row]);
+  return prob * x;
+}
+
+// dS for rows [0, rows) and some columns. `a` and `panels` hold dO and V in the form in which score_block takes Q and
+// K.
+template <bool kDropped, bool kDlse, class Operand, class Real, class Kept>
+void dscore_block(const Real *a, int64_t chunk_stride, const Real *panels, int chunks, const DscoreTerms<Real> &terms,
+                  const Real *probs, Real *dscores, int64_t stride, int rows, Range columns, Kept kept) {
+  using Lanes = Simd<Real>;
   constexpr int kPanelWidth = kPanel<Real>, W = Lanes::kLanes;
   for (int column = columns.begin; column < columns.end; column += kPanelWidth)
     for (int row = 0; row < rows; row += kTileRows) {
@@ -26,16 +42,11 @@ void dscore_block(const Real *a, int64_t chunk_stride, const Real *panels, int c
 #pragma GCC unroll 12
       for (int r = 0; r < kTileRows; ++r) {
         const int64_t at = (row + r) * stride + column;
-        const Vec d = Lanes::broadcast(delta[row + r]);
-        const Vec prob[2] = {Lanes::load(probs + at), Lanes::load(probs + at + W)};
-        Vec x[2] = {tile.left[r], tile.right[r]};
-        for (int half = 0; half < 2; ++half) {
-          if constexpr (kDropped) x[half] = where_kept<Real>(kept(row + r, column + half * W), kept_scale * x[half]);
-          x[half] -= d;
-          if constexpr (kDropped) x[half] = prob[half] == Lanes::broadcast(1) ? Vec{} : x[half];
-          if constexpr (kDlse) x[half] += Lanes::broadcast(dlse[row + r]);
-          Lanes::store(dscores + at + half * W, prob[half] * x[half]);
-        }
+        const typename Lanes::Vec x[2] = {tile.left[r], tile.right[r]};
+        for (int half = 0; half < 2; ++half)
+          Lanes::store(dscores + at + half * W,
+                       dscore<kDropped, kDlse>(x[half], Lanes::load(probs + at + half * W), terms, row + r,
+                                               kDropped ? kept(row + r, column + half * W) : nullptr));
       }
     }
 }

@@ -5,8 +5,25 @@
 #include "decode.h"
 #include "forward.h"
 #include "layout.h"
+#if TOB_AMX
+#include "amx_products.h"
+#endif
+
+#if defined(__x86_64__)
+#include <cpuid.h>
+#endif
+#if defined(__linux__)
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
 
 namespace {
+
+#if TOB_AMX
+using BFloat16Products = tob::AmxProducts;
+#else
+using BFloat16Products = tob::RegisterProducts<float, tob::BFloat16Operand>;
+#endif
 
 bool is_valid(const tob_problem &p) {
   const bool sizes = p.batch >= 0 && p.heads_q >= 0 && p.heads_kv >= 0 && p.len_q >= 0 && p.len_k >= 0 && p.dim >= 1 &&
@@ -25,26 +42,35 @@ bool is_valid(const tob_problem &p) {
 template <class Run> int guarded(const tob_problem &problem, Run run) {
   if (!is_valid(problem)) return TOB_ERROR_ARGUMENT;
   try {
-    if (problem.dtype == TOB_FLOAT64) run(double(), double());
-    else if (problem.dtype == TOB_BFLOAT16) run(float(), tob::BFloat16Operand());
-    else run(float(), float());
+    if (problem.dtype == TOB_FLOAT64) run(tob::RegisterProducts<double, double>());
+    else if (problem.dtype == TOB_BFLOAT16) run(BFloat16Products());
+    else run(tob::RegisterProducts<float, float>());
     return 0;
   } catch (const std::bad_alloc &) {
     return TOB_ERROR_MEMORY;
   }
 }
 
+#if defined(__x86_64__)
+// Whether the processor multiplies bfloat16 numbers in tiles. Not every compiler knows these features by name.
+[[maybe_unused]] bool has_amx() {
+  constexpr unsigned kBFloat16 = 1u << 22, kTiles = 1u << 24;
+  unsigned eax, ebx, ecx, edx;
+  return __get_cpuid_count(7, 0, &eax, &ebx, &ecx, &edx) && (edx & kBFloat16) && (edx & kTiles);
+}
+#endif
+
 }  // namespace
 
 extern "C" {
 
 int tob_forward(const tob_problem *problem, const tob_tensor *out, void *lse, const tob_row_stats *stats) {
-  return guarded(*problem, [&](auto real, auto operand) {
-    using Real = decltype(real);
-    const tob::Outputs<Real> outputs(*problem, *out, lse, *stats);
-    using Decode = tob::Decode<Real, decltype(operand)>;
+  return guarded(*problem, [&](auto products) {
+    using Products = decltype(products);
+    const tob::Outputs<typename Products::Real> outputs(*problem, *out, lse, *stats);
+    using Decode = tob::Decode<typename Products::Real, typename Products::Operand>;
     if (Decode::serves(*problem)) Decode(*problem, outputs).run();
-    else tob::Forward<Real, decltype(operand)>(*problem, outputs).run();
+    else tob::Forward<Products>(*problem, outputs).run();
   });
 }
 
@@ -52,9 +78,8 @@ int tob_backward(const tob_problem *problem, const tob_tensor *out, const tob_ro
                  const void *dlse, const tob_tensor *dquery, const tob_tensor *dkey, const tob_tensor *dvalue,
                  void *dbias) {
   if (problem->len_q < 1 || problem->len_k < 1) return TOB_ERROR_ARGUMENT;
-  return guarded(*problem, [&](auto real, auto operand) {
-    using Backward = tob::Backward<decltype(real), decltype(operand)>;
-    Backward(*problem, *out, *stats, *dout, dlse, *dquery, *dkey, *dvalue, dbias).run();
+  return guarded(*problem, [&](auto products) {
+    tob::Backward<decltype(products)>(*problem, *out, *stats, *dout, dlse, *dquery, *dkey, *dvalue, dbias).run();
   });
 }
 
@@ -63,12 +88,21 @@ const char *tob_widest_build(void) {
   const bool has_avx512 = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                           __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
 #if defined(__clang__) || __GNUC__ >= 11  // older ones do not know the name
-  if (has_avx512 && __builtin_cpu_supports("avx512bf16")) return "avx512_bf16";
+  if (has_avx512 && __builtin_cpu_supports("avx512bf16")) return has_amx() ? "amx" : "avx512_bf16";
 #endif
   if (has_avx512) return "avx512";
   if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c")) return "avx2";
 #endif
   return "portable";
+}
+
+int tob_request_tiles(void) {
+#if defined(__x86_64__) && defined(__linux__)
+  constexpr long kRequestPermission = 0x1023, kTileData = 18;  // ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA
+  return syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
+#else
+  return 0;
+#endif
 }
 
 int tob_is_intel(void) {
@@ -80,7 +114,11 @@ int tob_is_intel(void) {
 }
 
 const char *tob_build_description(void) {
-#if TOB_BFLOAT16_PRODUCTS
+#if defined(__AMX_BF16__)
+#define TOB_PRODUCTS ", bfloat16 products in AMX tiles"
+#elif TOB_AMX
+#define TOB_PRODUCTS ", bfloat16 products in emulated AMX tiles"
+#elif TOB_BFLOAT16_PRODUCTS
 #define TOB_PRODUCTS ", bfloat16 products"
 #else
 #define TOB_PRODUCTS ""

@@ -9,8 +9,8 @@
  * len_q x len_k is ever stored.
  *
  * Arithmetic is in the "real" type: double where dtype is TOB_FLOAT64, float otherwise. For TOB_BFLOAT16 problems the
- * build for AVX512_BF16 multiplies bfloat16 numbers and adds the products up in float: it rounds softmax(S) and the
- * gradient of S to bfloat16 before it multiplies them.
+ * builds for AVX512_BF16 and AMX multiply bfloat16 numbers and add the products up in float: they round softmax(S) and
+ * the gradient of S to bfloat16 before they multiply them.
  * All strides count elements. The caller owns every buffer. The engine allocates scratch memory of O(len_q + len_k) for
  * each head, and frees it before it returns. Calls are re-entrant. Results are bitwise equal for any num_threads. The
  * floating-point environment is restored. tob_forward and tob_backward return 0, or a TOB_ERROR; after an error the
@@ -99,9 +99,13 @@ TOB_API int tob_backward(const tob_problem *problem, const tob_tensor *out, cons
                          const tob_tensor *dout, const void *dlse, const tob_tensor *dquery, const tob_tensor *dkey,
                          const tob_tensor *dvalue, void *dbias);
 
-/* The widest build of this engine that the processor can run: "avx512_bf16", "avx512", "avx2" or "portable". The
+/* The widest build of this engine that the processor can run: "amx", "avx512_bf16", "avx512", "avx2" or "portable". The
    processor can also run every build that stands later in this list. */
 TOB_API const char *tob_widest_build(void);
+
+/* Asks the operating system for the processor's tiles: 1 if it grants them, 0 if it refuses. Without them the build
+   "amx" must not be called, even where it is the widest. The permission is the process's, until it ends. */
+TOB_API int tob_request_tiles(void);
 
 /* Whether Intel made the processor. Intel's processors multiply bfloat16 numbers more slowly than floats. */
 TOB_API int tob_is_intel(void);

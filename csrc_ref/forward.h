@@ -2,21 +2,20 @@
 // algorithm 1).
 #pragma once
 
-#include "dropout.h"
 #include "outputs.h"
-#include "scores.h"
+#include "products.h"
 
 namespace tob {
 
-template <class Real, class Operand> class Forward {
+template <class Products> class Forward {
+  using Real = typename Products::Real;
+  using Operand = typename Products::Operand;
   using Lanes = Simd<Real>;
   using Vec = typename Lanes::Vec;
   static constexpr int kPanelWidth = kPanel<Real>, W = Lanes::kLanes, kPerCell = kOperandsPerCell<Real, Operand>,
                        kChunk = kChunkCells<Real, Operand>;
-  static constexpr int kKeys = 192;                    // keys in a step
+  static constexpr int kKeys = Products::kForwardKeys, kMaxQueries = Products::kForwardQueries, kRows = Products::kRows;
   static constexpr int kPackedKeys = 4 * kPanelWidth;  // keys that a task packs
-  static constexpr int kRows = 12;                     // rows in a step: their scores stay in the L1 cache
-  static constexpr int kMaxQueries = 96;               // queries in a task
   static constexpr int64_t kScoreStride = kKeys + W;
   // The running maximum before any score. It is finite, so that -inf minus it is -inf, and at most any finite score.
   static constexpr Real kNoScore = std::numeric_limits<Real>::lowest();
@@ -27,22 +26,41 @@ template <class Real, class Operand> class Forward {
   void run() {
     if (p.len_q == 0) return;
     const Scratch<Block> scratch(p.num_threads);
-    run_stages(heads, schedule, p.num_threads,
-               {{(keys_padded + kPackedKeys - 1) / kPackedKeys + (keys_padded == 0),
-                 [&](int64_t head, int64_t task, int) { pack(head, int(task) * kPackedKeys); }},
-                {blocks, [&](int64_t head, int64_t task, int thread) { attend(head, task, scratch.get()[thread]); }}});
+    run_stages<typename Products::Session>(
+        heads, schedule, p.num_threads,
+        {{(keys_padded + kPackedKeys - 1) / kPackedKeys + (keys_padded == 0),
+          [&](int64_t head, int64_t task, int) { pack(head, int(task) * kPackedKeys); }},
+         {blocks, [&](int64_t head, int64_t task, int thread) { attend(head, task, scratch.get()[thread]); }}});
   }
 
  private:
   // A task's working set.
   struct Block {
-    Real query[kMaxQueries * (kMaxDim + kPanelWidth)];  // a left factor
-    Real acc[kMaxQueries * (kMaxDim + kPanelWidth)];    // sum of P V, row-major
-    Real scores[kRows * kScoreStride];                  // later E, as a left factor, in the same place
+    alignas(64) Real query[kMaxQueries * (kMaxDim + kPanelWidth)];  // a left factor
+    alignas(64) Real acc[kMaxQueries * (kMaxDim + kPanelWidth)];    // sum of P V, row-major
+    alignas(64) Real scores[kRows * kScoreStride];
+    alignas(64) Real weights[Products::kScoresAhead ? kRows * kScoreStride : 1];
     Real max[kMaxQueries + W];
     Real sum[kMaxQueries * W];  // for each row a vector of partial sums
     Real rescale[kRows + W];
     KeptWeights<kMaxQueries, kKeys> kept;
+
+    // E, as a left factor: in the place of the scores, unless the next step's scores are there already.
+    TOB_INLINE Real *exps() { return Products::kScoresAhead ? weights : scores; }
+  };
+
+  // One block of queries of a head, whose place in the scratch memory is the slot. Rows are whole tiles.
+  struct Task {
+    Block &block;
+    int64_t head, slot, b, h;
+    int first, rows;
+  };
+
+  // A step of a task: a few rows, the first of which is that of a query, and the columns of keys that they attend to,
+  // counted from a key.
+  struct Step {
+    int row, rows, query, key;
+    Range columns;
   };
 
   // Small problems get small tasks, so that every core has work. The size does not depend on the number of threads, so
@@ -57,6 +75,7 @@ template <class Real, class Operand> class Forward {
   void pack(int64_t head, int first) {
     const int64_t b = head / p.heads_kv, h = head % p.heads_kv;
     const tob_sequence &s = p.sequences[b];
+    for (int64_t g = 0; g < group && first == 0; ++g) bias_tiles.make(slot_of(head, g), b, h * group + g);
     const Matrix k = matrix_of(p.key, p.dtype, int(p.dim), b, h, s.first_key);
     const Matrix v = matrix_of(p.value, p.dtype, int(p.dim_v), b, h, s.first_key);
     for (int j = first; j < std::min(first + kPackedKeys, round_up(int(s.len_k), kPanelWidth)); j += kPanelWidth) {
@@ -74,84 +93,130 @@ template <class Real, class Operand> class Forward {
     if (first >= s.len_q) return;
     const Band &band = bands[size_t(b)];
     const int count = std::min(task_queries, int(s.len_q) - first);
-    const int rows = round_up(count, kTileRows);
+    const int rows = round_up(count, Products::kTile);
     pack_left<Operand>(matrix_of(p.query, p.dtype, int(p.dim), b, h, s.first_query), first, count, rows, scale.query,
                        t.query, int64_t(rows) * kChunk);
     std::fill(t.acc, t.acc + rows * chunks_v * kPanelWidth, Real(0));
     std::fill(t.max, t.max + rows + W, kNoScore);
     std::fill(t.sum, t.sum + rows * W, Real(0));
 
+    const Task task{t, head, slot_of(head, block % group), b, h, first, rows};
+    Step last{};  // a step whose product with the values is still to be added
     const Range used = mask.used(b), keys = band.keys_of(first, first + count).clip(used.begin, used.end);
     for (int key = round_down(keys.begin, kPanelWidth); key < keys.end; key += kKeys) {
       if (p.has_dropout) t.kept.fill(p, b, h, first, key, count, std::min(kKeys, keys.end - key));
       for (int row = 0; row < rows; row += kRows) {
-        const int step = std::min(kRows, rows - row);
-        const Range step_keys = band.keys_of(first + row, first + row + step)
-                                    .clip(std::max(key, keys.begin), std::min(key + kKeys, keys.end));
+        const int query = first + row, step_rows = std::min(kRows, rows - row);
+        const Range step_keys =
+            band.keys_of(query, query + step_rows).clip(std::max(key, keys.begin), std::min(key + kKeys, keys.end));
         if (step_keys.empty()) continue;
         const Range columns{round_down(step_keys.begin - key, kPanelWidth), round_up(step_keys.end - key, kPanelWidth)};
-        const bool inside = band.covers(first + row, first + row + step, key + columns.begin, key + columns.end);
-        const GatheredTile<Real> gathered_tile = gathered.from(b, h, first + row, key);
-        const ScoreTerms<Real> terms{
-            Real(p.scale * kLog2E), p.bias || !inside ? strips.at(b, h, key - (first + row)) : nullptr,
-            gathered.present() ? &gathered_tile : nullptr, mask.present() ? mask.at(b) + key : nullptr};
-        score_block<Operand>(t.query + row * kChunk, int64_t(rows) * kChunk, key_panels_at(head, key), chunks, t.scores,
-                             kScoreStride, terms, step, columns, int(s.len_k) - key);
-        const auto kept = [&](int r, int column) { return t.kept.at(first + row + r, key + column); };
-        if (p.has_dropout) softmax_step<true>(t, row, step, columns, kept);
-        else softmax_step<false>(t, row, step, columns, kept);
-        accumulate_product<true, Operand>(t.scores, kScoreStride, 1, value_panels_at(head, key), value_stride,
-                                          t.acc + row * chunks_v * kPanelWidth, chunks_v * kPanelWidth, step, chunks_v,
-                                          t.rescale, [&](int r) {
-                                            return band.keys_of(first + row + r, first + row + r + kTileRows)
-                                                .clip(key + columns.begin, key + columns.end)
-                                                .shift(-key);
-                                          });
+        const Step step{row, step_rows, query, key, columns};
+        make_scores(task, step);
+        if constexpr (Products::kScoresAhead) add_values(task, last);
+        if (p.has_dropout) softmax_step<true>(t, step);
+        else softmax_step<false>(t, step);
+        if constexpr (Products::kScoresAhead) last = step;
+        else add_values(task, step);
       }
     }
+    if constexpr (Products::kScoresAhead) add_values(task, last);
     for (int r = 0; r < count; ++r)
       outputs.write(b, h, first + r, t.max[r], Lanes::sum(Lanes::load(t.sum + r * W)),
                     t.acc + r * chunks_v * kPanelWidth);
   }
 
-  // Replaces scores by E = exp2(S - running maximum), which is 0 for dropped weights, and adds E to the rows' sums
+  TOB_INLINE void make_scores(const Task &task, const Step &step) const {
+    const auto &[t, head, slot, b, h, first, rows] = task;
+    const int query = step.query, key = step.key;
+    const bool biased =
+        p.bias || !bands[size_t(b)].covers(query, query + step.rows, key + step.columns.begin, key + step.columns.end);
+    const GatheredTile<Real> gathered_tile = gathered.from(b, h, query, key);
+    const ScoreTerms<Real> terms{
+        scale.products, biased && !bias_tiles.present() ? strips.at(b, h, key - query) : nullptr,
+        gathered.present() ? &gathered_tile : nullptr, mask.present() ? mask.at(b) + key : nullptr,
+        biased ? bias_tiles.at(slot, query, key) : nullptr};
+    Products::scores(t.query + step.row * kChunk, int64_t(rows) * kChunk, key_panels_at(head, key), chunks, t.scores,
+                     kScoreStride, terms, step.rows, step.columns, int(p.sequences[b].len_k) - key);
+  }
+
+  // acc = t.rescale * acc + E V of a step.
+  TOB_INLINE void add_values(const Task &task, const Step &step) const {
+    Block &t = task.block;
+    const Band &band = bands[size_t(task.b)];
+    const int query = step.query, key = step.key;
+    const Range columns = step.columns;
+    Products::template accumulate<true>(t.exps(), kScoreStride, value_panels_at(task.head, key), value_stride,
+                                        t.acc + step.row * chunks_v * kPanelWidth, chunks_v * kPanelWidth, step.rows,
+                                        chunks_v, t.rescale, [&](int r) {
+                                          return band.keys_of(query + r, query + r + Products::kTile)
+                                              .clip(key + columns.begin, key + columns.end)
+                                              .shift(-key);
+                                        });
+  }
+
+  // Makes E = exp2(S - running maximum) of the scores, which is 0 for dropped weights, and adds E to the rows' sums
   // before dropout. Sets t.rescale to the factor of older sums. The exps of two rows are computed together.
-  template <bool kDropped, class Kept>
-  TOB_INLINE void softmax_step(Block &t, int row, int rows, Range columns, Kept kept) const {
-    static_assert(kTileRows % 2 == 0);
+  template <bool kDropped> TOB_INLINE void softmax_step(Block &t, const Step &step) const {
+    const auto [row, rows, query, key, columns] = step;
     Real old_max[kRows + W];
     for (int r = 0; r < rows; r += W) Lanes::store(old_max + r, Lanes::load(t.max + row + r));
-    for (int r = 0; r < rows; ++r) {
-      const Real *s = t.scores + r * kScoreStride;
-      Vec m0 = Lanes::broadcast(old_max[r]), m1 = m0;
-      for (int j = columns.begin; j < columns.end; j += kPanelWidth) {
-        m0 = Lanes::max(m0, Lanes::load(s + j));
-        m1 = Lanes::max(m1, Lanes::load(s + j + W));
-      }
-      t.max[row + r] = Lanes::max_lane(Lanes::max(m0, m1));
-    }
+    raise_maxima(t, step);
     for (int r = 0; r < rows; r += W)
       Lanes::store(t.rescale + r, Lanes::exp2(Lanes::load(old_max + r) - Lanes::load(t.max + row + r)));
+    Products::rescale(t.acc + row * chunks_v * kPanelWidth, chunks_v * kPanelWidth, t.rescale, rows);
+    const auto score = [&](const Real *at) { return Products::scaled(Lanes::load(at), scale.scores); };
     for (int r = 0; r < rows; r += 2) {
-      Real *s = t.scores + r * kScoreStride, *next = s + kScoreStride, *sum = t.sum + (row + r) * W;
+      const Real *s = t.scores + r * kScoreStride, *next = s + kScoreStride;
+      Real *exps = t.exps() + r * kScoreStride, *next_exps = exps + kScoreStride, *sum = t.sum + (row + r) * W;
       const Vec max = Lanes::broadcast(t.max[row + r]), next_max = Lanes::broadcast(t.max[row + r + 1]);
       Vec sums[4] = {Lanes::broadcast(t.rescale[r]) * Lanes::load(sum),
                      Lanes::broadcast(t.rescale[r + 1]) * Lanes::load(sum + W)};
       for (int j = columns.begin; j < columns.end; j += kPanelWidth) {
-        Vec e[4] = {Lanes::load(s + j) - max, Lanes::load(next + j) - next_max, Lanes::load(s + j + W) - max,
-                    Lanes::load(next + j + W) - next_max};
+        Vec e[4] = {score(s + j) - max, score(next + j) - next_max, score(s + j + W) - max,
+                    score(next + j + W) - next_max};
         Lanes::exp2(e);
         for (int i = 0; i < 4; ++i) {
           sums[i] += e[i];
-          if constexpr (kDropped) e[i] = where_kept<Real>(kept(r + i % 2, j + i / 2 * W), e[i]);
+          if constexpr (kDropped) e[i] = where_kept<Real>(t.kept.at(query + r + i % 2, key + j + i / 2 * W), e[i]);
         }
-        store_operands<Operand>(s + j / kPerCell, e[0], e[2]);
-        store_operands<Operand>(next + j / kPerCell, e[1], e[3]);
+        store_operands<Operand>(exps + j / kPerCell, e[0], e[2]);
+        store_operands<Operand>(next_exps + j / kPerCell, e[1], e[3]);
       }
       Lanes::store(sum, sums[0] + sums[2]);
       Lanes::store(sum + W, sums[1] + sums[3]);
     }
   }
+
+  // Raises the running maxima of a step's rows to the rows' largest scores. Where scores are multiples of the scale, as
+  // many rows as a vector has lanes are reduced together.
+  TOB_INLINE void raise_maxima(Block &t, const Step &step) const {
+    Real *const max = t.max + step.row;
+    const auto largest = [&](int r, Vec from) {
+      const Real *s = t.scores + r * kScoreStride;
+      Vec m0 = from, m1 = from;
+      for (int j = step.columns.begin; j < step.columns.end; j += kPanelWidth) {
+        m0 = Lanes::max(m0, Lanes::load(s + j));
+        m1 = Lanes::max(m1, Lanes::load(s + j + W));
+      }
+      return Lanes::max(m0, m1);
+    };
+    if constexpr (Products::kScoresAhead) {
+      static_assert(kRows % W == 0);
+      for (int r = 0; r < step.rows; r += W) {
+        Vec maxima[W];
+        for (int i = 0; i < W; ++i)
+          maxima[i] = largest(r + i, Lanes::broadcast(-std::numeric_limits<Real>::infinity()));
+        const Vec scores = Products::scaled(Lanes::max_each(maxima), scale.scores);
+        Lanes::store(max + r, Lanes::max(Lanes::load(max + r), scores));
+      }
+    } else {
+      for (int r = 0; r < step.rows; ++r) max[r] = Lanes::max_lane(largest(r, Lanes::broadcast(max[r])));
+    }
+  }
+
+  // The place of a query head in the scratch memory: the g-th of those that share a key head.
+  int64_t slot_of(int64_t head, int64_t g) const { return head % slots * group + g; }
 
   // The packed keys and values, from a key on.
   Real *key_panels_at(int64_t head, int64_t key) const {
@@ -168,7 +233,6 @@ template <class Real, class Operand> class Forward {
   const BiasStrips<Real> strips{p, outputs.table};
   const GatheredBias<Real> gathered{p, outputs.table};
   const KeyMask<Real> mask{p};
-  const Scale<Real, Operand> scale{p.scale};
   const int chunks = round_up(int(p.dim), kPanelWidth) / kPanelWidth,
             chunks_v = round_up(int(p.dim_v), kPanelWidth) / kPanelWidth;  // dims, counted in panels
   const int keys_padded = round_up(int(p.len_k), kPanelWidth);
@@ -178,6 +242,8 @@ template <class Real, class Operand> class Forward {
   const int64_t heads = p.batch * p.heads_kv;                                    // key heads
   const Schedule schedule{heads, 2, blocks, p.num_threads};
   const int64_t slots = schedule.slots;
+  const typename Products::BiasTiles bias_tiles{p, strips, slots * group};
+  const Scale<Real, Operand> scale{p.scale, bias_tiles.present()};
   const int64_t value_stride = int64_t(keys_padded) / kPerCell * kPanelWidth;  // from one panel of values to the next
   const Scratch<Real> key_panels{slots * keys_padded * chunks * kChunk}, value_panels{slots * chunks_v * value_stride};
 };

@@ -5,9 +5,18 @@
 
 #include "dtypes.h"
 
+// Whether bfloat16 problems are multiplied by AMX tiles: if the processor has them.
+#ifndef TOB_AMX
+#ifdef __AMX_BF16__
+#define TOB_AMX 1
+#else
+#define TOB_AMX 0
+#endif
+#endif
+
 // Whether bfloat16 problems multiply bfloat16 numbers: if the processor has an instruction for it.
 #ifndef TOB_BFLOAT16_PRODUCTS
-#ifdef __AVX512BF16__
+#if defined(__AVX512BF16__) || TOB_AMX
 #define TOB_BFLOAT16_PRODUCTS 1
 #else
 #define TOB_BFLOAT16_PRODUCTS 0
@@ -23,21 +32,26 @@ using BFloat16Operand = std::conditional_t<TOB_BFLOAT16_PRODUCTS, BFloat16, floa
 template <class Real, class Operand> inline constexpr int kOperandsPerCell = 1;
 template <> inline constexpr int kOperandsPerCell<float, BFloat16> = 2;
 
+// The first, or the second, bfloat16 number of every cell, as a real.
+template <class Real> TOB_INLINE typename Simd<Real>::Vec first_of_pairs(typename Simd<Real>::Vec cells) {
+  return (typename Simd<Real>::Vec)((typename Simd<Real>::Bits)cells << 16);
+}
+template <class Real> TOB_INLINE typename Simd<Real>::Vec second_of_pairs(typename Simd<Real>::Vec cells) {
+  return (typename Simd<Real>::Vec)((typename Simd<Real>::Bits)cells & 0xffff0000);
+}
+
 // sum + a b in every lane, where a and b hold a cell in each lane.
 template <class Operand, class Real>
 TOB_INLINE typename Simd<Real>::Vec add_product(typename Simd<Real>::Vec sum, typename Simd<Real>::Vec a,
                                                 typename Simd<Real>::Vec b) {
-  using Vec = typename Simd<Real>::Vec;
   if constexpr (std::is_same_v<Operand, Real>) {
     return Simd<Real>::multiply_add(a, b, sum);
   } else {
 #if defined(__AVX512BF16__) && TOB_VECTOR_BYTES == 64
-    return (Vec)_mm512_dpbf16_ps((__m512)sum, (__m512bh)a, (__m512bh)b);
+    return (typename Simd<Real>::Vec)_mm512_dpbf16_ps((__m512)sum, (__m512bh)a, (__m512bh)b);
 #else
-    using Bits = typename Simd<Real>::Bits;
-    const auto first = [](Vec x) { return (Vec)((Bits)x << 16); };
-    const auto second = [](Vec x) { return (Vec)((Bits)x & 0xffff0000); };
-    return sum + first(a) * first(b) + second(a) * second(b);
+    return sum + first_of_pairs<Real>(a) * first_of_pairs<Real>(b) +
+           second_of_pairs<Real>(a) * second_of_pairs<Real>(b);
 #endif
   }
 }
@@ -53,6 +67,11 @@ struct Halves {
     return v;
   }
   static TOB_INLINE void store(void *p, Vec v) { std::memcpy(p, &v, sizeof v); }
+  // Stores v's first half and its second half at two places.
+  static TOB_INLINE void store_halves(void *first, void *second, Vec v) {
+    std::memcpy(first, &v, sizeof v / 2);
+    std::memcpy(second, reinterpret_cast<const char *>(&v) + sizeof v / 2, sizeof v / 2);
+  }
 
   // a and then b, rounded to bfloat16: to nearest even.
   static TOB_INLINE Vec narrowed(Simd<float>::Vec a, Simd<float>::Vec b) {

@@ -36,6 +36,9 @@ class FlushDenormals {
   FlushDenormals &operator=(const FlushDenormals &) = delete;
 };
 
+// What a thread holds while it runs stages; here nothing.
+struct NoSession {};
+
 // Uninitialised, cache-line aligned memory; throws std::bad_alloc.
 template <class Real> class Scratch {
  public:
@@ -101,8 +104,10 @@ struct Schedule {
 
 // Runs every stage for every head on up to num_threads threads, with no barrier but the end: a task starts when all
 // tasks of its head's stage before are done, and one of the first stage when the slot's last head is through. Tasks
-// are started in one order in which each comes after all that it waits for. No task may throw.
-inline void run_stages(int64_t heads, const Schedule &schedule, int64_t num_threads, std::vector<Stage> stages) {
+// are started in one order in which each comes after all that it waits for. No task may throw. Every thread has a
+// Session while it runs tasks.
+template <class Session = NoSession>
+void run_stages(int64_t heads, const Schedule &schedule, int64_t num_threads, std::vector<Stage> stages) {
   if (schedule.takes_whole_heads) {
     auto run = [passes = std::move(stages)](int64_t head, int64_t, int thread) {
       for (const Stage &stage : passes)
@@ -130,6 +135,7 @@ inline void run_stages(int64_t heads, const Schedule &schedule, int64_t num_thre
 #pragma omp parallel num_threads(int(threads)) if (threads > 1)
   {
     const FlushDenormals flush;
+    [[maybe_unused]] const Session session{};
     const int thread = omp_get_thread_num();
     auto batch = batches.begin();
     for (int64_t i = next.fetch_add(1); i < total; i = next.fetch_add(1)) {

@@ -7,15 +7,17 @@
 namespace tob {
 
 // The place where scores are multiplied with the scale, in bits. Packing multiplies the queries with it, which costs
-// nothing for each score. Queries in bfloat16 would be rounded again, so their products are multiplied instead. dK is
-// made from the packed queries, so its factor takes out what they hold.
+// nothing for each score. Queries in bfloat16 would be rounded again, so their products are multiplied instead, or the
+// scores where these are held as multiples of the scale (see BiasTiles). dK is made from the packed queries, so its
+// factor takes out what they hold.
 template <class Real, class Operand> struct Scale {
   static constexpr bool kInQueries = std::is_same_v<Operand, Real>;
-  explicit Scale(double scale)
+  Scale(double scale, bool in_scores)
       : query(kInQueries ? Real(scale * kLog2E) : Real(1)),
-        products(kInQueries ? Real(1) : Real(scale * kLog2E)),
+        products(kInQueries || in_scores ? Real(1) : Real(scale * kLog2E)),
+        scores(in_scores ? Real(scale * kLog2E) : Real(1)),
         dkey(kInQueries ? Real(kLn2) : Real(scale)) {}
-  Real query, products, dkey;
+  Real query, products, scores, dkey;
 };
 
 // What turns a tile of products into scores: scale * Q K^T + bias + mask. Row 0 and column 0 are the tile's corner.
@@ -24,6 +26,7 @@ template <class Real> struct ScoreTerms {
   const Real *strip;                   // strip[column - row], or null: no bias, and the whole tile is inside the band
   const GatheredTile<Real> *gathered;  // instead of the strip, or null
   const Real *key_mask;                // key_mask[column], or null
+  const Real *bias_tile;               // instead of both, where BiasTiles has the bias, or null
 };
 
 enum class Bias { kNone, kStrip, kGathered };
@@ -41,38 +44,33 @@ TOB_INLINE Tile<Real> product_tile(const Real *a, int64_t chunk_stride, const Re
   return tile;
 }
 
-// The scores of a register tile at (row, column).
+// The scores of a vector of products at (row, column).
 template <Bias kBias, bool kMask, bool kScaled, class Real>
-TOB_INLINE void write_scores(const Tile<Real> &tile, const ScoreTerms<Real> &terms, Real *out, int64_t stride, int row,
-                             int column) {
+TOB_INLINE typename Simd<Real>::Vec with_terms(typename Simd<Real>::Vec x, const ScoreTerms<Real> &terms, int row,
+                                               int column) {
   using Lanes = Simd<Real>;
-  using Vec = typename Lanes::Vec;
-  constexpr int W = Lanes::kLanes;
-  const Vec scale = Lanes::broadcast(kScaled ? terms.scale : Real(1));
-#pragma GCC unroll 12
-  for (int r = 0; r < kTileRows; ++r) {
-    Vec left = tile.left[r], right = tile.right[r];
-    if constexpr (kScaled) {
-      left *= scale;
-      right *= scale;
-    }
-    if constexpr (kBias == Bias::kStrip) {
-      const Real *bias = terms.strip + (column - row - r);
-      left += Lanes::load(bias);
-      right += Lanes::load(bias + W);
-    }
-    if constexpr (kBias == Bias::kGathered) {
-      left += terms.gathered->bias(row + r, column);
-      right += terms.gathered->bias(row + r, column + W);
-    }
-    if constexpr (kMask) {
-      left += Lanes::load(terms.key_mask + column);
-      right += Lanes::load(terms.key_mask + column + W);
-    }
-    Real *to = out + (row + r) * stride + column;
-    Lanes::store(to, left);
-    Lanes::store(to + W, right);
-  }
+  if constexpr (kScaled) x *= Lanes::broadcast(terms.scale);
+  if constexpr (kBias == Bias::kStrip) x += Lanes::load(terms.strip + (column - row));
+  if constexpr (kBias == Bias::kGathered) x += terms.gathered->bias(row, column);
+  if constexpr (kMask) x += Lanes::load(terms.key_mask + column);
+  return x;
+}
+
+// Calls run with the kind of bias and the presence of a key mask as constants.
+template <class Real, class Run> TOB_INLINE void visit_terms(const ScoreTerms<Real> &terms, Run run) {
+  const auto run_with = [&](auto bias) {
+    if (terms.key_mask) run(bias, std::true_type());
+    else run(bias, std::false_type());
+  };
+  if (terms.gathered) run_with(std::integral_constant<Bias, Bias::kGathered>());
+  else if (terms.strip) run_with(std::integral_constant<Bias, Bias::kStrip>());
+  else run_with(std::integral_constant<Bias, Bias::kNone>());
+}
+
+// Makes the columns [begin, end) of a tile's rows -inf.
+template <class Real> TOB_INLINE void forbid(Real *scores, int64_t stride, int rows, int begin, int end) {
+  for (int row = 0; begin < end && row < rows; ++row)
+    std::fill(scores + row * stride + begin, scores + row * stride + end, -std::numeric_limits<Real>::infinity());
 }
 
 // Forward and backward both make their scores here, so that their roundings are the same.
@@ -82,23 +80,25 @@ TOB_INLINE void write_scores(const Tile<Real> &tile, const ScoreTerms<Real> &ter
 template <class Operand, class Real>
 TOB_INLINE void score_block(const Real *a, int64_t chunk_stride, const Real *panels, int chunks, Real *out,
                             int64_t stride, const ScoreTerms<Real> &terms, int rows, Range columns, int valid_columns) {
-  constexpr int kPanelWidth = kPanel<Real>;
-  const auto run = [&](auto bias, auto mask) {
+  using Lanes = Simd<Real>;
+  constexpr int kPanelWidth = kPanel<Real>, W = Lanes::kLanes;
+  visit_terms(terms, [&](auto bias, auto mask) {
+    const auto write = [&](typename Lanes::Vec products, int row, int column) {
+      Lanes::store(out + row * stride + column,
+                   with_terms<decltype(bias)::value, decltype(mask)::value, !Scale<Real, Operand>::kInQueries>(
+                       products, terms, row, column));
+    };
     for (int column = columns.begin; column < columns.end; column += kPanelWidth)
-      for (int row = 0; row < rows; row += kTileRows)
-        write_scores<decltype(bias)::value, decltype(mask)::value, !Scale<Real, Operand>::kInQueries>(
-            product_tile<Operand>(a, chunk_stride, panels, chunks, row, column), terms, out, stride, row, column);
-  };
-  const auto run_with = [&](auto bias) {
-    if (terms.key_mask) run(bias, std::true_type());
-    else run(bias, std::false_type());
-  };
-  if (terms.gathered) run_with(std::integral_constant<Bias, Bias::kGathered>());
-  else if (terms.strip) run_with(std::integral_constant<Bias, Bias::kStrip>());
-  else run_with(std::integral_constant<Bias, Bias::kNone>());
-  for (int row = 0; valid_columns < columns.end && row < rows; ++row)
-    for (int column = valid_columns; column < columns.end; ++column)
-      out[row * stride + column] = -std::numeric_limits<Real>::infinity();
+      for (int row = 0; row < rows; row += kTileRows) {
+        const Tile<Real> tile = product_tile<Operand>(a, chunk_stride, panels, chunks, row, column);
+#pragma GCC unroll 12
+        for (int r = 0; r < kTileRows; ++r) {
+          write(tile.left[r], row + r, column);
+          write(tile.right[r], row + r, column + W);
+        }
+      }
+  });
+  forbid(out, stride, rows, valid_columns, columns.end);
 }
 
 }  // namespace tob

@@ -129,7 +129,12 @@ template <class Real> struct Simd {
 
   // The sums of kLanes vectors, as one vector. It equals transposing and adding, with half of the exchanges.
   static TOB_INLINE Vec sum_each(Vec (&square)[kLanes]) {
-    add_halves<1>(square);
+    fold_halves<1>(square, [](Vec a, Vec b) { return a + b; });
+    return square[0];
+  }
+  // The largest elements of kLanes vectors, as one vector.
+  static TOB_INLINE Vec max_each(Vec (&square)[kLanes]) {
+    fold_halves<1>(square, [](Vec a, Vec b) { return max(a, b); });
     return square[0];
   }
 
@@ -166,14 +171,14 @@ template <class Real> struct Simd {
     }
   }
 
-  template <int kBlock> static TOB_INLINE void add_halves(Vec (&square)[kLanes]) {
+  template <int kBlock, class Fold> static TOB_INLINE void fold_halves(Vec (&square)[kLanes], Fold fold) {
     if constexpr (kBlock < kLanes) {
       for (int i = 0; i < kLanes; i += 2 * kBlock) {
         const Vec upper = square[i], lower = square[i + kBlock];
-        square[i] = exchange<kBlock, false>(upper, lower, std::make_integer_sequence<int, kLanes>()) +
-                    exchange<kBlock, true>(upper, lower, std::make_integer_sequence<int, kLanes>());
+        square[i] = fold(exchange<kBlock, false>(upper, lower, std::make_integer_sequence<int, kLanes>()),
+                         exchange<kBlock, true>(upper, lower, std::make_integer_sequence<int, kLanes>()));
       }
-      add_halves<2 * kBlock>(square);
+      fold_halves<2 * kBlock>(square, fold);
     }
   }
 

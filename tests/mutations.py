@@ -3,14 +3,13 @@
     python tests/mutations.py [--only PATTERN] [--jobs N] [--list]
 
 Mistakes are planted in temporary copies of the repository, never in this one. Those in the CPU engine are compiled with
-the flags of `setup.py` for its portable build, and with its products of bfloat16 numbers, which any processor can do
-slowly; those in GPU kernels run in Triton's interpreter. First the tests of all
-mistakes have to pass without any. The exit status is 1 if a mistake is not seen, or does not even run.
+the flags of `setup.py` for its portable build, and with products of bfloat16 numbers, which any processor can do
+slowly (see `emulated`); those in GPU kernels run in Triton's interpreter. First the tests of all mistakes have to pass
+without any. The exit status is 1 if a mistake is not seen, or does not even run.
 """
 
 import argparse
 import contextlib
-import functools
 import os
 import queue
 import re
@@ -24,15 +23,11 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
-# setuptools brings the distutils that newer Pythons no longer have.
-import setuptools  # noqa: F401  # isort: skip
-from distutils.core import run_setup
-
+from emulated import LIBRARY, compile_engine
 from mutants import ENGINE, KERNELS, PACKAGE, ROOT, Mutant, misplaced, planted
 from tqdm import tqdm
 
 LEFT_OUT = shutil.ignore_patterns(".*", "build", "dist", "out", "images", "*.egg-info", "__pycache__", "*.so")
-LIBRARY = "triton_offset_bias/_engine_portable.abi3.so"
 TIME_LIMIT = 300  # seconds
 SEEN = ("seen", "crashes", "hangs")
 
@@ -46,54 +41,48 @@ class Outcome:
     detail: str
 
 
-@functools.cache
-def portable_flags() -> list[str]:
-    """The flags with which `setup.py` compiles the portable build."""
-    extensions = run_setup(str(ROOT / "setup.py"), stop_after="init").ext_modules
-    return next(extension for extension in extensions if extension.name.endswith("portable")).extra_compile_args
+def emulated_build(file: str) -> str:
+    """The build whose emulation runs the tests of a mistake in this file."""
+    return "amx" if Path(file).name.startswith("amx") else "avx512_bf16"
 
 
 class Copy:
-    """A copy of the repository, in which commands run."""
+    """A copy of the repository, in which commands run, with engines that may be another copy's."""
 
-    def __init__(self, folder: Path, engine: Path | None = None) -> None:
-        self.folder = folder
+    def __init__(self, folder: Path, engines: Path | None = None) -> None:
+        self.folder, self.engines = folder, folder / "engines"
         shutil.copytree(ROOT, folder, ignore=LEFT_OUT)
-        if engine is not None:
-            shutil.copy2(engine, folder / LIBRARY)
+        if engines is not None:
+            shutil.copytree(engines, self.engines)
 
-    def compile_engine(self) -> None:
-        """Compiles the engine. Raises CalledProcessError if the compiler refuses."""
-        compiler, target = os.environ.get("CXX", "c++"), self.folder / LIBRARY
-        flags = [*portable_flags(), "-DTOB_BFLOAT16_PRODUCTS=1", "-O1", "-fPIC", "-w"]
-        flags += ["-c", "csrc_ref/engine.cpp", "-o", "engine.o"]
-        # Linked without OpenMP's runtime: torch brings it.
-        for command in ([compiler, *flags], [compiler, "-shared", "engine.o", "-o", str(target)]):
-            subprocess.run(command, cwd=self.folder, check=True, capture_output=True, text=True)
+    def compile_engine(self, build: str) -> None:
+        """Compiles an emulated build of the engine. Raises CalledProcessError if the compiler refuses."""
+        compile_engine(build, self.engines / build, source=self.folder)
 
     @contextlib.contextmanager
     def planted(self, mutant: Mutant) -> Iterator[None]:
         """A context in which the mistake is in this copy, compiled."""
-        path, library = self.folder / mutant.file, self.folder / LIBRARY
+        build = emulated_build(mutant.file)
+        path, library = self.folder / mutant.file, self.engines / build / LIBRARY
         source, engine = path.read_text(), library.read_bytes()
         path.write_text(planted(mutant, source))
         try:
             if mutant in ENGINE:
-                self.compile_engine()
+                self.compile_engine(build)
             yield
         finally:
             path.write_text(source)
             library.write_bytes(engine)
 
-    def test(self, file: str, wanted: str, is_interpreted: bool) -> Outcome:
-        """Runs the tests of a file that the expression selects, up to the first failure."""
+    def test(self, file: str, wanted: str, is_interpreted: bool, build: str) -> Outcome:
+        """Runs the tests of a file that the expression selects, on an emulated build, up to the first failure."""
         environment = {
             **os.environ,
             "OMP_NUM_THREADS": "1",
             "PYTHONPATH": str(self.folder),
             "PYTHONDONTWRITEBYTECODE": "1",  # a mistake may be as old and as long as the truth
             "TRITON_OFFSET_BIAS_BUILD": "portable",
-            "TRITON_OFFSET_BIAS_FOLDER": "",
+            "TRITON_OFFSET_BIAS_FOLDER": str(self.engines / build),
             "TRITON_INTERPRET": "1" if is_interpreted else "0",
         }
         options = ["-x", "-rf", "--tb=short", "-p", "no:cacheprovider", "-k", wanted]
@@ -133,10 +122,11 @@ def main() -> None:
     with tempfile.TemporaryDirectory(prefix="mutations-") as folder, ThreadPoolExecutor(arguments.jobs) as pool:
         copies: queue.Queue[Copy] = queue.Queue()
         first = Copy(Path(folder, "0"))
-        first.compile_engine()
+        for build in {emulated_build(mutant.file) for mutant in chosen}:
+            first.compile_engine(build)
         copies.put(first)
         for index in range(1, arguments.jobs):
-            copies.put(Copy(Path(folder, str(index)), first.folder / LIBRARY))
+            copies.put(Copy(Path(folder, str(index)), first.engines))
         check_unmutated(chosen, copies, pool)
         outcomes = pool.map(lambda mutant: outcome_of(mutant, copies), chosen)
         seen = 0
@@ -149,13 +139,15 @@ def main() -> None:
 
 def check_unmutated(mutants: list[Mutant], copies: "queue.Queue[Copy]", pool: ThreadPoolExecutor) -> None:
     """Exits with an error unless the tests of all mistakes pass without a mistake."""
-    wanted: dict[tuple[str, bool], list[str]] = {}
+    wanted: dict[tuple[str, bool, str], list[str]] = {}
     for mutant in mutants:
-        wanted.setdefault((mutant.tests, mutant in KERNELS), []).append(f"({mutant.wanted})")
+        group = mutant.tests, mutant in KERNELS, emulated_build(mutant.file)
+        wanted.setdefault(group, []).append(f"({mutant.wanted})")
 
-    def run(group: tuple[str, bool]) -> Outcome:
+    def run(group: tuple[str, bool, str]) -> Outcome:
+        tests, is_interpreted, build = group
         with borrowed(copies) as copy:
-            return copy.test(group[0], " or ".join(dict.fromkeys(wanted[group])), group[1])
+            return copy.test(tests, " or ".join(dict.fromkeys(wanted[group])), is_interpreted, build)
 
     for group, outcome in tqdm(zip(wanted, pool.map(run, wanted), strict=True), "no mistake", len(wanted)):
         if outcome.verdict != "NOT SEEN":
@@ -167,7 +159,7 @@ def outcome_of(mutant: Mutant, copies: "queue.Queue[Copy]") -> Outcome:
     with borrowed(copies) as copy:
         try:
             with copy.planted(mutant):
-                return copy.test(mutant.tests, mutant.wanted, mutant in KERNELS)
+                return copy.test(mutant.tests, mutant.wanted, mutant in KERNELS, emulated_build(mutant.file))
         except subprocess.CalledProcessError as error:
             return Outcome("DOES NOT RUN", 0.0, error.stderr[-2000:])
 

@@ -22,9 +22,9 @@ def _report(**environment: str) -> str:
     return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=True).stdout
 
 
-@pytest.mark.parametrize(("first", "chosen"), [(0, "avx512"), (1, "avx512"), (2, "avx2"), (3, "portable")])
+@pytest.mark.parametrize(("first", "chosen"), [(0, "amx"), (1, "avx512"), (2, "avx512"), (3, "avx2"), (4, "portable")])
 def test_the_build_that_multiplies_bfloat16_is_for_processors_that_do_it_fast(first, chosen):
-    """Intel's processors multiply bfloat16 at half the rate of float32. On others the widest build is the fastest."""
+    """Intel's vectors multiply bfloat16 at half the rate of float32. On others the widest build is the fastest."""
     runnable = cpp.BUILDS[first:]
     assert library.fastest_builds(runnable, is_intel=True)[0] == chosen
     assert library.fastest_builds(runnable, is_intel=False) == runnable
@@ -50,38 +50,67 @@ def test_info_says_that_a_build_was_asked_for():
     assert f"asked for by {cpp.BUILD_VARIABLE}" in report
 
 
-@pytest.mark.parametrize(
-    ("is_intel", "compiled", "build", "reason"),
-    [
-        (1, cpp.BUILDS, "avx512", "which runs avx512_bf16 too but multiplies bfloat16 numbers slowly"),
-        (0, cpp.BUILDS, "avx512_bf16", "the fastest on this processor"),
-        (1, ("avx512_bf16", "portable"), "portable", "avx512 would be faster and was not compiled"),
-    ],
-)
-def test_a_processor_gets_its_build(monkeypatch, is_intel, compiled, build, reason):
-    """The processor, of either maker, can run all builds. Its fastest build that was compiled is loaded."""
-
-    class Function:
-        def __init__(self, result):
-            self.result = result
-
-        def __call__(self):
-            return self.result
+def _pretend(monkeypatch, widest: str, is_intel: bool, has_tiles: bool, compiled: tuple[str, ...] = cpp.BUILDS) -> None:
+    """Gives the loader a processor, an operating system and compiled builds."""
 
     class Library:
         def __init__(self, path):
-            self.tob_widest_build, self.tob_is_intel = Function(b"avx512_bf16"), Function(is_intel)
-            self.tob_build_description = self.tob_forward = self.tob_backward = Function(None)
+            self.tob_widest_build = self._function(widest.encode())
+            self.tob_is_intel, self.tob_request_tiles = self._function(int(is_intel)), self._function(int(has_tiles))
+            self.tob_build_description = self.tob_forward = self.tob_backward = self._function(None)
+
+        @staticmethod
+        def _function(result):
+            def call():
+                return result
+
+            return call
 
     monkeypatch.delenv(cpp.BUILD_VARIABLE, raising=False)
     monkeypatch.setattr(library.ctypes, "CDLL", Library)
     monkeypatch.setattr(structs, "difference", lambda engine: None)
     monkeypatch.setattr(library, "path_of", lambda name: Path(name) if name in compiled else None)
+
+
+@pytest.mark.parametrize(
+    ("widest", "is_intel", "compiled", "build", "reason"),
+    [
+        ("amx", True, cpp.BUILDS, "amx", "the fastest on this processor: AMX tiles"),
+        ("avx512_bf16", True, cpp.BUILDS, "avx512", "runs avx512_bf16 too, but VDPBF16PS"),
+        ("avx512_bf16", False, cpp.BUILDS, "avx512_bf16", "the fastest on this processor: bfloat16 problems took 0.59"),
+        ("avx2", False, cpp.BUILDS, "avx2", "the fastest on this processor"),
+        ("amx", True, ("avx512", "portable"), "avx512", "amx would be faster and was not compiled"),
+        ("avx512_bf16", True, ("avx512_bf16", "portable"), "portable", "avx512 would be faster and was not compiled"),
+    ],
+)
+def test_a_processor_gets_its_build(monkeypatch, widest, is_intel, compiled, build, reason):
+    """The fastest of the builds that were compiled, with the reason; each that runs can be asked for."""
+    _pretend(monkeypatch, widest, is_intel, True, compiled)
     engine = library.load()
     assert engine.build == build
     assert reason in engine.reason
-    monkeypatch.setenv(cpp.BUILD_VARIABLE, "avx512_bf16")
-    assert library.load().build == "avx512_bf16"
+    monkeypatch.setenv(cpp.BUILD_VARIABLE, "portable")
+    assert library.load().build == "portable"
+
+
+def test_where_the_operating_system_refuses_tiles_the_next_build_is_taken(monkeypatch):
+    """It says so, and to ask for tiles by name is an error."""
+    _pretend(monkeypatch, "amx", is_intel=True, has_tiles=False)
+    engine = library.load()
+    assert engine.build == "avx512"
+    assert "amx" not in engine.runnable
+    assert "the operating system refuses the tiles of amx" in engine.reason
+    monkeypatch.setenv(cpp.BUILD_VARIABLE, "amx")
+    assert library.load().library is None
+    assert library.load().reason == f"{cpp.BUILD_VARIABLE}=amx, but the operating system refuses the tiles of amx"
+
+
+@pytest.mark.needs_engine
+def test_a_processor_without_tiles_gets_none():
+    """The operating system refuses what is not there, and the process lives on."""
+    engine = library.load().library
+    if engine.tob_widest_build() != b"amx":
+        assert engine.tob_request_tiles() == 0
 
 
 @pytest.mark.needs_engine

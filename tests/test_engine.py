@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 from cases import Case, build, results_of
+from emulated import compile_engine
 from oracle import NAMES, Results
 
 from triton_offset_bias import offset_bias_attention, offset_bias_attention_varlen
@@ -198,22 +199,19 @@ def test_every_build_agrees_with_the_oracle_and_reads_no_memory_before_writing_i
 
 
 @pytest.mark.skipif(shutil.which("c++") is None, reason="compiles the engine")
-def test_products_of_bfloat16_numbers_are_right_where_no_instruction_multiplies_them(tmp_path):
-    """The portable build gets the bfloat16 products of AVX512_BF16.
-
-    This tests their cells and roundings on any processor.
-    """
-    flags = ["-std=c++17", "-O1", "-ffp-contract=fast", "-fopenmp", "-fPIC", "-w", "-DTOB_BFLOAT16_PRODUCTS=1"]
-    compiled = tmp_path / "engine.o"
-    subprocess.run(["c++", *flags, "-c", ROOT / "csrc_ref" / "engine.cpp", "-o", compiled], check=True)
-    # Linked without OpenMP's runtime: torch brings it.
-    subprocess.run(["c++", "-shared", compiled, "-o", tmp_path / "_engine_portable.abi3.so"], check=True)
+@pytest.mark.parametrize(
+    ("emulated", "products"), [("avx512_bf16", "bfloat16 products"), ("amx", "bfloat16 products in emulated AMX tiles")]
+)
+def test_products_of_bfloat16_numbers_are_right_where_no_instruction_multiplies_them(tmp_path, emulated, products):
+    """The portable build with the products of other builds: their layouts, orders and roundings, on any processor."""
+    compile_engine(emulated, tmp_path)
     environment = {cpp.BUILD_VARIABLE: "portable", cpp.FOLDER_VARIABLE: str(tmp_path)}
-    assert "bfloat16 products" in _run(
+    assert products in _run(
         "from triton_offset_bias.backends import cpp; print(cpp.build_description())", **environment
     )
-    files = ["attention", "empty_rows", "half_precision", "decode", "dropout", "engine_fuzz", "one_key"]
+    files = ["attention", "empty_rows", "half_precision", "decode", "dropout", "engine_fuzz", "one_key", "hostile"]
     assert _passed("cpp or engine_fuzz", files, **environment) > 150
+    assert _passed("bitwise or denormals", ["engine"], **environment) > 5
 
 
 def test_an_unknown_build_is_a_reason_against_the_engine_and_auto_takes_the_reference():

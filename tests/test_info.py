@@ -30,7 +30,7 @@ def test_the_command_says_why_a_build_that_was_asked_for_cannot_serve() -> None:
     command = [sys.executable, "-m", "triton_offset_bias.info"]
     printed = subprocess.run(command, env=environment, capture_output=True, text=True, check=True).stdout
     assert "cpp: cannot serve" in printed
-    assert "must be one of avx512_bf16, avx512, avx2, portable, got 'nonesuch'" in printed
+    assert "must be one of amx, avx512_bf16, avx512, avx2, portable, got 'nonesuch'" in printed
     assert "reference: ready" in printed
 
 

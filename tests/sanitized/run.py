@@ -4,7 +4,8 @@
 
 "address" looks for accesses outside of memory and for undefined behaviour, "thread" for data races. Without a name both
 run. Each sanitizer first has to find planted mistakes. The fastest build runs all tests; the others run the fuzz test,
-for which `--examples` is the number of calls to draw. GCC with its sanitizers is needed. Builds stay in
+for which `--examples` is the number of calls to draw. So does "emulated", the build for AMX with emulated tiles: a
+sanitizer does not see what the processor's tiles load and store. GCC with its sanitizers is needed. Builds stay in
 `build/sanitized`.
 """
 
@@ -20,8 +21,12 @@ import setuptools  # noqa: F401  # isort: skip
 from distutils.core import run_setup
 
 ROOT = Path(__file__).parents[2]
+sys.path.append(str(ROOT / "tests"))
+from emulated import LIBRARY, compile_engine  # noqa: E402
+
 HERE = Path(__file__).parent
 FOLDER = ROOT / "build" / "sanitized"
+EMULATED = "emulated"
 COMPILER = os.environ.get("CXX", "g++")
 # These tests are left out: tests that measure memory or threads, which sanitizers use themselves; tests that reserve
 # gigabytes; and a test that compiles an engine of its own, in which a sanitizer sees copies of memory, but not the
@@ -78,7 +83,9 @@ def main() -> None:
     """Runs the sanitizers that the command line names."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("sanitizers", nargs="*", metavar="SANITIZER", help=" or ".join(SANITIZERS))
-    parser.add_argument("--build", action="append", help="build to test; may be repeated (default: all that run here)")
+    parser.add_argument(
+        "--build", action="append", help="build to test; may be repeated (default: all that run here, and 'emulated')"
+    )
     parser.add_argument("--examples", type=int, default=50, help="calls that each fuzz test draws (default: 50)")
     arguments = parser.parse_args()
     os.chdir(ROOT)
@@ -89,7 +96,7 @@ def main() -> None:
         compile_all(name)
         check_mistakes(name)
         best, *others = usable_builds()
-        for build in arguments.build or (best, *others):
+        for build in arguments.build or (best, *others, EMULATED):
             run_tests(name, build, SANITIZERS[name].tests if build == best else ("engine_fuzz",), arguments.examples)
 
 
@@ -106,6 +113,9 @@ def compile_all(name: str) -> None:
         print(f"compiling {library.relative_to(ROOT)} ...", flush=True)
         call(COMPILER, *extension.extra_compile_args, "-O1", *flags, "-c", sources[0], "-o", library.with_suffix(".o"))
         call(COMPILER, "-shared", *SANITIZERS[name].flags, library.with_suffix(".o"), "-o", library)
+    if is_older(folder / EMULATED / LIBRARY, *ROOT.glob("csrc_ref/*")):
+        print(f"compiling {(folder / EMULATED / LIBRARY).relative_to(ROOT)} ...", flush=True)
+        compile_engine("amx", folder / EMULATED, "-g1", *SANITIZERS[name].flags)
     call(COMPILER, "-shared", "-fopenmp", *flags, HERE / "mistakes.cpp", "-o", folder / "mistakes.so")
     call(COMPILER, "-shared", "-O1", "-fPIC", HERE / "openmp.cpp", "-o", FOLDER / "openmp.so")
 
@@ -146,8 +156,8 @@ def run_tests(name: str, build: str, tests: tuple[str, ...], examples: int) -> N
     """Runs tests on one build with a sanitizer, and ends this process unless they pass."""
     print(f"{name}: tests on build {build}", flush=True)
     variables = {
-        "TRITON_OFFSET_BIAS_FOLDER": str(FOLDER / name),
-        "TRITON_OFFSET_BIAS_BUILD": build,
+        "TRITON_OFFSET_BIAS_FOLDER": str(FOLDER / name / (EMULATED if build == EMULATED else "")),
+        "TRITON_OFFSET_BIAS_BUILD": "portable" if build == EMULATED else build,
         "FUZZ_EXAMPLES": str(examples),
         "LOAD_CALLS": "20",
     }

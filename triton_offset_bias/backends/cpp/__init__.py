@@ -20,7 +20,7 @@ from triton_offset_bias.problem import Problem
 PROPERTIES = {
     "serves": "CPU tensors; float16, bfloat16, float32, float64; head dims 1 to 256",
     "options and packed sequences": "all",
-    "runs on": "CPUs: AVX2, AVX-512, AVX512_BF16, any other with GCC or Clang",
+    "runs on": "CPUs: AVX2, AVX-512, AVX512_BF16, AMX, any other with GCC or Clang",
     "memory": "O(Lq + Lk)",
     "few queries against a long key cache": "keys split among threads, read where they lie",
     "same bits in repeated runs": "yes, for any number of threads",
