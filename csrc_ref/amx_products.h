@@ -84,8 +84,8 @@ struct AmxProducts {
   }
 
   // The diagonal of dO O^T, so that a row that attends to one key has the delta that is its dP to the last bit.
-  static void dots(const Matrix &out, const Matrix &, const Factors &douts, int64_t matrix, int first, int count,
-                   float *delta) {
+  static void dots(const Matrix &out, [[maybe_unused]] const Matrix &dout, const Factors &douts, int64_t matrix,
+                   int first, int count, float *delta) {
     const int chunks = round_up(out.dim, kTile) / kTile;
     alignas(64) float panel[kTile * (kMaxDim + kTile) / 2], products[kTile * kTile];
     for (int i = 0; i < count; i += kTile) {

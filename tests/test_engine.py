@@ -17,6 +17,7 @@ from oracle import NAMES, Results
 
 from triton_offset_bias import offset_bias_attention, offset_bias_attention_varlen
 from triton_offset_bias.backends import cpp
+from triton_offset_bias.backends.cpp import library
 
 ROOT = Path(__file__).parents[1]
 pytestmark = [pytest.mark.cpu_only, pytest.mark.needs_engine]
@@ -189,7 +190,7 @@ def test_every_build_agrees_with_the_oracle_and_reads_no_memory_before_writing_i
     )
     if build not in cpp.RUNNABLE:
         assert f"{cpp.BUILD_VARIABLE}={build}" in state
-        assert f"runs {cpp.RUNNABLE[0]} at most" in state
+        assert f"runs {cpp.RUNNABLE[0]} at most" in state or (build == "amx" and library.REFUSED in state)
         return
     assert state == f"{build} []"
     # Filling what "indices beyond 2**31" reserves would take gigabytes.
@@ -209,8 +210,18 @@ def test_products_of_bfloat16_numbers_are_right_where_no_instruction_multiplies_
     assert products in _run(
         "from triton_offset_bias.backends import cpp; print(cpp.build_description())", **environment
     )
-    files = ["attention", "empty_rows", "half_precision", "decode", "dropout", "engine_fuzz", "one_key", "hostile"]
-    assert _passed("cpp or engine_fuzz", files, **environment) > 150
+    files = [
+        "attention",
+        "empty_rows",
+        "half_precision",
+        "decode",
+        "dropout",
+        "engine_fuzz",
+        "one_key",
+        "hostile",
+        "bfloat16",
+    ]
+    assert _passed("cpp or engine_fuzz or test_bfloat16", files, **environment) > 150
     assert _passed("bitwise or denormals", ["engine"], **environment) > 5
 
 
