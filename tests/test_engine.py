@@ -221,7 +221,8 @@ def test_products_of_bfloat16_numbers_are_right_where_no_instruction_multiplies_
         "hostile",
         "bfloat16",
     ]
-    assert _passed("cpp or engine_fuzz or test_bfloat16", files, **environment) > 150
+    wanted = "(cpp or engine_fuzz or test_bfloat16) and not indices and not 2_to_the_31"
+    assert _passed(wanted, files, **environment) > 150
     assert _passed("bitwise or denormals", ["engine"], **environment) > 5
 
 
