@@ -26,6 +26,7 @@ from triton_offset_bias.backends.triton.kernels.backward_keys import dkey_dvalue
 from triton_offset_bias.backends.triton.kernels.backward_queries import dquery_kernel
 from triton_offset_bias.backends.triton.kernels.decode import decode_kernel
 from triton_offset_bias.backends.triton.kernels.forward import forward_kernel
+from triton_offset_bias.backends.triton.kernels.hopper.forward import hopper_forward_kernel
 from triton_offset_bias.backends.triton.target import KIB, Target
 
 # KiB of shared memory that a program may have. By compute capability: "Technical Specifications per Compute Capability"
@@ -43,7 +44,9 @@ KERNELS = {
     "dkey_dvalue": dkey_dvalue_kernel,
     "dbias": dbias_kernel,
     "decode": decode_kernel,
+    "hopper_forward": hopper_forward_kernel,
 }
+FOR_ALL = [name for name in KERNELS if name != "hopper_forward"]  # kernels for all targets
 DECODE_ROWS = 8  # four queries of two heads that share a key head
 CONFIGS = {
     "dquery": configs.dquery_config,
@@ -106,6 +109,8 @@ class Variant:
             return self.config
         if self.kernel == "forward":
             return configs.forward_config(self.device, self.dtype, self.block_d, "HAS_POSITIONS" in self.changes)
+        if self.kernel == "hopper_forward":
+            return configs.hopper_forward_config(self.block_d, self._loops())
         return CONFIGS[self.kernel](self.device, self.dtype, self.block_d)
 
     @property
@@ -118,7 +123,8 @@ class Variant:
         """The changes in words."""
         named = {"IS_PACKED": "packed", "HAS_POSITIONS": "positions", "DROPOUT_ROUNDS": "dropout"}
         named = {**named, "HAS_MASK": "ragged, masked", "HAS_LENGTHS": "lengths"}
-        return ", ".join(word for constant, word in named.items() if self.changes.get(constant)) or "even"
+        even = "even" if self.changes.get("IS_EVEN", True) else "ragged"
+        return ", ".join(word for constant, word in named.items() if self.changes.get(constant)) or even
 
     @property
     def block_d(self) -> int:
@@ -164,7 +170,8 @@ class Variant:
     def _loops(self) -> Loops:
         has_bias, loops = SCHEDULES[self.schedule]
         loops = loops._replace(REST=not self.changes.get("IS_EVEN", True))
-        if has_bias and configs.needs_far_loop(self.device) and not self.changes.get("HAS_POSITIONS"):
+        needs_far_loop = configs.needs_far_loop(self.device) and self.kernel != "hopper_forward"
+        if has_bias and needs_far_loop and not self.changes.get("HAS_POSITIONS"):
             return loops._replace(FAR_LEFT=True, FAR_RIGHT=True)
         return loops
 
@@ -235,7 +242,7 @@ def shipped_variants(target: str) -> Iterator[Variant]:
     dropping = {"DROPOUT_ROUNDS": dropout.ROUNDS}
     gathered = {"IS_EVEN": False, "HAS_POSITIONS": True, "DBIAS": "elements"}
     yield from main_variants(target)
-    for kernel in KERNELS:
+    for kernel in FOR_ALL:
         yield Variant(kernel, target, torch.bfloat16, 256)
         yield Variant(kernel, target, torch.float16, 64)
         yield Variant(kernel, target, torch.float32, 64)
@@ -249,7 +256,7 @@ def shipped_variants(target: str) -> Iterator[Variant]:
 
 def main_variants(target: str) -> Iterator[Variant]:
     """The variants that every version of Triton compiles: bfloat16, head dims of 64 and 128, masked, and packed."""
-    for kernel in KERNELS:
+    for kernel in FOR_ALL:
         yield Variant(kernel, target, torch.bfloat16, 64)
         yield Variant(kernel, target, torch.bfloat16, 128)
         yield Variant(kernel, target, torch.bfloat16, 80, changes=RAGGED)
@@ -258,3 +265,15 @@ def main_variants(target: str) -> Iterator[Variant]:
             yield Variant(kernel, target, torch.bfloat16, 64, "none")
             yield Variant(kernel, target, torch.bfloat16, 64, "covering")
             yield Variant(kernel, target, torch.bfloat16, 64, "none, causal", changes=RAGGED)
+    if target == "sm_90":
+        yield from hopper_variants()
+
+
+def hopper_variants() -> Iterator[Variant]:
+    """The forms of `hopper_forward_kernel`: one to three loops of tiles, with and without a rest."""
+    ragged = {"IS_EVEN": False}
+    yield Variant("hopper_forward", "sm_90", torch.bfloat16, 64, "clamped", ragged)
+    yield Variant("hopper_forward", "sm_90", torch.bfloat16, 64, "none")
+    yield Variant("hopper_forward", "sm_90", torch.bfloat16, 128, "clamped", ragged)
+    yield Variant("hopper_forward", "sm_90", torch.bfloat16, 128, "none", ragged)
+    yield Variant("hopper_forward", "sm_90", torch.float16, 128, "covering")

@@ -68,15 +68,34 @@ def _band(inputs: Inputs) -> dict[str, Any]:
     return {"is_causal": inputs.is_causal, "window_size": (inputs.window, inputs.window)}
 
 
-@contextmanager
-def _atomics_of_scores() -> Iterator[None]:
+def _atomics_of_scores() -> AbstractContextManager:
     from triton_offset_bias.backends.triton.configs import GATHERING_VARIABLE
 
-    os.environ[GATHERING_VARIABLE] = "elements"
+    return _variable(GATHERING_VARIABLE, "elements")
+
+
+def ours_hopper(inputs: Inputs) -> Run:
+    """This package's GPU kernels, the forward one for Hopper alone."""
+    capability = torch.cuda.get_device_capability(inputs.q.device)
+    if capability[0] != 9:
+        raise RuntimeError(f"`ours_hopper` needs a GPU of compute capability 9, got {capability}")
+    return ours_atomics(inputs)
+
+
+def _hopper_kernels() -> AbstractContextManager:
+    from triton_offset_bias.backends.triton.hopper import HOPPER_VARIABLE
+
+    return _variable(HOPPER_VARIABLE, "1")
+
+
+@contextmanager
+def _variable(name: str, value: str) -> Iterator[None]:
+    """Sets an environment variable, and removes it."""
+    os.environ[name] = value
     try:
         yield
     finally:
-        del os.environ[GATHERING_VARIABLE]
+        del os.environ[name]
 
 
 def flash_attn(inputs: Inputs) -> Run:
@@ -237,6 +256,13 @@ PROVIDERS = {
         why_not="it is about GPU kernels",
         context=_atomics_of_scores,
     ),
+    "ours_hopper": Provider(
+        "ours, Hopper's forward",
+        ours_hopper,
+        cpu_modes=(),
+        why_not="it is about GPU kernels",
+        context=_hopper_kernels,
+    ),
     "flash_attn": Provider(
         "flash-attn, no bias",
         flash_attn,
@@ -277,6 +303,6 @@ PROVIDERS = {
         why_not="FlexAttention has no backward on a CPU",
     ),
 }
-EXPERIMENTAL: tuple[str, ...] = ()  # this package's kernels that are behind a switch
+EXPERIMENTAL = ("ours_hopper",)  # this package's kernels that are behind a switch
 SDPA_WITH_BIAS = ("sdpa_index", "sdpa_strided", "sdpa_strided_copy")
 TRAINABLE_PEERS = (*SDPA_WITH_BIAS, "t5_eager", "t5_compiled")

@@ -10,7 +10,7 @@ import pytest
 import torch
 from cases import Case, assert_matches_oracle, build, results_of
 
-from triton_offset_bias import offset_bias_attention_varlen
+from triton_offset_bias import offset_bias_attention, offset_bias_attention_varlen
 
 pytestmark = [
     pytest.mark.skipif("PTXEMU" not in os.environ, reason="PTXEMU names no folder with the PTX emulator"),
@@ -97,12 +97,53 @@ DETERMINISTIC = [
 FIXED = Case("positions", (70, 90), (64, 64), columns=41, dtype=BF16, options={**SCATTERED, "deterministic": True})
 
 
+HOPPER = [
+    Case("far tiles on both sides, rest", (200, 300), (64, 64), batch=1, columns=81, dtype=BF16),
+    Case(
+        "window without a bias, shared key heads, head dim 128",
+        (300, 384),
+        (128, 128),
+        batch=1,
+        heads=(2, 1),
+        bias=None,
+        dtype=FP16,
+        options={"window_size": (60, 30)},
+    ),
+]
+
+
 @pytest.mark.usefixtures("poisoned_memory")
 @pytest.mark.parametrize("case", [*CASES, *DETERMINISTIC, FIXED], ids=lambda case: case.reason)
 def test_compiled_kernels_are_as_accurate_as_plain_pytorch(case):
     """The results are the output, the log-sum-exp and all gradients of the compiled code."""
     call = build(case)
     assert_matches_oracle(call, results_of(call, "triton"))
+
+
+@pytest.mark.skipif(os.environ.get("PTXEMU_ARCH") != "90", reason="the kernel is for Hopper alone")
+@pytest.mark.usefixtures("poisoned_memory")
+@pytest.mark.parametrize("case", HOPPER, ids=lambda case: case.reason)
+def test_specialised_warps_wait_for_one_another(monkeypatch, case):
+    """The emulator lets a tile arrive as late as it may, and raises where a wait or a fence is missing."""
+    import triton_offline
+
+    monkeypatch.setenv("TRITON_OFFSET_BIAS_HOPPER", "1")
+    call = build(case)
+
+    def run(backend: str) -> tuple[torch.Tensor, torch.Tensor]:
+        with torch.no_grad():
+            return offset_bias_attention(
+                call.q, call.k, call.v, call.bias, **call.options, return_lse=True, backend=backend
+            )
+
+    out, lse = run("reference")
+    for seed in (None, 1, 2):
+        triton_offline.LAUNCHES.clear()
+        with triton_offline.options(seed=seed):
+            got = run("triton")
+        assert "hopper_forward_kernel" in [name for name, _ in triton_offline.LAUNCHES]
+        torch.testing.assert_close(got[0], out, rtol=2e-2, atol=1e-2)
+        torch.testing.assert_close(got[1], lse, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("case", [*DETERMINISTIC, FIXED], ids=lambda case: case.reason)

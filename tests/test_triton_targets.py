@@ -142,7 +142,7 @@ def test_no_product_of_hopper_is_serialised(kernel):
 @pytest.mark.parametrize(("version", "expected"), [((3, 6), True), ((3, 8), True), ((3, 9), False), ((3, 10), False)])
 def test_only_hopper_and_only_older_tritons_are_helped(monkeypatch, version, expected):
     """For other targets the compiled code stays as it was."""
-    monkeypatch.setattr(configs, "_TRITON", version)
+    monkeypatch.setattr(configs, "TRITON", version)
     assert configs.needs_wait(target_of("sm_90"), torch.bfloat16) == expected
     assert not configs.needs_wait(target_of("sm_90"), torch.float32)
     others = [name for name in TARGETS if name != "sm_90"]

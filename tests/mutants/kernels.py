@@ -58,6 +58,19 @@ KERNELS = mutants_in("triton_offset_bias/backends/triton", {
          "0), sizes.len_k).to(tl.int32)",
          "0), sizes.len_k + 64).to(tl.int32)"),
     ],
+    "kernels/hopper/forward.py": [
+        ("far tiles on the right are read where the near ones begin", "test_triton_hopper.py", "sides",
+         "tl.where(is_left, 0, far - near)",
+         "tl.where(is_left, 0, near - near)"),
+    ],
+    "hopper.py": [
+        ("a rest has no buffers of its own", "test_triton_hopper.py", "knows_of_a_rest",
+         "loops._replace(REST=rest.value)",
+         "loops"),
+        ("the user's allocator is replaced", "test_triton_hopper.py", "allocator",
+         "contextvars.copy_context().run(_launch_with_memory, launch, call, outputs)",
+         "_launch_with_memory(launch, call, outputs)"),
+    ],
     "configs.py": [
         ("tuning leaves out a stage too many", "test_triton_targets.py", "tuning_tries",
          "2 * (config.num_stages - 1) * rows",

@@ -11,9 +11,11 @@ from typing import Any
 import torch
 import triton
 
+from triton_offset_bias.backends.triton.kernels.arguments import Loops
 from triton_offset_bias.backends.triton.target import KIB, Target
 
-_TRITON = tuple(map(int, triton.__version__.split(".")[:2]))
+TRITON = tuple(map(int, triton.__version__.split(".")[:2]))
+HOPPER_KEYS = 128  # the most keys of a tile of `hopper_forward_kernel`
 
 # The variable selects how the table's gradient is added up: "diagonals" is one atomic add for each diagonal of a tile;
 # "elements" is one for each score, and shows in benchmarks how much time the diagonals save.
@@ -120,7 +122,7 @@ def needs_far_loop(target: Target) -> bool:
 
 def needs_wait(target: Target, dtype: torch.dtype) -> bool:
     """Whether kernels must make asynchronous products start and end in one iteration. Triton 3.9 does so by itself."""
-    return target.is_hopper and dtype != torch.float32 and _TRITON < (3, 9)
+    return target.is_hopper and dtype != torch.float32 and TRITON < (3, 9)
 
 
 def forward_config(target: Target, dtype: torch.dtype, block_d: int, has_positions: bool = False) -> Config:
@@ -138,8 +140,19 @@ def forward_config(target: Target, dtype: torch.dtype, block_d: int, has_positio
     if block_d > 64:
         if target.is_asynchronous:
             return Config(128, 64, 8, 3)
-        return Config(128, 64 if _TRITON < (3, 7) else 128, 8, 2)  # 3.6 spills kilobytes of masked tiles of 128 keys
-    return Config(128, 64, 4, 2 if target.is_hopper and _TRITON == (3, 8) else 3)  # there a third stage spills
+        return Config(128, 64 if TRITON < (3, 7) else 128, 8, 2)  # 3.6 spills kilobytes of masked tiles of 128 keys
+    return Config(128, 64, 4, 2 if target.is_hopper and TRITON == (3, 8) else 3)  # there a third stage spills
+
+
+def hopper_forward_config(block_d: int, loops: Loops) -> Config:
+    """Launch configuration of `hopper_forward_kernel`, each of whose loops has buffers of its own.
+
+    128 queries are 64 for each of two groups of four warps; Triton counts the four that it starts with. Head dims above
+    64 have room for the buffers of one loop with so many keys.
+    """
+    num_loops = sum([loops.FAR_LEFT or loops.FAR_RIGHT, loops.NEAR, loops.REST])
+    takes_most = num_loops == 1 or (block_d <= 64 and TRITON != (3, 8))  # 3.8's compiler fails on such a tile
+    return Config(128, HOPPER_KEYS if takes_most else HOPPER_KEYS // 2, 4, 2)
 
 
 def dquery_config(target: Target, dtype: torch.dtype, block_d: int) -> Config:

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from triton_offset_bias.backends.triton import configs
+from triton_offset_bias.backends.triton import configs, hopper
 from triton_offset_bias.backends.triton.call import Call
 from triton_offset_bias.backends.triton.dbias_sum import DbiasSum, fold_offsets, fold_strip
 from triton_offset_bias.backends.triton.kernels.arguments import Outputs, Parts, Rows, Strides
@@ -29,6 +29,8 @@ def forward(problem: Problem, out: Tensor, lse: Tensor, row_max: Tensor, row_sum
     prepare_forward(call, outputs)
     if problem.seed is None and configs.is_decode(plan.group * plan.len_q, plan.len_k):
         _launch_decode(call, outputs)
+    elif hopper.is_chosen(call, out):
+        hopper.launch_forward(call, outputs)
     else:
         launch = plan.launch((forward_kernel, out.stride()), lambda: _forward_launch(plan, out))
         launch(call.is_aligned, call.inputs, outputs)

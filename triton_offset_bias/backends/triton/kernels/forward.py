@@ -67,14 +67,7 @@ def attend(
         s = score_tile(
             q, k.T, scoring, shift, rows, columns, keep, FORM, IS_NEAR, FORM.HAS_MASK or not EVEN_N
         )  # (BLOCK_M, BLOCK_N)
-        if q.dtype == tl.float32:
-            s = rounded_scores(s, unit, (tl.zeros_like(m_i) + bias)[:, None], FORM, IS_NEAR)
-            m_new = tl.maximum(m_i, tl.max(s, 1))
-            p = tl.math.exp2(s - m_new[:, None])
-        else:
-            row_max = tl.max(s, 1) * unit
-            m_new = tl.maximum(m_i, row_max if IS_NEAR else row_max + bias)
-            p = tl.math.exp2(s * unit - (m_new if IS_NEAR else m_new - bias)[:, None])
+        p, m_new = weights(s, m_i, unit, bias, FORM, IS_NEAR)
         alpha = tl.math.exp2(m_i - m_new)
         l_i = l_i * alpha + tl.sum(p, 1)
         acc = acc * alpha[:, None]
@@ -86,6 +79,37 @@ def attend(
         acc = waited_for(product(p.to(v.dtype), v, acc, FORM.PRECISION), FORM.WAIT)
         m_i = m_new
     return acc, l_i, m_i
+
+
+@triton.jit
+def weights(s, m_i, unit, bias, FORM: tl.constexpr, IS_NEAR: tl.constexpr):
+    """exp(S - m) of `score_tile`'s scores, (BLOCK_M, BLOCK_N), and the maximum m, which they may raise above m_i."""
+    if FORM.SPLIT_LSE:
+        s = rounded_scores(s, unit, (tl.zeros_like(m_i) + bias)[:, None], FORM, IS_NEAR)
+        m_new = tl.maximum(m_i, tl.max(s, 1))
+        p = tl.math.exp2(s - m_new[:, None])
+    else:
+        row_max = tl.max(s, 1) * unit
+        m_new = tl.maximum(m_i, row_max if IS_NEAR else row_max + bias)
+        p = tl.math.exp2(s * unit - (m_new if IS_NEAR else m_new - bias)[:, None])
+    return p, m_new
+
+
+@triton.jit
+def normalised(acc, l_i):
+    """The output: exp(S - m) V over the sum of the weights, and 0 where there are none."""
+    is_empty = l_i == 0.0
+    return tl.where(is_empty[:, None], 0.0, acc / tl.where(is_empty, 1.0, l_i)[:, None])
+
+
+@triton.jit
+def store_statistics(outputs, row, offs, mask, m_i, l_i):
+    """Writes the maximum, the sum and the log-sum-exp of the rows row + offs."""
+    tl.store(outputs.row_max + row + offs, m_i, mask=mask)
+    tl.store(outputs.row_sum + row + offs, l_i, mask=mask)
+    is_empty = l_i == 0.0
+    lse = (m_i + tl.math.log2(tl.where(is_empty, 1.0, l_i))) * LN_2
+    tl.store(outputs.lse + row + offs, tl.where(is_empty, float("-inf"), lse), mask=mask)
 
 
 @triton.jit(do_not_specialize=INTEGERS)
@@ -145,15 +169,10 @@ def forward_kernel(
                 FORM, BLOCK_M, BLOCK_N, part,
             )  # fmt: skip
 
-    is_empty = l_i == 0.0
-    acc = tl.where(is_empty[:, None], 0.0, acc / tl.where(is_empty, 1.0, l_i)[:, None])
+    acc = normalised(acc, l_i)
     if FORM.DROPOUT_ROUNDS > 0:
         acc *= kept_scale
     out_ptr = outputs.out + (head.b * out_strides.b + head.h * out_strides.h + sequence.first_q * out_strides.row)
     out_ptrs = tile_ptrs(out_ptr, offs_m, out_strides.row, out_strides.d, FORM.BLOCK_DV)
     store_tile(out_ptrs, acc, offs_m, sequence.len_q, FORM.HEAD_DIM_V, FORM.BLOCK_DV)
-    mask_m = offs_m < sequence.len_q
-    tl.store(outputs.row_max + row + offs_m, m_i, mask=mask_m)
-    tl.store(outputs.row_sum + row + offs_m, l_i, mask=mask_m)
-    lse = (m_i + tl.math.log2(tl.where(is_empty, 1.0, l_i))) * LN_2
-    tl.store(outputs.lse + row + offs_m, tl.where(is_empty, float("-inf"), lse), mask=mask_m)
+    store_statistics(outputs, row, offs_m, offs_m < sequence.len_q, m_i, l_i)
