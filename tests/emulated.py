@@ -8,10 +8,6 @@ import os
 import subprocess
 from pathlib import Path
 
-# setuptools brings the distutils that newer Pythons no longer have.
-import setuptools  # noqa: F401  # isort: skip
-from distutils.core import run_setup
-
 ROOT = Path(__file__).parents[1]
 LIBRARY = "_engine_portable.abi3.so"
 # What is added to the portable build's flags; GCC notes that processors with longer vectors pass these otherwise.
@@ -24,6 +20,10 @@ FLAGS = {
 @functools.cache
 def portable_flags() -> tuple[str, ...]:
     """The flags with which `setup.py` compiles the portable build."""
+    # A bare machine has no setuptools. It brings the distutils that newer Pythons no longer have.
+    import setuptools  # noqa: F401  # isort: skip
+    from distutils.core import run_setup
+
     extensions = run_setup(str(ROOT / "setup.py"), stop_after="init").ext_modules
     return tuple(next(x for x in extensions if x.name.endswith("portable")).extra_compile_args)
 
