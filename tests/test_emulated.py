@@ -239,7 +239,7 @@ def test_tuning_picks_the_cheapest_configuration_and_changes_no_result(monkeypat
     """`TRITON_OFFSET_BIAS_AUTOTUNE=1`: the emulator's clock is instructions; what candidates add to dbias goes."""
     import triton
 
-    from triton_offset_bias.backends.triton import configs, launch
+    from triton_offset_bias.backends.triton import configs, launch, plan
     from triton_offset_bias.backends.triton.kernels.backward_keys import dkey_dvalue_kernel
     from triton_offset_bias.backends.triton.kernels.backward_queries import dquery_kernel
     from triton_offset_bias.backends.triton.kernels.forward import forward_kernel
@@ -266,6 +266,7 @@ def test_tuning_picks_the_cheapest_configuration_and_changes_no_result(monkeypat
     assert list(tmp_path.rglob("*.autotune.json"))
     best = launch._tuned(*tuned_kernels[0]).best_config
     launch._tuned.cache_clear()  # as in another process, which finds the results on disk
+    monkeypatch.setattr(plan, "_plans", {})
     monkeypatch.setattr(triton.runtime.Autotuner, "_bench", None)
     assert_matches_oracle(call, results_of(call, "triton"))
     assert launch._tuned(*tuned_kernels[0]).best_config == best
