@@ -12,13 +12,16 @@ from triton.compiler import ASTSource
 from triton_offset_bias import dropout
 from triton_offset_bias.backends.triton import configs
 from triton_offset_bias.backends.triton.kernels.arguments import (
+    Factors,
     Form,
     Inputs,
+    Layout,
     Loops,
     Outputs,
     Parts,
     Rows,
     Strides,
+    StripStrides,
     constants,
 )
 from triton_offset_bias.backends.triton.kernels.backward_bias import dbias_kernel
@@ -55,7 +58,6 @@ CONFIGS = {
     "decode": lambda target, dtype, block_d: configs.decode_config(target, dtype, block_d, DECODE_ROWS),
 }
 # The types of arguments that are neither tuples, nor pointers to tensors, nor int32.
-_FLOATS = dict.fromkeys(("scale", "scale_log2", "kept_scale"), "fp32")
 _SUMS = dict.fromkeys(("fixed_unit_ptr", "dstrip_ptr", "parts_ptr"), "*fp32")
 # Kinds of schedules: whether there is a bias, and which loops a kernel has.
 SCHEDULES = {
@@ -157,6 +159,8 @@ class Variant:
             BIAS_IN_ACC=configs.is_bias_in_acc(self.device, self.dtype, self.head_dim**-0.5),
             HAS_MASK=False,
             HAS_POSITIONS=False,
+            OWN_QUERY_POSITIONS=False,
+            OWN_KEY_POSITIONS=False,
             IS_PACKED=False,
             HAS_LENGTHS=False,
             DROPOUT_ROUNDS=0,
@@ -193,7 +197,8 @@ class Variant:
             "outputs": Outputs(tensor, "*fp32", "*fp32", "*fp32"),
             "parts": Parts("*fp32", "*fp32", "*fp32"),
             "row_ptrs": Rows("*fp32", "*fp32", "*fp32"),
-            **_FLOATS,
+            "factors": Factors("fp32", "fp32", "fp32"),
+            "strides": self._layout(),
             **_SUMS,
         }
         if self.kernel == "dquery" and self.constants["DBIAS"] != "fixed":
@@ -202,34 +207,46 @@ class Variant:
             types["dstrip_ptr"] = "constexpr"
         return {p.name: self._type_of(p, types, tensor) for p in KERNELS[self.kernel].params}
 
+    def _layout(self) -> Layout:
+        """The types of the strides of the tensors that the kernel gets."""
+        others = {"forward": ["out"], "hopper_forward": ["out"], "decode": [], "dbias": ["dout"]}
+        others |= {"dquery": ["dout", "dq"], "dkey_dvalue": ["dout", "dk", "dv"]}
+        tensors = dict.fromkeys(["q", "k", "v", *others[self.kernel]], Strides("i32", "i32", "constexpr", "constexpr"))
+        absent = dict.fromkeys(Layout._fields, "constexpr")
+        return Layout(**{**absent, **tensors, "strip": StripStrides("i32", "i32")})
+
     @staticmethod
     def _type_of(parameter: Any, types: dict[str, Any], tensor: str) -> Any:
         if parameter.is_constexpr:
             return "constexpr"
         if parameter.name in types:
             return types[parameter.name]
-        if parameter.name.endswith("_strides"):
-            return Strides("i32", "i32", "constexpr", "constexpr")
         return tensor if parameter.name.endswith("_ptr") else "i32"
 
     def source(self) -> ASTSource:
         """The kernel with the types of its arguments, in the form that Triton's compiler takes."""
         kernel, types = KERNELS[self.kernel], self._types()
-        compiled_in = {"row": self.head_dim, "d": 1}
+        compiled_in = {**self.constants, "row": self.head_dim, "d": 1}
         values, attributes = {}, {}
-        for i, (name, x) in enumerate(types.items()):
-            members = x._asdict().items() if isinstance(x, tuple) else [(name, x)]
-            for j, (member, kind) in enumerate(members):
-                path = (i, j) if isinstance(x, tuple) else (i,)
-                if kind == "constexpr":
-                    values[path] = self.constants.get(name) if member == name else compiled_in.get(member)
-                elif kind.startswith("*") or member in ("b", "h"):  # aligned tensors
-                    attributes[path] = [["tt.divisibility", 16]]
+        for path, name, kind in _leaves((), types):
+            if kind == "constexpr":
+                values[path] = compiled_in.get(name)
+            elif kind.startswith("*") or name in ("b", "h"):  # aligned tensors
+                attributes[path] = [["tt.divisibility", 16]]
         return ASTSource(kernel, types, values, attributes)
 
     def compile(self):
         """Compiles the variant, and returns Triton's compiled kernel."""
         return triton.compile(self.source(), target=gpu_target(self.target), options=self.launch.options)
+
+
+def _leaves(path: tuple[int, ...], types: dict[str, Any]) -> Iterator[tuple[tuple[int, ...], str, str]]:
+    """The place, name and type of every argument, and of every member of tuples among them."""
+    for i, (name, kind) in enumerate(types.items()):
+        if isinstance(kind, tuple):
+            yield from _leaves((*path, i), kind._asdict())
+        else:
+            yield (*path, i), name, kind
 
 
 RAGGED = {"IS_EVEN": False, "HAS_MASK": True}

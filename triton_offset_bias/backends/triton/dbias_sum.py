@@ -10,7 +10,6 @@ from triton_offset_bias.backends.triton.kernels.backward_queries import COPIES
 from triton_offset_bias.backends.triton.kernels.strip import BLOCK, fold_kernel
 from triton_offset_bias.backends.triton.launch import Launch
 from triton_offset_bias.backends.triton.plan import Plan
-from triton_offset_bias.backends.triton.strip import PAD
 
 
 class DbiasSum:
@@ -75,9 +74,8 @@ def _largest_row(x: Tensor) -> Tensor:
 
 def fold_strip(call: Call, dstrip: Tensor) -> Tensor:
     """The table's gradient, in its shape and dtype, from the strip's, (1 or B, 1 or H, columns)."""
-    width, first, *_ = call.plan.strip.columns
-    pad = 0 if call.plan.has_positions else PAD
-    return _fold(call, dstrip, (first, pad, width - pad))
+    _, first, *_ = call.plan.strip.columns
+    return _fold(call, dstrip, (first, *call.plan.strip.offsets))
 
 
 def fold_offsets(call: Call, doffsets: Tensor, lo: int) -> Tensor:
@@ -97,7 +95,7 @@ def _fold(call: Call, dstrip: Tensor, numbers: tuple[int, int, int]) -> Tensor:
 
 
 def _fold_launch(plan: Plan, stride_row: int, numbers: tuple[int, int, int]) -> Launch:
-    *_, heads, columns = plan.strip.table_strides
+    columns = plan.strip.num_columns
     constants = {"IS_ZERO_BEYOND": plan.strip.is_zero_beyond, "BLOCK": BLOCK, "enable_fp_fusion": True}
-    programs = plan.strip.shape[0] * heads * -(-columns // BLOCK)
+    programs = plan.strip.shape[0] * plan.strip.shape[1] * -(-columns // BLOCK)
     return Launch(fold_kernel, programs, (stride_row, columns, *numbers), constants)

@@ -6,7 +6,7 @@ from torch import Tensor
 from triton_offset_bias.backends.triton import configs, hopper
 from triton_offset_bias.backends.triton.call import Call
 from triton_offset_bias.backends.triton.dbias_sum import DbiasSum, fold_offsets, fold_strip
-from triton_offset_bias.backends.triton.kernels.arguments import Outputs, Parts, Rows, Strides
+from triton_offset_bias.backends.triton.kernels.arguments import Outputs, Parts, Rows
 from triton_offset_bias.backends.triton.kernels.backward_bias import dbias_kernel
 from triton_offset_bias.backends.triton.kernels.backward_keys import dkey_dvalue_kernel
 from triton_offset_bias.backends.triton.kernels.backward_queries import dquery_kernel
@@ -18,8 +18,6 @@ from triton_offset_bias.backends.triton.preparing import add_constants, prepare_
 from triton_offset_bias.backends.triton.strip import counted_reach
 from triton_offset_bias.backends.triton.target import multiprocessors
 from triton_offset_bias.problem import Problem
-
-_NO_STRIDES = Strides(0, 0, 0, 0)  # of tensors that are not written
 
 
 def forward(problem: Problem, out: Tensor, lse: Tensor, row_max: Tensor, row_sum: Tensor) -> None:
@@ -70,10 +68,7 @@ def backward(
 
 def _forward_launch(plan: Plan, out: Tensor) -> Launch | TunedLaunch:
     config = configs.forward_config(plan.target, plan.dtype, plan.block_d, plan.has_positions)
-    numbers = (
-        *plan.input_strides, plan.strides(out),
-        *plan.integers, plan.scale_log2, plan.largest_dropped, plan.kept_scale,
-    )  # fmt: skip
+    numbers = (plan.layout(out=out), *plan.integers, plan.factors, plan.largest_dropped)
     blocks = (plan.batch * plan.num_heads, plan.len_q, "BLOCK_M")
     return blocked_launch(forward_kernel, config, blocks, "len_k", numbers, {"FORM": plan.form, "LOOPS": plan.loops})
 
@@ -94,7 +89,7 @@ def _launch_decode(call: Call, outputs: Outputs) -> None:
 
 def _decode_launch(plan: Plan, splits: int) -> Launch | TunedLaunch:
     config = configs.decode_config(plan.target, plan.dtype, plan.block_d, plan.group * plan.len_q)
-    numbers = (*plan.input_strides, *plan.integers, plan.scale_log2, plan.batch, splits)
+    numbers = (plan.layout(), *plan.integers, plan.factors, plan.batch, splits)
     blocks = (plan.batch * plan.key_heads * splits, 1, "BLOCK_M")
     return blocked_launch(decode_kernel, config, blocks, "len_k", numbers, {"FORM": plan.form, "LOOPS": plan.loops})
 
@@ -124,10 +119,8 @@ def _launch_dquery(call: Call, dout: Tensor, rows: Rows, dquery: Tensor | None, 
 
 def _dquery_launch(plan: Plan, dout: Tensor, dquery: Tensor | None, how: str, copy_stride: int) -> Launch | TunedLaunch:
     config = configs.dquery_config(plan.target, plan.dtype, plan.block_d)
-    numbers = (
-        *plan.input_strides, plan.strides(dout), _strides(plan, dquery),
-        *plan.integers, plan.scale, plan.scale_log2, plan.largest_dropped, plan.kept_scale, copy_stride,
-    )  # fmt: skip
+    layout = plan.layout(dout=dout, dq=dquery)
+    numbers = (layout, *plan.integers, plan.factors, plan.largest_dropped, copy_stride)
     constants = {"FORM": plan.form, "LOOPS": plan.loops, "HAS_DQ": dquery is not None, "DBIAS": how}
     blocks = (plan.batch * plan.num_heads, plan.len_q, "BLOCK")
     return blocked_launch(dquery_kernel, config, blocks, "len_k", numbers, constants, added_to="dstrip_ptr")
@@ -143,18 +136,12 @@ def _launch_dkey_dvalue(call: Call, dout: Tensor, rows: Rows, dkey: Tensor | Non
 
 def _dkey_dvalue_launch(plan: Plan, dout: Tensor, dkey: Tensor | None, dvalue: Tensor | None) -> Launch | TunedLaunch:
     config = configs.dkey_dvalue_config(plan.target, plan.dtype, plan.block_d)
-    numbers = (
-        *plan.input_strides, plan.strides(dout), _strides(plan, dkey), _strides(plan, dvalue),
-        *plan.integers, plan.scale, plan.scale_log2, plan.largest_dropped, plan.kept_scale,
-    )  # fmt: skip
+    layout = plan.layout(dout=dout, dk=dkey, dv=dvalue)
+    numbers = (layout, *plan.integers, plan.factors, plan.largest_dropped)
     outputs = {"HAS_DK": dkey is not None, "HAS_DV": dvalue is not None}
     constants = {"FORM": plan.form, "LOOPS": plan.loops, **outputs}
     blocks = (plan.batch * plan.key_heads, plan.len_k, "BLOCK_N")
     return blocked_launch(dkey_dvalue_kernel, config, blocks, "len_q", numbers, constants)
-
-
-def _strides(plan: Plan, x: Tensor | None) -> Strides:
-    return _NO_STRIDES if x is None else plan.strides(x)
 
 
 def _launch_dbias(call: Call, dout: Tensor, rows: Rows) -> Tensor:
@@ -170,11 +157,8 @@ def _launch_dbias(call: Call, dout: Tensor, rows: Rows) -> Tensor:
     parts = call.strip.new_empty(bias_batch, bias_heads, distances, 2, block)
 
     def make() -> Launch:
-        numbers = (
-            *plan.input_strides, plan.strides(dout),
-            *plan.integers, plan.scale_log2, plan.largest_dropped, plan.kept_scale,
-            plan.batch, bias_batch, bias_heads, first_distance, distances,
-        )  # fmt: skip
+        diagonals = (plan.batch, bias_batch, bias_heads, first_distance, distances)
+        numbers = (plan.layout(dout=dout), *plan.integers, plan.factors, plan.largest_dropped, *diagonals)
         known = {"FORM": plan.form, "LOOPS": plan.loops, "BLOCK": block, "len_q": plan.len_q, "len_k": plan.len_k}
         loops = with_rest(known, "len_k")
         constants = {"FORM": plan.form, "LOOPS": loops, "BLOCK": block, **config.options}

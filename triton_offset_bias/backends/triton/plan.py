@@ -11,7 +11,15 @@ from torch import Tensor
 
 from triton_offset_bias import dropout
 from triton_offset_bias.backends.triton import configs
-from triton_offset_bias.backends.triton.kernels.arguments import Form, Loops, Strides, constants
+from triton_offset_bias.backends.triton.kernels.arguments import (
+    Factors,
+    Form,
+    Layout,
+    Loops,
+    Strides,
+    StripStrides,
+    constants,
+)
 from triton_offset_bias.backends.triton.launch import Launch, TunedLaunch, compiler_settings, is_tuned
 from triton_offset_bias.backends.triton.strip import Strip
 from triton_offset_bias.backends.triton.target import allows_tf32, current_target, precision
@@ -28,16 +36,16 @@ class Plan:
     Attributes:
         query_factor: factor on the queries. The kernels want a positive scale, so its sign, or a scale of 0, goes here.
         block_d: the larger of the padded head dims.
-        integers: the members of `Sizes` but the group, of `Bounds`, and of `SharedStrides`, which kernels take one by
-            one.
+        integers: the members of `Sizes` but the group, and of `Bounds`, which kernels take one by one.
+        factors: see `Factors`.
     """
 
     def __init__(self, problem: Problem) -> None:
         query, key = problem.query, problem.key
         self.target = current_target()
         self.query_factor = 1.0 if problem.scale > 0 else -1.0 if problem.scale < 0 else 0.0
-        self.scale = abs(problem.scale) or 1.0
-        self.scale_log2 = self.scale * math.log2(math.e)
+        scale = abs(problem.scale) or 1.0
+        scale_log2 = scale * math.log2(math.e)
         self.is_packed = problem.cu_seqlens_q is not None
         self.has_positions = problem.query_positions is not None
         self.batch, self.num_heads = problem.num_sequences, query.shape[1]
@@ -46,17 +54,18 @@ class Plan:
         self.group = self.num_heads // self.key_heads
         self.dtype = query.dtype
         self.block_d = max(padded(query), padded(problem.value))
-        is_bias_in_acc = configs.is_bias_in_acc(self.target, query.dtype, self.scale_log2)
-        self.strip = Strip(problem, 1 / self.scale if is_bias_in_acc else math.log2(math.e))
+        is_bias_in_acc = configs.is_bias_in_acc(self.target, query.dtype, scale_log2)
+        self.strip = Strip(problem, 1 / scale if is_bias_in_acc else math.log2(math.e))
         self.form = self._form(problem, is_bias_in_acc)
         self.loops = Loops(*constants(self._loops(problem)))
-        self.largest_dropped, self.kept_scale = _dropout_numbers(problem)
-        positions = (_batch_stride(problem.query_positions), _batch_stride(problem.key_positions))
+        self.largest_dropped, kept_scale = _dropout_numbers(problem)
+        self.factors = Factors(scale, scale_log2, kept_scale)
         sizes = (self.num_heads, self.len_q, self.len_k, query.shape[2], key.shape[2])
-        self.integers = (*sizes, *self.strip.bounds, *self.strip.shared_strides, *positions)
+        self.integers = (*sizes, *self.strip.bounds)
         # The product of queries and a factor is contiguous, whatever the queries are.
         scaled = query if self.query_factor == 1.0 else torch.empty(query.shape, device="meta")
-        self.input_strides = tuple(map(self.strides, (scaled, key, problem.value)))
+        q, k, v = map(self.strides, (scaled, key, problem.value))
+        self._layout = Layout(q, k, v, StripStrides(*self.strip.strides))
         self._launches: dict[Hashable, Launch | TunedLaunch] = {}
 
     def launch(self, key: Hashable, make: Callable[[], Launch | TunedLaunch]) -> Launch | TunedLaunch:
@@ -65,6 +74,10 @@ class Plan:
         if launch is None:
             launch = self._launches.setdefault(key, make())
         return launch
+
+    def layout(self, **others: Tensor | None) -> Layout:
+        """The layout of a kernel's tensors: the inputs, and others by their names in `Layout`."""
+        return self._layout._replace(**{name: None if x is None else self.strides(x) for name, x in others.items()})
 
     def strides(self, x: Tensor) -> Strides:
         """Strides of a (B, H, L, D) tensor for a launch; all packed sequences lie in one batch element.
@@ -88,6 +101,8 @@ class Plan:
             BIAS_IN_ACC=is_bias_in_acc,
             HAS_MASK=problem.key_padding_mask is not None,
             HAS_POSITIONS=self.has_positions,
+            OWN_QUERY_POSITIONS=_are_own(problem.query_positions),
+            OWN_KEY_POSITIONS=_are_own(problem.key_positions),
             IS_PACKED=self.is_packed,
             HAS_LENGTHS=problem.key_lengths is not None,
             DROPOUT_ROUNDS=0 if problem.seed is None else dropout.ROUNDS,
@@ -132,8 +147,9 @@ def padded(x: Tensor) -> int:
     return max(16, triton.next_power_of_2(x.shape[3]))
 
 
-def _batch_stride(positions: Tensor | None) -> int:
-    return 0 if positions is None or positions.dim() == 1 else positions.shape[1]
+def _are_own(positions: Tensor | None) -> bool:
+    """Whether every sequence has positions of its own."""
+    return positions is not None and positions.dim() > 1
 
 
 def _dropout_numbers(problem: Problem) -> tuple[int, float]:

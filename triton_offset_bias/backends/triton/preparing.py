@@ -5,7 +5,15 @@ from torch import Tensor
 
 from triton_offset_bias.backends.triton.call import Call
 from triton_offset_bias.backends.triton.dbias_sum import DbiasSum
-from triton_offset_bias.backends.triton.kernels.arguments import Outputs, Rows, Table
+from triton_offset_bias.backends.triton.kernels.arguments import (
+    Outputs,
+    PrepareForm,
+    Results,
+    ResultStrides,
+    Rows,
+    Table,
+    constants,
+)
 from triton_offset_bias.backends.triton.kernels.prepare import prepare_kernel
 from triton_offset_bias.backends.triton.kernels.strip import BLOCK, constants_kernel
 from triton_offset_bias.backends.triton.launch import Launch
@@ -17,9 +25,10 @@ _PREPARE_ROWS = 64
 def prepare_forward(call: Call, outputs: Outputs) -> None:
     """Has the strip filled, if there is a table."""
     if call.strip is not None:
-        rows = Rows(outputs.row_max, outputs.row_max, outputs.row_max)  # dummies, as are the outputs
-        pointers = (outputs.out, outputs.out, None, outputs.row_max, outputs.row_sum, rows, outputs.out)
-        _launch(call, call.strip, *pointers, sums_width=0, row_programs=0, rows_cleaned=0)
+        # No program has rows, so all tensors but the strip are dummies.
+        rows = Rows(outputs.row_max, outputs.row_max, outputs.row_max)
+        results = Results(outputs.out, outputs.out, outputs.row_max, outputs.row_sum, clean_dout=outputs.out)
+        _launch(call, call.strip, results, rows, sums_width=0, row_programs=0, rows_cleaned=0)
 
 
 def prepare_backward(
@@ -38,55 +47,69 @@ def prepare_backward(
     rows = Rows(lse, torch.empty_like(lse) if call.plan.form.SPLIT_LSE.value else lse, delta)
     clean = torch.empty_like(dout) if strip.may_leave_rows_empty else dout
     _launch(
-        call, call.strip if added is None else added.sums, out, dout, dlse, row_max, row_sum, rows, clean,
+        call,
+        call.strip if added is None else added.sums,
+        Results(out, dout, row_max, row_sum, dlse, clean),
+        rows,
         sums_width=0 if added is None else strip.shape[-1],
         row_programs=batch * heads * -(-length // _PREPARE_ROWS),
         rows_cleaned=length if strip.may_leave_rows_empty else 0,
-    )  # fmt: skip
+    )
     return clean, rows
 
 
 def _launch(
-    call: Call, sums: Tensor | None, out: Tensor, dout: Tensor, dlse: Tensor | None, row_max: Tensor, row_sum: Tensor,
-    rows: Rows, clean: Tensor,
-    *, sums_width: int, row_programs: int, rows_cleaned: int,
-) -> None:  # fmt: skip
+    call: Call,
+    sums: Tensor | None,
+    results: Results,
+    rows: Rows,
+    *,
+    sums_width: int,
+    row_programs: int,
+    rows_cleaned: int,
+) -> None:
     """Launches `prepare_kernel`, and before it the kernel that finds the constants of a float32 table's rows."""
     plan = call.plan
     if call.constants is not None:
         launch = plan.launch(constants_kernel, lambda: _constants_launch(plan))
         launch(call.is_aligned, call.problem.bias, call.constants)
-    tensors, numbers = (out, dout, clean), (sums_width, row_programs, rows_cleaned)
-    key = (prepare_kernel, dlse is None, numbers, *(x.stride() for x in tensors))
-    launch = plan.launch(key, lambda: _prepare_launch(plan, tensors, *numbers, has_dlse=dlse is not None))
+    numbers = (sums_width, row_programs, rows_cleaned)
+    key = (
+        prepare_kernel,
+        results.dlse is None,
+        numbers,
+        *(getattr(results, x).stride() for x in ResultStrides._fields),
+    )
+    launch = plan.launch(key, lambda: _prepare_launch(plan, results, *numbers))
     table = Table(call.problem.bias, call.strip if call.constants is None else call.constants, call.strip, sums)
-    launch(call.is_aligned, table, out, dout, dlse, row_max, row_sum, rows, clean)
+    launch(call.is_aligned, table, results, rows)
 
 
-def _prepare_launch(
-    plan: Plan, tensors: tuple[Tensor, ...], sums_width: int, row_programs: int, rows_cleaned: int, *, has_dlse: bool
-) -> Launch:
-    strip, out = plan.strip, tensors[0]
+def _prepare_launch(plan: Plan, results: Results, sums_width: int, row_programs: int, rows_cleaned: int) -> Launch:
+    strip, out = plan.strip, results.out
+    strides = ResultStrides(*(plan.strides(getattr(results, name)) for name in ResultStrides._fields))
     numbers = (
-        *map(plan.strides, tensors),
-        *strip.table_strides, *strip.columns, sums_width, strip.programs,
-        strip.unit, strip.limit, plan.num_heads, out.shape[2], rows_cleaned,
+        strides, *strip.table_strides, strip.num_columns, *strip.columns, sums_width,
+        strip.shape[1], plan.num_heads, out.shape[2], rows_cleaned, strip.programs, strip.unit, strip.limit,
     )  # fmt: skip
-    constants = {
-        **{
-            "HAS_BIAS": plan.form.HAS_BIAS,
-            "HAS_CONSTANTS": strip.has_constants,
-            "IS_ZERO_BEYOND": strip.is_zero_beyond,
-        },
-        **{"HEAD_DIM_V": out.shape[3], "BLOCK_DV": padded(out), "HAS_DLSE": has_dlse, "SPLIT_LSE": plan.form.SPLIT_LSE},
-        **{"BLOCK": BLOCK, "BLOCK_M": _PREPARE_ROWS, "enable_fp_fusion": True},
-    }
-    return Launch(prepare_kernel, strip.programs + row_programs, numbers, constants)
+    form = PrepareForm(
+        HAS_BIAS=plan.form.HAS_BIAS.value,
+        HAS_CONSTANTS=strip.has_constants,
+        IS_ZERO_BEYOND=strip.is_zero_beyond,
+        HEAD_DIM_V=out.shape[3],
+        BLOCK_DV=padded(out),
+        HAS_DLSE=results.dlse is not None,
+        SPLIT_LSE=plan.form.SPLIT_LSE.value,
+    )
+    sizes = {"BLOCK": BLOCK, "BLOCK_M": _PREPARE_ROWS}
+    named = {"FORM": PrepareForm(*constants(form)), **sizes, "enable_fp_fusion": True}
+    return Launch(prepare_kernel, strip.programs + row_programs, numbers, named)
 
 
 def _constants_launch(plan: Plan) -> Launch:
     batch, heads, _ = plan.strip.shape
-    return Launch(constants_kernel, batch * heads, plan.strip.table_strides, {"BLOCK": BLOCK, "enable_fp_fusion": True})
+    numbers = (*plan.strip.table_strides, heads, plan.strip.num_columns)
+    return Launch(constants_kernel, batch * heads, numbers, {"BLOCK": BLOCK, "enable_fp_fusion": True})
 
 
 def add_constants(call: Call, lse: Tensor) -> None:

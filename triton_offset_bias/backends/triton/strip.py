@@ -31,10 +31,13 @@ class Strip:
         has_constants: False if all rows count from 0: inputs of 16 bits have no such digits to keep, and with zeros
             beyond the table the numbers are not close to one another.
         is_zero_beyond: whether offsets outside the table have no bias.
-        table_strides: the strides of the table with all its axes, its number of heads, and its number of columns.
+        table_strides: the strides of the table with all its axes.
+        num_columns: of the table.
         columns: the strip's number of columns, the table's column that is its first, and the range that is not -inf.
+            The number is a multiple of 16, so that kernels know that rows of the strip are aligned.
+        offsets: the range of the strip's columns whose offsets some pair may have.
         programs: the number of programs that fill it.
-        shared_strides: the first two of `SharedStrides`.
+        strides: see `StripStrides`.
         may_leave_rows_empty: whether some query may have no key to attend to, if the table has no -inf.
     """
 
@@ -45,25 +48,30 @@ class Strip:
         self.may_leave_rows_empty = _may_leave_rows_empty(problem, self.bounds)
         self.has_constants = False
         self.is_zero_beyond = problem.beyond == "zero"
-        self.shape, self.table_strides, self.columns = (0, 0, 0), (0, 0, 0, 0, 0), (0, 0, 0, 0)
-        self.programs, self.shared_strides = 0, (0, 0)
+        self.shape, self.columns = (0, 0, 0), (0, 0, 0, 0)
+        self.table_strides: tuple[int, ...] = (0, 0, 0)
+        self.num_columns = 0
+        self.offsets, self.programs, self.strides = (0, 0), 0, (0, 0)
         if problem.bias is not None:
             self._lay_out(problem, problem.bias)
 
     def _lay_out(self, problem: Problem, bias: Tensor) -> None:
         self.has_constants = problem.query.dtype == torch.float32 and problem.beyond != "zero"
-        first, width = _columns(problem, self.bounds)
-        begin, end = 0, width
+        first, used = _columns(problem, self.bounds)
+        begin, end = 0, used
+        self.offsets = (0, used)
         if problem.query_positions is None:
             lo, hi = _strip_offsets(problem, self.bounds)
-            begin = PAD + min(max(problem.min_offset - lo, 0), width)
-            end = width - PAD - min(max(hi - problem.max_offset, 0), width)
+            begin = PAD + min(max(problem.min_offset - lo, 0), used)
+            end = used - PAD - min(max(hi - problem.max_offset, 0), used)
+            self.offsets = (PAD, used - PAD)
+        width = -(-used // 16) * 16
         rows, strides = (1, 1, *bias.shape[:-1])[-2:], (0, 0, *bias.stride())[-3:]
         self.shape = (*rows, width)
-        self.table_strides = (*strides, rows[1], bias.shape[-1])
+        self.table_strides, self.num_columns = strides, bias.shape[-1]
         self.columns = (width, first, begin, end)
         self.programs = rows[0] * rows[1] * -(-width // BLOCK)
-        self.shared_strides = (rows[1] * width if rows[0] > 1 else 0, width if rows[1] > 1 else 0)
+        self.strides = (rows[1] * width if rows[0] > 1 else 0, width if rows[1] > 1 else 0)
 
 
 def _may_leave_rows_empty(problem: Problem, bounds: Bounds) -> bool:

@@ -44,6 +44,17 @@ class Table(NamedTuple):
     sums: Any  # of the strip's gradient
 
 
+class Results(NamedTuple):
+    """Pointers to what the backward pass starts from, and to one result: (B, H, M, DV), or (B, H, M) float32."""
+
+    out: Any
+    dout: Any
+    row_max: Any  # bits
+    row_sum: Any
+    dlse: Any = None  # None if nobody asks for its gradient
+    clean_dout: Any = None  # dO without the rows that attend to nothing
+
+
 class Parts(NamedTuple):
     """Pointers to the results of every split of the keys, (splits, B, H, len_q) float32; acc has an axis DV as well."""
 
@@ -69,13 +80,25 @@ class Strides(NamedTuple):
     d: Any
 
 
-class SharedStrides(NamedTuple):
-    """Strides of the strip, and from one sequence's positions to the next's, in elements; 0 where they are shared."""
+class StripStrides(NamedTuple):
+    """Strides of the strip, in elements: multiples of 16, and 0 where sequences or heads share it."""
 
-    strip_b: Any
-    strip_h: Any
-    query_positions_b: Any
-    key_positions_b: Any
+    b: Any
+    h: Any
+
+
+class Layout(NamedTuple):
+    """`Strides` of the tensors that a kernel reads and writes; None of those that it does not get."""
+
+    q: Any
+    k: Any
+    v: Any
+    strip: Any  # StripStrides
+    out: Any = None
+    dout: Any = None
+    dq: Any = None
+    dk: Any = None
+    dv: Any = None
 
 
 class Sizes(NamedTuple):
@@ -103,10 +126,40 @@ class Bounds(NamedTuple):
     near_hi: Any
 
 
+class ResultStrides(NamedTuple):
+    """`Strides` of the tensors of `Results` that have a head dim."""
+
+    out: Any
+    dout: Any
+    clean_dout: Any
+
+
+class Columns(NamedTuple):
+    """How the columns of the strip come from those of the table, whose strides are in elements."""
+
+    stride_b: Any
+    stride_h: Any
+    stride_n: Any
+    num_columns: Any  # of the table
+    width: Any  # the columns of the strip
+    first: Any  # the table's column that is the strip's first
+    begin: Any  # columns outside of [begin, end) are -inf
+    end: Any
+    sums_width: Any  # the first so many sums become 0: all of them, or none
+
+
+class Factors(NamedTuple):
+    """Float32 factors of a call."""
+
+    scale: Any
+    scale_log2: Any  # the scale, in bits
+    kept_scale: Any  # of weights that dropout keeps
+
+
 # Arguments that kernels take one by one. Triton compiles a kernel anew for a multiple of 16 and for 1, unless it is
 # told not to, which it can be for arguments but not for members of tuples. No load is wider for knowing these integers.
 INTEGERS = [
-    *(name for fields in (Sizes, Bounds, SharedStrides) for name in fields._fields if name != "group"),
+    *(name for fields in (Sizes, Bounds) for name in fields._fields if name != "group"),
     *("largest_dropped", "batch", "num_splits", "bias_batch", "bias_heads", "first_distance", "num_distances"),
     *("stride_b", "stride_h", "stride_n", "stride_row", "num_columns", "width", "first", "begin", "end"),
     *("sums_width", "strip_programs", "rows_cleaned", "copy_stride"),
@@ -125,6 +178,8 @@ class Form(NamedTuple):
     BIAS_IN_ACC: Any  # see `scores`
     HAS_MASK: Any
     HAS_POSITIONS: Any
+    OWN_QUERY_POSITIONS: Any  # whether every sequence has positions of its own
+    OWN_KEY_POSITIONS: Any
     IS_PACKED: Any
     HAS_LENGTHS: Any  # whether every sequence has its own number of keys, its last query on the last of them
     DROPOUT_ROUNDS: Any  # of Philox; 0 without dropout
@@ -132,6 +187,18 @@ class Form(NamedTuple):
     USE_ASM: Any  # whether the bias is loaded by inline assembly
     PRECISION: Any  # of products, see `tiles.product`
     WAIT: Any  # whether products must end in their iteration, see `tiles.waited_for`
+
+
+class PrepareForm(NamedTuple):
+    """Properties of a call that are compiled into `prepare_kernel`."""
+
+    HAS_BIAS: Any
+    HAS_CONSTANTS: Any  # see `Strip`
+    IS_ZERO_BEYOND: Any  # whether offsets outside of the table have no bias
+    HEAD_DIM_V: Any
+    BLOCK_DV: Any
+    HAS_DLSE: Any
+    SPLIT_LSE: Any
 
 
 class Loops(NamedTuple):

@@ -6,8 +6,8 @@ dbias[offset] = sum of dS along the offset's diagonal, over batch and over the h
 import triton
 import triton.language as tl
 
-from triton_offset_bias.backends.triton.kernels.arguments import INTEGERS, Bounds, Dropping, SharedStrides, Sizes
-from triton_offset_bias.backends.triton.kernels.blocks import first_position, full_length, sequence_keys, sequence_rows
+from triton_offset_bias.backends.triton.kernels.arguments import INTEGERS, Dropping
+from triton_offset_bias.backends.triton.kernels.blocks import counted, first_position, sequence_keys, sequence_rows
 from triton_offset_bias.backends.triton.kernels.scores import (
     dropout_factors,
     kept_keys,
@@ -22,17 +22,16 @@ from triton_offset_bias.backends.triton.kernels.scores import (
     shift_in_strip,
     slope_weights,
 )
-from triton_offset_bias.backends.triton.kernels.tiles import load_tile, product, sum_diagonals, tile_ptrs
+from triton_offset_bias.backends.triton.kernels.tiles import first_element, load_tile, product, sum_diagonals, tile_ptrs
 
 
 @triton.jit(do_not_specialize=INTEGERS)
 def dbias_kernel(
     inputs, dout_ptr, row_ptrs, parts_ptr,
-    q_strides, k_strides, v_strides, dout_strides,
+    strides,
     num_heads, len_q, len_k, rows_q, rows_k,
     zero, band_lo, band_hi, near_lo, near_hi,
-    strip_b, strip_h, query_positions_b, key_positions_b,
-    scale_log2, largest_dropped, kept_scale,
+    factors, largest_dropped,
     batch, bias_batch, bias_heads, first_distance, num_distances,
     FORM: tl.constexpr, LOOPS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
@@ -45,11 +44,9 @@ def dbias_kernel(
     then the sums of the BLOCK offsets from the diagonal's on.
     Of LOOPS only REST counts: without it lengths are multiples of 16.
     """
-    if not LOOPS.REST:
-        len_q, len_k = full_length(len_q), full_length(len_k)
-    sizes = Sizes(num_heads, FORM.GROUP, len_q, len_k, rows_q, rows_k)
-    bounds = Bounds(zero, band_lo, band_hi, near_lo, near_hi)
-    shared_strides = SharedStrides(strip_b, strip_h, query_positions_b, key_positions_b)
+    sizes, bounds = counted(
+        num_heads, len_q, len_k, rows_q, rows_k, zero, band_lo, band_hi, near_lo, near_hi, FORM, LOOPS
+    )
     distance = first_distance + tl.program_id(0) % num_distances
     bias_row = tl.program_id(0) // num_distances
     first_b = bias_row // bias_heads  # 0 if all sequences share the table; so with heads
@@ -57,14 +54,15 @@ def dbias_kernel(
     num_h = sizes.num_heads // bias_heads
     rows = tl.arange(0, BLOCK)
     total = tl.zeros([BLOCK, BLOCK], tl.float32)
-    scoring = scoring_of(inputs, first_b.to(tl.int64), first_h.to(tl.int64), shared_strides, bounds, scale_log2, FORM)
+    scale_log2 = factors.scale_log2
+    scoring = scoring_of(inputs, first_b.to(tl.int64), first_h.to(tl.int64), strides.strip, bounds, scale_log2, FORM)
     unit = score_unit(scale_log2, FORM, True)
     seed = tl.load(inputs.seed) if FORM.DROPOUT_ROUNDS > 0 else 0
     for index in range(0, batch // bias_batch):
         b = (first_b + index).to(tl.int64)
         first_q, seq_q = sequence_rows(inputs.cu_seqlens_q, b, sizes.len_q, sizes.rows_q, FORM.IS_PACKED)
         first_k, seq_k = sequence_keys(inputs, b, sizes, FORM)
-        first_row = b * sizes.num_heads * row_stride(rows_q)
+        first_row = b * sizes.num_heads * row_stride(sizes.rows_q)
         if FORM.IS_PACKED:
             first_row = first_q
         first = first_position(seq_q, seq_k, sizes, FORM)
@@ -82,19 +80,21 @@ def dbias_kernel(
             start_m = (first_m + i % tiles) * BLOCK - above
             offs_n = start_m - shift + rows
             offs_m = tl.where(start_m + rows < 0, seq_q, start_m + rows)  # those above do not exist either
-            q_head = inputs.q + b * q_strides.b + h * q_strides.h + first_q * q_strides.row
-            k_head = inputs.k + b * k_strides.b + h_kv * k_strides.h + first_k * k_strides.row
-            v_head = inputs.v + b * v_strides.b + h_kv * v_strides.h + first_k * v_strides.row
-            dout_head = dout_ptr + b * dout_strides.b + h * dout_strides.h + first_q * dout_strides.row
-            q_ptrs = tile_ptrs(q_head, offs_m, q_strides.row, q_strides.d, FORM.BLOCK_D)
-            k_ptrs = tile_ptrs(k_head, offs_n, k_strides.row, k_strides.d, FORM.BLOCK_D)
-            v_ptrs = tile_ptrs(v_head, offs_n, v_strides.row, v_strides.d, FORM.BLOCK_DV)
-            dout_ptrs = tile_ptrs(dout_head, offs_m, dout_strides.row, dout_strides.d, FORM.BLOCK_DV)
+            q_head = inputs.q + first_element(strides.q, b, h, first_q)
+            k_head = inputs.k + first_element(strides.k, b, h_kv, first_k)
+            v_head = inputs.v + first_element(strides.v, b, h_kv, first_k)
+            dout_head = dout_ptr + first_element(strides.dout, b, h, first_q)
+            q_ptrs = tile_ptrs(q_head, offs_m, strides.q.row, strides.q.d, FORM.BLOCK_D)
+            k_ptrs = tile_ptrs(k_head, offs_n, strides.k.row, strides.k.d, FORM.BLOCK_D)
+            v_ptrs = tile_ptrs(v_head, offs_n, strides.v.row, strides.v.d, FORM.BLOCK_DV)
+            dout_ptrs = tile_ptrs(dout_head, offs_m, strides.dout.row, strides.dout.d, FORM.BLOCK_DV)
             q = load_tile(q_ptrs, offs_m, seq_q, False, FORM.HEAD_DIM, FORM.BLOCK_D)  # (BLOCK, BLOCK_D)
             k = load_tile(k_ptrs, offs_n, seq_k, False, FORM.HEAD_DIM, FORM.BLOCK_D)
             v = load_tile(v_ptrs, offs_n, seq_k, False, FORM.HEAD_DIM_V, FORM.BLOCK_DV)  # (BLOCK, BLOCK_DV)
             dout = load_tile(dout_ptrs, offs_m, seq_q, False, FORM.HEAD_DIM_V, FORM.BLOCK_DV)
-            stats = load_rows(rows_of_head(row_ptrs, first_row + h * row_stride(rows_q)), offs_m, seq_q, False, FORM)
+            stats = load_rows(
+                rows_of_head(row_ptrs, first_row + h * row_stride(sizes.rows_q)), offs_m, seq_q, False, FORM
+            )
             mask_ptr = of_sequence(inputs.key_mask, b * sizes.len_k, FORM.HAS_MASK)
             keep = kept_keys(mask_ptr, offs_n, seq_k, FORM.HAS_MASK)[None, :]
             strip_shift = shift_in_strip(shift + first, bounds)
@@ -103,7 +103,7 @@ def dbias_kernel(
             p = probabilities(s, unit, 0.0, stats.lse[:, None], stats.log_sum[:, None], FORM, True)
             dp = product(dout, v.T, None, FORM.PRECISION)
             if FORM.DROPOUT_ROUNDS > 0:
-                dropping = Dropping(seed, (b * sizes.num_heads + h).to(tl.int32), largest_dropped, kept_scale)
+                dropping = Dropping(seed, (b * sizes.num_heads + h).to(tl.int32), largest_dropped, factors.kept_scale)
                 dp *= dropout_factors(dropping, 0, 0, offs_m[:, None], offs_n[None, :], FORM)
             total += p * (dp * slope_weights(stats, FORM)[:, None] - stats.delta[:, None])
     none = tl.zeros([BLOCK, BLOCK], tl.float32)

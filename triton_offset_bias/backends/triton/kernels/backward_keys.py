@@ -8,21 +8,18 @@ import triton.language as tl
 
 from triton_offset_bias.backends.triton.kernels.arguments import (
     INTEGERS,
-    Bounds,
     Dropping,
     KeyBlock,
     QueryTiles,
-    SharedStrides,
-    Sizes,
 )
 from triton_offset_bias.backends.triton.kernels.blocks import (
     FAR_LEFT,
     FAR_RIGHT,
     NEAR,
     REST,
+    counted,
     edges_of,
     far_offset,
-    full_length,
     head_of,
     mirrored,
     sequence_of,
@@ -31,10 +28,12 @@ from triton_offset_bias.backends.triton.kernels.scores import (
     dropout_factors,
     far_bias,
     kept_keys,
+    key_positions,
     load_rows,
     of_sequence,
     position_rows,
     probabilities,
+    query_positions,
     row_stride,
     rows_of_head,
     score_tile,
@@ -43,12 +42,19 @@ from triton_offset_bias.backends.triton.kernels.scores import (
     shift_in_strip,
     slope_weights,
 )
-from triton_offset_bias.backends.triton.kernels.tiles import load_tile, product, store_tile, tile_ptrs, waited_for
+from triton_offset_bias.backends.triton.kernels.tiles import (
+    first_element,
+    load_tile,
+    product,
+    store_tile,
+    tile_ptrs,
+    waited_for,
+)
 
 
 @triton.jit
 def sweep_queries(
-    dk, dv, keys, queries, scoring, begin, end, dropping,
+    dk, dv, block, queries, scoring, begin, end, dropping,
     FORM: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, PART: tl.constexpr,
 ):  # fmt: skip
     """Adds the queries [begin, end) to dK and dV of a block of keys; scores are transposed, (keys, queries)."""
@@ -68,19 +74,19 @@ def sweep_queries(
         stats = load_rows(queries.row_ptrs, offs_m, queries.length, EVEN_M, FORM)
         if FORM.HAS_POSITIONS:
             columns = position_rows(queries.positions_ptr, offs_m, queries.length)
-        shift = start_m - keys.start
+        shift = start_m - block.start
         if FORM.HAS_BIAS and not EVEN_M:
             shift = shift_in_strip(shift, scoring.bounds)
         s = score_tile(
-            keys.k, q.T, scoring, shift, keys.rows, columns, keys.keep[:, None], FORM, IS_NEAR, FORM.HAS_MASK
+            block.k, q.T, scoring, shift, block.rows, columns, block.keep[:, None], FORM, IS_NEAR, FORM.HAS_MASK
         )  # (BLOCK_N, BLOCK_M)
         p = probabilities(s, unit, bias, stats.lse[None, :], stats.log_sum[None, :], FORM, IS_NEAR)
         z = 1.0
         if FORM.DROPOUT_ROUNDS > 0:
             m, n = tl.arange(0, BLOCK_M)[None, :], tl.arange(0, BLOCK_N)[:, None]
-            z = dropout_factors(dropping, start_m, keys.start, m, n, FORM)
+            z = dropout_factors(dropping, start_m, block.start, m, n, FORM)
         dv = product((p * z).to(dout.dtype), dout, dv, FORM.PRECISION)
-        dp = product(keys.v, dout.T, None, FORM.PRECISION) * z
+        dp = product(block.v, dout.T, None, FORM.PRECISION) * z
         ds = p * (dp * slope_weights(stats, FORM)[None, :] - stats.delta[None, :])
         dk = waited_for(product(ds.to(q.dtype), q, dk, FORM.PRECISION), FORM.WAIT)
     return dk, dv
@@ -89,65 +95,62 @@ def sweep_queries(
 @triton.jit(do_not_specialize=INTEGERS)
 def dkey_dvalue_kernel(
     inputs, dout_ptr, row_ptrs, dk_ptr, dv_ptr,
-    q_strides, k_strides, v_strides, dout_strides, dk_strides, dv_strides,
+    strides,
     num_heads, len_q, len_k, rows_q, rows_k,
     zero, band_lo, band_hi, near_lo, near_hi,
-    strip_b, strip_h, query_positions_b, key_positions_b,
-    scale, scale_log2, largest_dropped, kept_scale,
+    factors, largest_dropped,
     FORM: tl.constexpr, LOOPS: tl.constexpr, HAS_DK: tl.constexpr, HAS_DV: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """dK and dV of a block of keys of one key head, from every query head that shares it."""
     BLOCK_D: tl.constexpr = FORM.BLOCK_D
     BLOCK_DV: tl.constexpr = FORM.BLOCK_DV
-    if not LOOPS.REST:
-        len_q, len_k = full_length(len_q), full_length(len_k)
-    sizes = Sizes(num_heads, FORM.GROUP, len_q, len_k, rows_q, rows_k)
-    bounds = Bounds(zero, band_lo, band_hi, near_lo, near_hi)
-    shared_strides = SharedStrides(strip_b, strip_h, query_positions_b, key_positions_b)
+    sizes, bounds = counted(
+        num_heads, len_q, len_k, rows_q, rows_k, zero, band_lo, band_hi, near_lo, near_hi, FORM, LOOPS
+    )
     num_blocks = tl.cdiv(sizes.len_k, BLOCK_N)
     start_n = tl.program_id(0) % num_blocks * BLOCK_N
     head_kv = head_of(tl.program_id(0) // num_blocks, sizes.num_heads // sizes.group)
     b = head_kv.b
     offs_n = start_n + tl.arange(0, BLOCK_N)
     offs_m = tl.arange(0, BLOCK_M)
-    first_row = b * sizes.num_heads * row_stride(rows_q)
+    first_row = b * sizes.num_heads * row_stride(sizes.rows_q)
     sequence = sequence_of(inputs, b, sizes, bounds, FORM)
     len_q, len_k = sequence.len_q, sequence.len_k
     if FORM.IS_PACKED:
         first_row = sequence.first_q
     if FORM.IS_PACKED or FORM.HAS_LENGTHS:
         len_q = tl.where(start_n < len_k, len_q, 0)
-    k_ptr = inputs.k + (b * k_strides.b + head_kv.h * k_strides.h + sequence.first_k * k_strides.row)
-    v_ptr = inputs.v + (b * v_strides.b + head_kv.h * v_strides.h + sequence.first_k * v_strides.row)
-    q_ptr = inputs.q + (b * q_strides.b + sequence.first_q * q_strides.row)
-    dout_ptr += b * dout_strides.b + sequence.first_q * dout_strides.row
-    k_ptrs = tile_ptrs(k_ptr, offs_n, k_strides.row, k_strides.d, FORM.BLOCK_D)
-    v_ptrs = tile_ptrs(v_ptr, offs_n, v_strides.row, v_strides.d, FORM.BLOCK_DV)
+    k_ptr = inputs.k + first_element(strides.k, b, head_kv.h, sequence.first_k)
+    v_ptr = inputs.v + first_element(strides.v, b, head_kv.h, sequence.first_k)
+    q_ptr = inputs.q + first_element(strides.q, b, 0, sequence.first_q)
+    dout_ptr += first_element(strides.dout, b, 0, sequence.first_q)
+    k_ptrs = tile_ptrs(k_ptr, offs_n, strides.k.row, strides.k.d, FORM.BLOCK_D)
+    v_ptrs = tile_ptrs(v_ptr, offs_n, strides.v.row, strides.v.d, FORM.BLOCK_DV)
     k = load_tile(k_ptrs, offs_n, len_k, False, FORM.HEAD_DIM, FORM.BLOCK_D)  # (BLOCK_N, BLOCK_D)
     v = load_tile(v_ptrs, offs_n, len_k, False, FORM.HEAD_DIM_V, FORM.BLOCK_DV)  # (BLOCK_N, BLOCK_DV)
     keep = kept_keys(of_sequence(inputs.key_mask, b * sizes.len_k, FORM.HAS_MASK), offs_n, len_k, FORM.HAS_MASK)
-    positions_ptr = of_sequence(inputs.query_positions, b * shared_strides.query_positions_b, FORM.HAS_POSITIONS)
+    positions_ptr = query_positions(inputs, b, sizes, FORM)
     rows = -tl.arange(0, BLOCK_N).to(tl.int64)
     if FORM.HAS_POSITIONS:
-        rows = -position_rows(inputs.key_positions + b * shared_strides.key_positions_b, offs_n, len_k)
-    keys = KeyBlock(k, v, keep, rows, start_n)
+        rows = -position_rows(key_positions(inputs, b, sizes, FORM), offs_n, len_k)
+    block = KeyBlock(k, v, keep, rows, start_n)
     dk = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
     dv = tl.zeros([BLOCK_N, BLOCK_DV], tl.float32)
     seed = tl.load(inputs.seed) if FORM.DROPOUT_ROUNDS > 0 else 0
     edges = edges_of(start_n, len_q, mirrored(sequence.bounds), BLOCK_N, BLOCK_M, FORM)
     for g in range(0, sizes.group):
         h = head_kv.h * sizes.group + g
-        q_ptrs = tile_ptrs(q_ptr + h * q_strides.h, offs_m, q_strides.row, q_strides.d, FORM.BLOCK_D)
-        dout_ptrs = tile_ptrs(dout_ptr + h * dout_strides.h, offs_m, dout_strides.row, dout_strides.d, FORM.BLOCK_DV)
-        rows_of_queries = rows_of_head(row_ptrs, first_row + h * row_stride(rows_q))
-        queries = QueryTiles(q_ptrs, dout_ptrs, q_strides.row, dout_strides.row, rows_of_queries, positions_ptr, len_q)
-        scoring = scoring_of(inputs, b, h, shared_strides, sequence.bounds, scale_log2, FORM)
-        dropping = Dropping(seed, (b * sizes.num_heads + h).to(tl.int32), largest_dropped, kept_scale)
+        q_ptrs = tile_ptrs(q_ptr + h * strides.q.h, offs_m, strides.q.row, strides.q.d, FORM.BLOCK_D)
+        dout_ptrs = tile_ptrs(dout_ptr + h * strides.dout.h, offs_m, strides.dout.row, strides.dout.d, FORM.BLOCK_DV)
+        rows_of_queries = rows_of_head(row_ptrs, first_row + h * row_stride(sizes.rows_q))
+        queries = QueryTiles(q_ptrs, dout_ptrs, strides.q.row, strides.dout.row, rows_of_queries, positions_ptr, len_q)
+        scoring = scoring_of(inputs, b, h, strides.strip, sequence.bounds, factors.scale_log2, FORM)
+        dropping = Dropping(seed, (b * sizes.num_heads + h).to(tl.int32), largest_dropped, factors.kept_scale)
         for index in tl.static_range(4):  # queries go up, so their offsets do: far right of the query comes first
             if LOOPS[(FAR_RIGHT, NEAR, FAR_LEFT, REST)[index]]:
                 dk, dv = sweep_queries(
-                    dk, dv, keys, queries, scoring, edges[index], edges[index + 1], dropping,
+                    dk, dv, block, queries, scoring, edges[index], edges[index + 1], dropping,
                     FORM, BLOCK_M, BLOCK_N, (FAR_RIGHT, NEAR, FAR_LEFT, REST)[index],
                 )  # fmt: skip
 
@@ -156,10 +159,10 @@ def dkey_dvalue_kernel(
         dk, dv = tl.where(exists, dk, 0.0), tl.where(exists, dv, 0.0)
         len_k = sizes.len_k
     if HAS_DK:
-        dk_ptr += b * dk_strides.b + head_kv.h * dk_strides.h + sequence.first_k * dk_strides.row
-        dk_ptrs = tile_ptrs(dk_ptr, offs_n, dk_strides.row, dk_strides.d, FORM.BLOCK_D)
-        store_tile(dk_ptrs, dk * scale, offs_n, len_k, FORM.HEAD_DIM, FORM.BLOCK_D)
+        dk_ptr += first_element(strides.dk, b, head_kv.h, sequence.first_k)
+        dk_ptrs = tile_ptrs(dk_ptr, offs_n, strides.dk.row, strides.dk.d, FORM.BLOCK_D)
+        store_tile(dk_ptrs, dk * factors.scale, offs_n, len_k, FORM.HEAD_DIM, FORM.BLOCK_D)
     if HAS_DV:
-        dv_ptr += b * dv_strides.b + head_kv.h * dv_strides.h + sequence.first_k * dv_strides.row
-        dv_ptrs = tile_ptrs(dv_ptr, offs_n, dv_strides.row, dv_strides.d, FORM.BLOCK_DV)
+        dv_ptr += first_element(strides.dv, b, head_kv.h, sequence.first_k)
+        dv_ptrs = tile_ptrs(dv_ptr, offs_n, strides.dv.row, strides.dv.d, FORM.BLOCK_DV)
         store_tile(dv_ptrs, dv, offs_n, len_k, FORM.HEAD_DIM_V, FORM.BLOCK_DV)

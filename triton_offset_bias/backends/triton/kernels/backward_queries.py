@@ -15,20 +15,17 @@ import triton.language as tl
 
 from triton_offset_bias.backends.triton.kernels.arguments import (
     INTEGERS,
-    Bounds,
     Dropping,
     QueryBlock,
-    SharedStrides,
-    Sizes,
     StripGradient,
 )
 from triton_offset_bias.backends.triton.kernels.blocks import (
     FAR_LEFT,
     FAR_RIGHT,
     REST,
+    counted,
     edges_of,
     far_offset,
-    full_length,
     head_of,
     sequence_of,
 )
@@ -40,6 +37,7 @@ from triton_offset_bias.backends.triton.kernels.scores import (
     load_rows,
     position_rows,
     probabilities,
+    query_positions,
     row_stride,
     rows_of_head,
     score_tile,
@@ -52,6 +50,7 @@ from triton_offset_bias.backends.triton.kernels.scores import (
 )
 from triton_offset_bias.backends.triton.kernels.tiles import (
     add_nonzero,
+    first_element,
     load_tile,
     product,
     store_tile,
@@ -91,7 +90,7 @@ def add_to_end(dstrip, end, sums):
 
 @triton.jit
 def sweep_keys(
-    dq, low_sum, high_sum, queries, keys, scoring, dstrip, begin, end, dropping,
+    dq, low_sum, high_sum, block, keys, scoring, dstrip, begin, end, dropping,
     FORM: tl.constexpr, DBIAS: tl.constexpr, BLOCK: tl.constexpr, PART: tl.constexpr,
 ):  # fmt: skip
     """Adds the keys [begin, end) to dQ of a block of queries, and to the strip's gradient.
@@ -108,7 +107,7 @@ def sweep_keys(
     for start_n in range(begin, end, BLOCK):
         start_n = tl.multiple_of(start_n, BLOCK)
         offs_n = start_n + tl.arange(0, BLOCK)
-        shift = queries.start - start_n
+        shift = block.start - start_n
         if FORM.HAS_BIAS and not EVEN_N:
             shift = shift_in_strip(shift, scoring.bounds)
         step = start_n.to(tl.int64)
@@ -120,14 +119,14 @@ def sweep_keys(
         if FORM.HAS_POSITIONS:
             columns = -position_rows(keys.positions_ptr, offs_n, keys.length)
         s = score_tile(
-            queries.q, k.T, scoring, shift, queries.rows, columns, keep, FORM, IS_NEAR, FORM.HAS_MASK or not EVEN_N
+            block.q, k.T, scoring, shift, block.rows, columns, keep, FORM, IS_NEAR, FORM.HAS_MASK or not EVEN_N
         )  # (BLOCK, BLOCK)
-        p = probabilities(s, unit, bias, queries.stats.lse[:, None], queries.stats.log_sum[:, None], FORM, IS_NEAR)
-        dp = product(queries.dout, v.T, None, FORM.PRECISION)
+        p = probabilities(s, unit, bias, block.stats.lse[:, None], block.stats.log_sum[:, None], FORM, IS_NEAR)
+        dp = product(block.dout, v.T, None, FORM.PRECISION)
         if FORM.DROPOUT_ROUNDS > 0:
             m, n = tl.arange(0, BLOCK)[:, None], tl.arange(0, BLOCK)[None, :]
-            dp *= dropout_factors(dropping, queries.start, start_n, m, n, FORM)
-        ds = p * (dp * queries.weights[:, None] - queries.stats.delta[:, None])
+            dp *= dropout_factors(dropping, block.start, start_n, m, n, FORM)
+        ds = p * (dp * block.weights[:, None] - block.stats.delta[:, None])
         if DBIAS != "none" and not IS_NEAR:
             if PART == FAR_LEFT:
                 high_sum += ds
@@ -138,7 +137,7 @@ def sweep_keys(
             tl.atomic_add(dstrip.ptr + shift + tl.arange(0, BLOCK), diagonals, sem="relaxed")
             previous = ds
         elif DBIAS != "none":
-            offset = queries.rows[:, None] + columns[None, :]
+            offset = block.rows[:, None] + columns[None, :]
             if FORM.HAS_POSITIONS:
                 offset = table_columns(offset, scoring.bounds)
                 low_sum, high_sum = add_gathered(low_sum, high_sum, ds, offset, dstrip, scoring.bounds, FORM, DBIAS)
@@ -147,7 +146,7 @@ def sweep_keys(
         dq = waited_for(product(ds.to(k.dtype), k, dq, FORM.PRECISION), FORM.WAIT)
     if DBIAS == "diagonals" and IS_NEAR:
         diagonals = sum_diagonals(previous, tl.zeros([BLOCK, BLOCK], tl.float32), BLOCK)
-        shift = shift_in_strip(queries.start - end + BLOCK, scoring.bounds) - BLOCK
+        shift = shift_in_strip(block.start - end + BLOCK, scoring.bounds) - BLOCK
         tl.atomic_add(dstrip.ptr + shift + tl.arange(0, BLOCK), diagonals, sem="relaxed")
     return dq, low_sum, high_sum
 
@@ -155,11 +154,10 @@ def sweep_keys(
 @triton.jit(do_not_specialize=INTEGERS)
 def dquery_kernel(
     inputs, dout_ptr, row_ptrs, fixed_unit_ptr, dq_ptr, dstrip_ptr,
-    q_strides, k_strides, v_strides, dout_strides, dq_strides,
+    strides,
     num_heads, len_q, len_k, rows_q, rows_k,
     zero, band_lo, band_hi, near_lo, near_hi,
-    strip_b, strip_h, query_positions_b, key_positions_b,
-    scale, scale_log2, largest_dropped, kept_scale, copy_stride,
+    factors, largest_dropped, copy_stride,
     FORM: tl.constexpr, LOOPS: tl.constexpr, HAS_DQ: tl.constexpr, DBIAS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):  # fmt: skip
@@ -170,46 +168,40 @@ def dquery_kernel(
     copy_stride: from one copy of the gathered strip's gradient to the next, in elements; 0 if there is one.
     """
     BLOCK_D: tl.constexpr = FORM.BLOCK_D
-    if not LOOPS.REST:
-        len_q, len_k = full_length(len_q), full_length(len_k)
-    sizes = Sizes(num_heads, FORM.GROUP, len_q, len_k, rows_q, rows_k)
-    bounds = Bounds(zero, band_lo, band_hi, near_lo, near_hi)
-    shared_strides = SharedStrides(strip_b, strip_h, query_positions_b, key_positions_b)
+    sizes, bounds = counted(
+        num_heads, len_q, len_k, rows_q, rows_k, zero, band_lo, band_hi, near_lo, near_hi, FORM, LOOPS
+    )
     num_blocks = tl.cdiv(sizes.len_q, BLOCK)
-    block = num_blocks - 1 - tl.program_id(0) % num_blocks
-    start_m = block * BLOCK
+    index = num_blocks - 1 - tl.program_id(0) % num_blocks
+    start_m = index * BLOCK
     head = head_of(tl.program_id(0) // num_blocks, sizes.num_heads)
     offs_m = start_m + tl.arange(0, BLOCK)
     offs_n = tl.arange(0, BLOCK)
-    row = head.index.to(tl.int64) * row_stride(rows_q)
+    row = head.index.to(tl.int64) * row_stride(sizes.rows_q)
     sequence = sequence_of(inputs, head.b, sizes, bounds, FORM)
     len_k = sequence.len_k
     if FORM.IS_PACKED:
-        row = head.h * row_stride(rows_q) + sequence.first_q
+        row = head.h * row_stride(sizes.rows_q) + sequence.first_q
         len_k = tl.where(start_m < sequence.len_q, len_k, 0)
-    q_ptr = inputs.q + (head.b * q_strides.b + head.h * q_strides.h + sequence.first_q * q_strides.row)
-    dout_ptr += head.b * dout_strides.b + head.h * dout_strides.h + sequence.first_q * dout_strides.row
-    scoring = scoring_of(inputs, head.b, head.h, shared_strides, sequence.bounds, scale_log2, FORM)
-    dstrip_ptr = strip_of_head(dstrip_ptr, head.b, head.h, shared_strides, sequence.bounds.zero, DBIAS != "none")
+    q_ptr = inputs.q + first_element(strides.q, head.b, head.h, sequence.first_q)
+    dout_ptr += first_element(strides.dout, head.b, head.h, sequence.first_q)
+    scoring = scoring_of(inputs, head.b, head.h, strides.strip, sequence.bounds, factors.scale_log2, FORM)
+    dstrip_ptr = strip_of_head(dstrip_ptr, head.b, head.h, strides.strip, sequence.bounds.zero, DBIAS != "none")
     if DBIAS != "none" and FORM.HAS_POSITIONS:
-        dstrip_ptr += (head.b + head.h + block) % COPIES * copy_stride
+        dstrip_ptr += (head.b + head.h + index) % COPIES * copy_stride
     rows = tl.arange(0, BLOCK).to(tl.int64)
     if FORM.HAS_POSITIONS:
-        positions_ptr = inputs.query_positions + head.b * shared_strides.query_positions_b
-        rows = position_rows(positions_ptr, offs_m, sequence.len_q)
-    keys = key_tiles(
-        inputs, sizes, sequence, len_k, head.b, head.h // sizes.group,
-        offs_n, k_strides, v_strides, shared_strides, FORM,
-    )  # fmt: skip
-    q_ptrs = tile_ptrs(q_ptr, offs_m, q_strides.row, q_strides.d, FORM.BLOCK_D)
-    dout_ptrs = tile_ptrs(dout_ptr, offs_m, dout_strides.row, dout_strides.d, FORM.BLOCK_DV)
+        rows = position_rows(query_positions(inputs, head.b, sizes, FORM), offs_m, sequence.len_q)
+    keys = key_tiles(inputs, sizes, sequence, len_k, head.b, head.h // sizes.group, offs_n, strides, FORM)
+    q_ptrs = tile_ptrs(q_ptr, offs_m, strides.q.row, strides.q.d, FORM.BLOCK_D)
+    dout_ptrs = tile_ptrs(dout_ptr, offs_m, strides.dout.row, strides.dout.d, FORM.BLOCK_DV)
     q = load_tile(q_ptrs, offs_m, sequence.len_q, False, FORM.HEAD_DIM, FORM.BLOCK_D)  # (BLOCK, BLOCK_D)
     dout = load_tile(dout_ptrs, offs_m, sequence.len_q, False, FORM.HEAD_DIM_V, FORM.BLOCK_DV)  # (BLOCK, BLOCK_DV)
     stats = load_rows(rows_of_head(row_ptrs, row), offs_m, sequence.len_q, False, FORM)
-    queries = QueryBlock(q, dout, rows, stats, slope_weights(stats, FORM), start_m)
+    block = QueryBlock(q, dout, rows, stats, slope_weights(stats, FORM), start_m)
     dq = tl.zeros([BLOCK, BLOCK_D], tl.float32)
     seed = tl.load(inputs.seed) if FORM.DROPOUT_ROUNDS > 0 else 0
-    dropping = Dropping(seed, head.index, largest_dropped, kept_scale)
+    dropping = Dropping(seed, head.index, largest_dropped, factors.kept_scale)
     dstrip = StripGradient(dstrip_ptr, tl.load(fixed_unit_ptr) if DBIAS == "fixed" else 0.0)
     edges = edges_of(start_m, len_k, sequence.bounds, BLOCK, BLOCK, FORM)
     # Far tiles have a sum for every element: no exchange between threads.
@@ -218,7 +210,7 @@ def dquery_kernel(
     for part in tl.static_range(4):
         if LOOPS[part]:
             dq, low_sum, high_sum = sweep_keys(
-                dq, low_sum, high_sum, queries, keys, scoring, dstrip, edges[part], edges[part + 1], dropping,
+                dq, low_sum, high_sum, block, keys, scoring, dstrip, edges[part], edges[part + 1], dropping,
                 FORM, DBIAS, BLOCK, part,
             )  # fmt: skip
             if DBIAS != "none" and part == FAR_LEFT:
@@ -230,6 +222,6 @@ def dquery_kernel(
         add_to_end(dstrip, sequence.bounds.near_hi, high_sum)
 
     if HAS_DQ:
-        dq_ptr += head.b * dq_strides.b + head.h * dq_strides.h + sequence.first_q * dq_strides.row
-        dq_ptrs = tile_ptrs(dq_ptr, offs_m, dq_strides.row, dq_strides.d, FORM.BLOCK_D)
-        store_tile(dq_ptrs, dq * scale, offs_m, sequence.len_q, FORM.HEAD_DIM, FORM.BLOCK_D)
+        dq_ptr += first_element(strides.dq, head.b, head.h, sequence.first_q)
+        dq_ptrs = tile_ptrs(dq_ptr, offs_m, strides.dq.row, strides.dq.d, FORM.BLOCK_D)
+        store_tile(dq_ptrs, dq * factors.scale, offs_m, sequence.len_q, FORM.HEAD_DIM, FORM.BLOCK_D)

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import triton
 import triton.language as tl
 
-from triton_offset_bias.backends.triton.kernels.arguments import Bounds
+from triton_offset_bias.backends.triton.kernels.arguments import Bounds, Sizes
 
 # Indices of the parts among `edges_of`, and in `Loops`.
 FAR_LEFT, NEAR, FAR_RIGHT, REST = (tl.constexpr(part) for part in range(4))
@@ -38,6 +38,18 @@ class Head(NamedTuple):
 def far_offset(bounds, PART: tl.constexpr):
     """An offset at which the strip holds the one bias of a far part."""
     return (bounds.near_hi, 0, bounds.near_lo, 0)[PART]
+
+
+@triton.jit
+def counted(
+    num_heads, len_q, len_k, rows_q, rows_k, zero, band_lo, band_hi, near_lo, near_hi,
+    FORM: tl.constexpr, LOOPS: tl.constexpr,
+):  # fmt: skip
+    """`Sizes` and `Bounds` of a call, from the arguments of a kernel. Lengths without a rest are multiples of 16."""
+    if not LOOPS.REST:
+        len_q, len_k = full_length(len_q), full_length(len_k)
+    sizes = Sizes(num_heads, FORM.GROUP, len_q, len_k, rows_q, rows_k)
+    return sizes, Bounds(zero, band_lo, band_hi, near_lo, near_hi)
 
 
 @triton.jit

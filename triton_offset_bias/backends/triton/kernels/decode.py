@@ -9,7 +9,7 @@ share a key head are rows of one block, so that keys and values are read once.
 import triton
 import triton.language as tl
 
-from triton_offset_bias.backends.triton.kernels.arguments import INTEGERS, Bounds, Dropping, SharedStrides, Sizes
+from triton_offset_bias.backends.triton.kernels.arguments import INTEGERS, Bounds, Dropping, Sizes
 from triton_offset_bias.backends.triton.kernels.blocks import edges_of, head_of, sequence_of, sequence_rows
 from triton_offset_bias.backends.triton.kernels.forward import attend
 from triton_offset_bias.backends.triton.kernels.scores import (
@@ -17,26 +17,25 @@ from triton_offset_bias.backends.triton.kernels.scores import (
     NO_SCORE,
     key_tiles,
     position_rows,
+    query_positions,
     scoring_of,
 )
-from triton_offset_bias.backends.triton.kernels.tiles import load_tile, store_tile, tile_ptrs
+from triton_offset_bias.backends.triton.kernels.tiles import first_element, load_tile, store_tile, tile_ptrs
 
 
 @triton.jit(do_not_specialize=INTEGERS)
 def decode_kernel(
     inputs, parts,
-    q_strides, k_strides, v_strides,
+    strides,
     num_heads, len_q, len_k, rows_q, rows_k,
     zero, band_lo, band_hi, near_lo, near_hi,
-    strip_b, strip_h, query_positions_b, key_positions_b,
-    scale_log2, batch, num_splits,
+    factors, batch, num_splits,
     FORM: tl.constexpr, LOOPS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """All queries of one key head against one split of its keys, without dropout. Tensors as in `forward_kernel`."""
     BLOCK_DV: tl.constexpr = FORM.BLOCK_DV
     sizes = Sizes(num_heads, FORM.GROUP, len_q, len_k, rows_q, rows_k)
     bounds = Bounds(zero, band_lo, band_hi, near_lo, near_hi)
-    shared_strides = SharedStrides(strip_b, strip_h, query_positions_b, key_positions_b)
     split = tl.program_id(0) % num_splits
     head_kv = head_of(tl.program_id(0) // num_splits, sizes.num_heads // sizes.group)
     b = head_kv.b
@@ -46,16 +45,14 @@ def decode_kernel(
     part_rows = ((split * batch + b) * sizes.num_heads + h) * sizes.len_q + offs_m
     sequence = sequence_of(inputs, b, sizes, bounds, FORM)
     offs_n = tl.arange(0, BLOCK_N)
-    keys = key_tiles(
-        inputs, sizes, sequence, sequence.len_k, b, head_kv.h, offs_n, k_strides, v_strides, shared_strides, FORM
-    )
-    scoring = scoring_of(inputs, b, h, shared_strides, sequence.bounds, scale_log2, FORM)  # of each row
+    keys = key_tiles(inputs, sizes, sequence, sequence.len_k, b, head_kv.h, offs_n, strides, FORM)
+    scoring = scoring_of(inputs, b, h, strides.strip, sequence.bounds, factors.scale_log2, FORM)  # of each row
     rows = offs_m.to(tl.int64)
     if FORM.HAS_POSITIONS:
-        positions_ptr = inputs.query_positions + b * shared_strides.query_positions_b
-        rows = position_rows(positions_ptr, offs_m, sizes.len_q)
-    q_ptr = inputs.q + (b * q_strides.b + sequence.first_q * q_strides.row)
-    q_ptrs = tile_ptrs(q_ptr, h * q_strides.h + offs_m.to(tl.int64) * q_strides.row, 1, q_strides.d, FORM.BLOCK_D)
+        rows = position_rows(query_positions(inputs, b, sizes, FORM), offs_m, sizes.len_q)
+    q_ptr = inputs.q + first_element(strides.q, b, 0, sequence.first_q)
+    q_rows = h * strides.q.h + offs_m.to(tl.int64) * strides.q.row
+    q_ptrs = tile_ptrs(q_ptr, q_rows, 1, strides.q.d, FORM.BLOCK_D)
     exists = (g < sizes.group) & (offs_m < sequence.len_q)
     q = load_tile(q_ptrs, tl.where(exists, 0, 1), 1, False, FORM.HEAD_DIM, FORM.BLOCK_D)  # (BLOCK_M, BLOCK_D)
     m_i = tl.full([BLOCK_M], NO_SCORE, tl.float32)  # bits
@@ -108,7 +105,7 @@ def combine_kernel(
     row = (head.b * num_heads + head.h) * rows_q
     if IS_PACKED:
         row = head.h * rows_q + first_q
-    out_ptr = outputs.out + (head.b * out_strides.b + head.h * out_strides.h + first_q * out_strides.row)
+    out_ptr = outputs.out + first_element(out_strides, head.b, head.h, first_q)
     out_ptrs = tile_ptrs(out_ptr, offs_m, out_strides.row, out_strides.d, BLOCK_DV)
     store_tile(out_ptrs, acc[None, :], offs_m, seq_q, HEAD_DIM_V, BLOCK_DV)
     tl.store(outputs.row_max + row + offs_m, m, mask=mask_m)

@@ -9,14 +9,14 @@ exponentials of base 2.
 import triton
 import triton.language as tl
 
-from triton_offset_bias.backends.triton.kernels.arguments import INTEGERS, Bounds, Dropping, SharedStrides, Sizes
+from triton_offset_bias.backends.triton.kernels.arguments import INTEGERS, Dropping
 from triton_offset_bias.backends.triton.kernels.blocks import (
     FAR_LEFT,
     FAR_RIGHT,
     REST,
+    counted,
     edges_of,
     far_offset,
-    full_length,
     head_of,
     sequence_of,
 )
@@ -28,13 +28,21 @@ from triton_offset_bias.backends.triton.kernels.scores import (
     kept_keys,
     key_tiles,
     position_rows,
+    query_positions,
     rounded_scores,
     score_tile,
     score_unit,
     scoring_of,
     shift_in_strip,
 )
-from triton_offset_bias.backends.triton.kernels.tiles import load_tile, product, store_tile, tile_ptrs, waited_for
+from triton_offset_bias.backends.triton.kernels.tiles import (
+    first_element,
+    load_tile,
+    product,
+    store_tile,
+    tile_ptrs,
+    waited_for,
+)
 
 
 @triton.jit
@@ -115,11 +123,10 @@ def store_statistics(outputs, row, offs, mask, m_i, l_i):
 @triton.jit(do_not_specialize=INTEGERS)
 def forward_kernel(
     inputs, outputs,
-    q_strides, k_strides, v_strides, out_strides,
+    strides,
     num_heads, len_q, len_k, rows_q, rows_k,
     zero, band_lo, band_hi, near_lo, near_hi,
-    strip_b, strip_h, query_positions_b, key_positions_b,
-    scale_log2, largest_dropped, kept_scale,
+    factors, largest_dropped,
     FORM: tl.constexpr, LOOPS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """Output and row statistics of a block of queries of one head.
@@ -128,11 +135,9 @@ def forward_kernel(
     the queries with the most keys start first.
     """
     BLOCK_DV: tl.constexpr = FORM.BLOCK_DV
-    if not LOOPS.REST:
-        len_q, len_k = full_length(len_q), full_length(len_k)
-    sizes = Sizes(num_heads, FORM.GROUP, len_q, len_k, rows_q, rows_k)
-    bounds = Bounds(zero, band_lo, band_hi, near_lo, near_hi)
-    shared_strides = SharedStrides(strip_b, strip_h, query_positions_b, key_positions_b)
+    sizes, bounds = counted(
+        num_heads, len_q, len_k, rows_q, rows_k, zero, band_lo, band_hi, near_lo, near_hi, FORM, LOOPS
+    )
     num_blocks = tl.cdiv(sizes.len_q, BLOCK_M)
     block = num_blocks - 1 - tl.program_id(0) % num_blocks
     head = head_of(tl.program_id(0) // num_blocks, sizes.num_heads)
@@ -145,16 +150,13 @@ def forward_kernel(
     if FORM.IS_PACKED:
         row = head.h * sizes.rows_q + sequence.first_q
         len_k = tl.where(start_m < sequence.len_q, len_k, 0)
-    q_ptr = inputs.q + (head.b * q_strides.b + head.h * q_strides.h + sequence.first_q * q_strides.row)
-    keys = key_tiles(
-        inputs, sizes, sequence, len_k, head.b, head.h // sizes.group,
-        offs_n, k_strides, v_strides, shared_strides, FORM,
-    )  # fmt: skip
-    scoring = scoring_of(inputs, head.b, head.h, shared_strides, sequence.bounds, scale_log2, FORM)
+    q_ptr = inputs.q + first_element(strides.q, head.b, head.h, sequence.first_q)
+    keys = key_tiles(inputs, sizes, sequence, len_k, head.b, head.h // sizes.group, offs_n, strides, FORM)
+    scoring = scoring_of(inputs, head.b, head.h, strides.strip, sequence.bounds, factors.scale_log2, FORM)
     rows = tl.arange(0, BLOCK_M).to(tl.int64)
     if FORM.HAS_POSITIONS:
-        rows = position_rows(inputs.query_positions + head.b * shared_strides.query_positions_b, offs_m, sequence.len_q)
-    q_ptrs = tile_ptrs(q_ptr, offs_m, q_strides.row, q_strides.d, FORM.BLOCK_D)
+        rows = position_rows(query_positions(inputs, head.b, sizes, FORM), offs_m, sequence.len_q)
+    q_ptrs = tile_ptrs(q_ptr, offs_m, strides.q.row, strides.q.d, FORM.BLOCK_D)
     q = load_tile(q_ptrs, offs_m, sequence.len_q, False, FORM.HEAD_DIM, FORM.BLOCK_D)  # (BLOCK_M, BLOCK_D)
     m_i = tl.full([BLOCK_M], NO_SCORE, tl.float32)  # bits
     l_i = tl.zeros([BLOCK_M], tl.float32)
@@ -171,8 +173,8 @@ def forward_kernel(
 
     acc = normalised(acc, l_i)
     if FORM.DROPOUT_ROUNDS > 0:
-        acc *= kept_scale
-    out_ptr = outputs.out + (head.b * out_strides.b + head.h * out_strides.h + sequence.first_q * out_strides.row)
-    out_ptrs = tile_ptrs(out_ptr, offs_m, out_strides.row, out_strides.d, FORM.BLOCK_DV)
+        acc *= factors.kept_scale
+    out_ptr = outputs.out + first_element(strides.out, head.b, head.h, sequence.first_q)
+    out_ptrs = tile_ptrs(out_ptr, offs_m, strides.out.row, strides.out.d, FORM.BLOCK_DV)
     store_tile(out_ptrs, acc, offs_m, sequence.len_q, FORM.HEAD_DIM_V, FORM.BLOCK_DV)
     store_statistics(outputs, row, offs_m, offs_m < sequence.len_q, m_i, l_i)

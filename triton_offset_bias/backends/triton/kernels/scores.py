@@ -16,7 +16,7 @@ import triton
 import triton.language as tl
 
 from triton_offset_bias.backends.triton.kernels.arguments import KeyTiles, Rows, Scoring
-from triton_offset_bias.backends.triton.kernels.tiles import product, started_from, tile_ptrs
+from triton_offset_bias.backends.triton.kernels.tiles import first_element, product, started_from, tile_ptrs
 
 LN_2 = tl.constexpr(0.6931471805599453)
 LARGEST_BLOCK = tl.constexpr(128)
@@ -29,7 +29,7 @@ NO_SCORE = tl.constexpr(-3.4028234663852886e38)
 def strip_of_head(strip_ptr, b, h, strides, zero, HAS_STRIP: tl.constexpr):
     """The pointer to offset 0, the column `zero`, in the strip of a head."""
     if HAS_STRIP:
-        return strip_ptr + (b * strides.strip_b + h * strides.strip_h + zero)
+        return strip_ptr + (b * strides.b + h * strides.h + zero)
     else:
         return 0  # nobody reads it; Triton 3.6 cannot return None
 
@@ -53,6 +53,20 @@ def of_sequence(ptr, offset, EXISTS: tl.constexpr):
         return ptr + offset
     else:
         return 0
+
+
+@triton.jit
+def query_positions(inputs, b, sizes, FORM: tl.constexpr):
+    """The pointer to the positions of a sequence's queries, if the call has any; otherwise 0."""
+    first = b * sizes.rows_q if FORM.OWN_QUERY_POSITIONS else 0
+    return of_sequence(inputs.query_positions, first, FORM.HAS_POSITIONS)
+
+
+@triton.jit
+def key_positions(inputs, b, sizes, FORM: tl.constexpr):
+    """The pointer to the positions of a sequence's keys, if the call has any; otherwise 0."""
+    first = b * sizes.rows_k if FORM.OWN_KEY_POSITIONS else 0
+    return of_sequence(inputs.key_positions, first, FORM.HAS_POSITIONS)
 
 
 @triton.jit
@@ -199,19 +213,17 @@ def slope_weights(stats, FORM: tl.constexpr):
 
 
 @triton.jit
-def key_tiles(
-    inputs, sizes, sequence, length, b, h_kv, offs_n, k_strides, v_strides, shared_strides, FORM: tl.constexpr
-):  # fmt: skip
+def key_tiles(inputs, sizes, sequence, length, b, h_kv, offs_n, strides, FORM: tl.constexpr):
     """The first `length` keys of a sequence and key head; the first tile has the keys `offs_n`."""
-    k_ptr = inputs.k + (b * k_strides.b + h_kv * k_strides.h + sequence.first_k * k_strides.row)
-    v_ptr = inputs.v + (b * v_strides.b + h_kv * v_strides.h + sequence.first_k * v_strides.row)
+    k_ptr = inputs.k + first_element(strides.k, b, h_kv, sequence.first_k)
+    v_ptr = inputs.v + first_element(strides.v, b, h_kv, sequence.first_k)
     return KeyTiles(
-        tile_ptrs(k_ptr, offs_n, k_strides.row, k_strides.d, FORM.BLOCK_D),
-        tile_ptrs(v_ptr, offs_n, v_strides.row, v_strides.d, FORM.BLOCK_DV),
-        k_strides.row,
-        v_strides.row,
+        tile_ptrs(k_ptr, offs_n, strides.k.row, strides.k.d, FORM.BLOCK_D),
+        tile_ptrs(v_ptr, offs_n, strides.v.row, strides.v.d, FORM.BLOCK_DV),
+        strides.k.row,
+        strides.v.row,
         of_sequence(inputs.key_mask, b * sizes.len_k, FORM.HAS_MASK),
-        of_sequence(inputs.key_positions, b * shared_strides.key_positions_b, FORM.HAS_POSITIONS),
+        key_positions(inputs, b, sizes, FORM),
         length,
     )
 

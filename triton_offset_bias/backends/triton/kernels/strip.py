@@ -42,33 +42,29 @@ def constants_kernel(
 
 
 @triton.jit
-def fill_strip(
-    table, index, stride_b, stride_h, stride_n, num_heads, num_columns, width, first, begin, end, sums_width,
-    unit, limit,
-    HAS_CONSTANTS: tl.constexpr, IS_ZERO_BEYOND: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
-    """Writes (table - constant) * unit to the columns [begin, end) of block `index` of the strips, -inf to the others.
+def fill_strip(table, index, num_heads, columns, unit, limit, FORM: tl.constexpr, BLOCK: tl.constexpr):
+    """Writes (table - constant) * unit to block `index` of the strips, and -inf outside of the columns [begin, end).
 
     Finite numbers stay finite, since only -inf forbids a pair: `limit` is the largest number that is finite in units.
-    The first `sums_width` sums become 0: all of them, or none.
     """
-    blocks = tl.cdiv(width, BLOCK)
+    blocks = tl.cdiv(columns.width, BLOCK)
     row, column = index // blocks, index % blocks * BLOCK + tl.arange(0, BLOCK)
-    bias_ptr = table.bias + (row // num_heads).to(tl.int64) * stride_b + (row % num_heads).to(tl.int64) * stride_h
-    is_inside = (column >= begin) & (column < end)
-    source = first + column.to(tl.int64)
-    within = tl.minimum(tl.maximum(source, 0), num_columns - 1)
-    x = tl.load(bias_ptr + within * stride_n, mask=is_inside, other=float("-inf")).to(tl.float32)
-    if IS_ZERO_BEYOND:
+    b, h = (row // num_heads).to(tl.int64), (row % num_heads).to(tl.int64)
+    bias_ptr = table.bias + b * columns.stride_b + h * columns.stride_h
+    is_inside = (column >= columns.begin) & (column < columns.end)
+    source = columns.first + column.to(tl.int64)
+    within = tl.minimum(tl.maximum(source, 0), columns.num_columns - 1)
+    x = tl.load(bias_ptr + within * columns.stride_n, mask=is_inside, other=float("-inf")).to(tl.float32)
+    if FORM.IS_ZERO_BEYOND:
         x = tl.where(is_inside & (source != within), 0.0, x)
-    if HAS_CONSTANTS:
+    if FORM.HAS_CONSTANTS:
         x -= tl.load(table.constants + row)
     # Comparisons let NaN pass, unlike minimum and maximum.
     x = tl.where((x > limit) & (x <= LARGEST), limit, x)
     x = tl.where((x < -limit) & (x >= -LARGEST), -limit, x)
-    to_column = row.to(tl.int64) * width + column
-    tl.store(table.strip + to_column, x * unit, mask=column < width)
-    tl.store(table.sums + to_column, tl.zeros([BLOCK], table.sums.dtype.element_ty), mask=column < sums_width)
+    to_column = row.to(tl.int64) * columns.width + column
+    tl.store(table.strip + to_column, x * unit, mask=column < columns.width)
+    tl.store(table.sums + to_column, tl.zeros([BLOCK], table.sums.dtype.element_ty), mask=column < columns.sums_width)
 
 
 @triton.jit(do_not_specialize=INTEGERS)

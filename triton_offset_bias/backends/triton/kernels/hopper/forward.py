@@ -15,7 +15,7 @@ Three things are written for Triton's warp specialisation (3.6 to 3.9), which sp
 import triton
 import triton.language as tl
 
-from triton_offset_bias.backends.triton.kernels.arguments import INTEGERS, Bounds, SharedStrides
+from triton_offset_bias.backends.triton.kernels.arguments import INTEGERS, Bounds
 from triton_offset_bias.backends.triton.kernels.blocks import FAR_LEFT, FAR_RIGHT, edges_of, far_offset, head_of
 from triton_offset_bias.backends.triton.kernels.forward import normalised, store_statistics, weights
 from triton_offset_bias.backends.triton.kernels.scores import (
@@ -26,32 +26,31 @@ from triton_offset_bias.backends.triton.kernels.scores import (
     scoring_of,
     shift_in_strip,
 )
-from triton_offset_bias.backends.triton.kernels.tiles import identity, product
+from triton_offset_bias.backends.triton.kernels.tiles import first_element, identity, product
 
 
 @triton.jit(do_not_specialize=INTEGERS)
 def hopper_forward_kernel(
     inputs, outputs,
-    q_strides, k_strides, v_strides, out_strides,
+    strides,
     num_heads, len_q, len_k, rows_q, rows_k,
     zero, band_lo, band_hi, near_lo, near_hi,
-    strip_b, strip_h, query_positions_b, key_positions_b,
-    scale_log2, largest_dropped, kept_scale,
+    factors, largest_dropped,
     FORM: tl.constexpr, LOOPS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """What `forward_kernel` computes, from the same arguments, for tensors that descriptors can describe."""
     bounds = Bounds(zero, band_lo, band_hi, near_lo, near_hi)
-    shared_strides = SharedStrides(strip_b, strip_h, query_positions_b, key_positions_b)
+    scale_log2 = factors.scale_log2
     num_blocks = tl.cdiv(len_q, BLOCK_M)
     head = head_of(tl.program_id(0) // num_blocks, num_heads)
     start_m = (num_blocks - 1 - tl.program_id(0) % num_blocks) * BLOCK_M
     left_m = len_q - start_m  # queries that are left for this block
     h_kv = head.h // FORM.GROUP
-    queries = rows_of(inputs.q + head.b * q_strides.b + head.h * q_strides.h, len_q, q_strides, BLOCK_M, FORM)
-    keys = rows_of(inputs.k + head.b * k_strides.b + h_kv * k_strides.h, len_k, k_strides, BLOCK_N, FORM)
-    values = rows_of(inputs.v + head.b * v_strides.b + h_kv * v_strides.h, len_k, v_strides, BLOCK_N, FORM)
-    out = rows_of(outputs.out + head.b * out_strides.b + head.h * out_strides.h, len_q, out_strides, BLOCK_M, FORM)
-    scoring = scoring_of(inputs, head.b, head.h, shared_strides, bounds, scale_log2, FORM)
+    queries = rows_of(inputs.q, strides.q, head.b, head.h, len_q, BLOCK_M, FORM)
+    keys = rows_of(inputs.k, strides.k, head.b, h_kv, len_k, BLOCK_N, FORM)
+    values = rows_of(inputs.v, strides.v, head.b, h_kv, len_k, BLOCK_N, FORM)
+    out = rows_of(outputs.out, strides.out, head.b, head.h, len_q, BLOCK_M, FORM)
+    scoring = scoring_of(inputs, head.b, head.h, strides.strip, bounds, scale_log2, FORM)
     q = queries.load([start_m, 0])  # (BLOCK_M, BLOCK_D)
     m_i = tl.full([BLOCK_M], NO_SCORE, tl.float32)  # bits
     l_i = tl.zeros([BLOCK_M], tl.float32)
@@ -93,8 +92,9 @@ def hopper_forward_kernel(
 
 
 @triton.jit
-def rows_of(ptr, length, strides, BLOCK: tl.constexpr, FORM: tl.constexpr):
+def rows_of(ptr, strides, b, h, length, BLOCK: tl.constexpr, FORM: tl.constexpr):
     """The descriptor of a head's rows. Blocks read 0 past the `length` rows, and write nothing there."""
+    ptr += first_element(strides, b, h, 0)
     return tl.make_tensor_descriptor(ptr, [length, FORM.HEAD_DIM], [strides.row, 1], [BLOCK, FORM.BLOCK_D])
 
 
