@@ -50,14 +50,17 @@ AVAILABLE = [name for name in BACKENDS if _serves_the_device(name)]
 def pytest_configure(config: pytest.Config) -> None:
     """Allows tests only to be listed without the device. Warnings are errors where this project is to blame.
 
-    Other warnings are errors too, as pyproject.toml says, except a library's own on a device that it alone sees.
+    Other warnings are errors too, as pyproject.toml says, except a library's own on a device that it alone sees. A call
+    that takes the reference unasked is an error, except where no engine was compiled for the tensors of the tests.
     """
     if not has_device(DEVICE) and not config.option.collectonly:
         raise pytest.UsageError(f"TEST_DEVICE={DEVICE}, but torch {torch.__version__} finds no such device")
     if REQUIRE_ALL and IS_ON_CPU and BACKENDS["cpp"].unavailable_reasons():
         raise pytest.UsageError(f"TESTS_REQUIRE_ALL=1, but {BACKENDS['cpp'].unavailable_reasons()[0]}")
     if "error" in config.getini("filterwarnings"):
-        for line in (*(() if IS_ON_CPU else ("default",)), own_warnings()):
+        is_dense = IS_ON_CPU and "cpp" not in AVAILABLE
+        fallback = f"{'ignore' if is_dense else 'error'}::triton_offset_bias.DenseFallbackWarning"
+        for line in (*(() if IS_ON_CPU else ("default",)), own_warnings(), fallback):
             config.addinivalue_line("filterwarnings", line)
 
 

@@ -1,9 +1,11 @@
 """The choice of a backend for a call, and the error when none can serve it."""
 
+import warnings
+
 import pytest
 import torch
 
-from triton_offset_bias import offset_bias_attention
+from triton_offset_bias import DenseFallbackWarning, dispatch, offset_bias_attention
 from triton_offset_bias.backends.contract import BACKENDS, TORCH_BACKENDS
 
 POSITIONS = {"query_positions": torch.arange(5), "key_positions": torch.arange(5) ** 2}
@@ -43,9 +45,75 @@ def test_auto_takes_the_engine_for_tensors_on_the_cpu(inputs, served_by):
 def test_auto_goes_to_the_reference_where_the_engine_has_reasons(inputs, served_by):
     """The engine does not serve head dims above 256. The result equals SDPA's."""
     q, k, v = (torch.randn(1, 2, 5, 300) for _ in range(3))
-    out = offset_bias_attention(q, k, v, None)
+    with pytest.warns(DenseFallbackWarning):
+        out = offset_bias_attention(q, k, v, None)
     assert served_by == ["reference"]
     torch.testing.assert_close(out, torch.nn.functional.scaled_dot_product_attention(q, k, v))
+
+
+def _fallbacks(call) -> list[warnings.WarningMessage]:
+    """The warnings about the reference that a call shows."""
+    with warnings.catch_warnings(record=True) as shown:
+        warnings.simplefilter("always")
+        call()
+    return [warning for warning in shown if warning.category is DenseFallbackWarning]
+
+
+@pytest.fixture
+def nothing_shown(monkeypatch) -> None:
+    """No cause has been warned of yet."""
+    monkeypatch.setattr(dispatch, "_shown", set())
+
+
+@pytest.mark.usefixtures("nothing_shown")
+@pytest.mark.parametrize("compiles", [False, True], ids=["eager", "compiled"])
+def test_auto_warns_once_for_each_cause_that_leads_to_the_reference(inputs, monkeypatch, compiles):
+    """The text has the reasons of the backend for the tensors' device, and the warning has the caller's line."""
+    device = inputs[0].device.type
+    (mine,) = (name for name, backend in dispatch.FUSED_BACKENDS.items() if device in backend.DEVICES)
+    attend = offset_bias_attention
+    if compiles:
+        attend = torch.compile(attend, backend="eager", fullgraph=True)
+    for cause in ("it is tired", "it is old"):
+        for name in dispatch.FUSED_BACKENDS:
+            why = cause if name == mine else "it is elsewhere"
+            monkeypatch.setattr(BACKENDS[name], "unsupported_reasons", lambda problem, why=why: [why])
+        torch.compiler.reset()
+        shown = _fallbacks(lambda: attend(*inputs))
+        assert len(shown) == 1
+        text = str(shown[0].message)
+        assert f"{mine}: {cause}" in text
+        assert "elsewhere" not in text
+        assert 'pass backend="reference"' in text
+        assert compiles or shown[0].filename == __file__
+        torch.compiler.reset()
+        assert not _fallbacks(lambda: (attend(*inputs), offset_bias_attention(*inputs)))
+
+
+@pytest.mark.usefixtures("nothing_shown")
+def test_a_reference_that_is_asked_for_warns_of_nothing(inputs):
+    """Tensors on the meta device have no memory to save."""
+    assert not _fallbacks(lambda: offset_bias_attention(*inputs, backend="reference"))
+    assert not _fallbacks(lambda: offset_bias_attention(*(x.to("meta") for x in inputs)))
+
+
+@pytest.mark.usefixtures("nothing_shown")
+def test_a_device_that_no_fused_backend_is_made_for_is_named(inputs, monkeypatch):
+    """No other device's reasons are given."""
+    for backend in dispatch.FUSED_BACKENDS.values():
+        monkeypatch.setattr(backend, "DEVICES", ("xpu",))
+        monkeypatch.setattr(backend, "unsupported_reasons", lambda problem: ["it is elsewhere"])
+    with pytest.warns(DenseFallbackWarning, match=f"because\n  no fused backend is made for {inputs[0].device.type} "):
+        offset_bias_attention(*inputs)
+
+
+@pytest.mark.needs_engine
+def test_a_fallback_that_nobody_expects_fails_a_test(nothing_shown):
+    """The warning is an error in these tests, and stays one in the next call."""
+    query = torch.randn(1, 2, 5, 300)
+    for _ in range(2):
+        with pytest.raises(DenseFallbackWarning, match="head dims up to 256"):
+            offset_bias_attention(query, query, query, None)
 
 
 @pytest.mark.needs_engine

@@ -107,7 +107,8 @@ def offset_bias_attention(
             differ from run to run by rounding; all other results are equal.
         return_lse: also return the log-sum-exp of every row of scores.
         backend: "auto", "triton", "cpp" or "reference". "auto" takes the first of "cpp", "triton" and "reference" that
-            can serve the call. A named backend serves the call or raises an error.
+            can serve the call, and shows a `DenseFallbackWarning` where this is "reference". A named backend serves the
+            call or raises an error.
 
     Returns:
         The output, (B, Hq, Lq, Dv), in `query`'s dtype (the autocast dtype under autocast). With `return_lse` a pair:

@@ -38,7 +38,12 @@ class FusedBackend(Backend, Protocol):
 
     `ops` checks the tensors and their data, and allocates the outputs. It does not call a backend without queries or
     without keys.
+
+    Attributes:
+        DEVICES: the types of devices that the backend is made for, such as "cuda".
     """
+
+    DEVICES: tuple[str, ...]
 
     def forward(self, problem: Problem, out: Tensor, lse: Tensor, row_max: Tensor, row_sum: Tensor) -> None:
         """Writes the output (B, Hq, Lq, Dv), and three numbers for every row, each (B, Hq, Lq).

@@ -27,6 +27,7 @@ PROPERTIES = {
     "`torch.compile(fullgraph=True)`, `torch.export`, autocast, checkpointing": "yes",
     "second derivatives, forward mode, `torch.func`": "no (a clear error)",
 }
+DEVICES: tuple[str, ...] = ("cpu",)
 
 _ENGINE, _REASON, BUILD, RUNNABLE = library.load()
 _PROCESS = os.getpid()

@@ -34,6 +34,7 @@ PROPERTIES = {
     "`torch.compile(fullgraph=True)`, `torch.export`, autocast, checkpointing": "yes",
     "second derivatives, forward mode, `torch.func`": "no (a clear error)",
 }
+DEVICES: tuple[str, ...] = ("cuda",)
 
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
