@@ -17,6 +17,7 @@ LARGE_MEMORY = 2e9  # bytes; what takes more is marked
 # What pip, and the `dev` extra of pyproject.toml, bring beside pytest, by the names that Python imports.
 OPTIONAL = {
     *("accelerate", "hypothesis", "matplotlib", "mypy", "pandas", "pip", "psutil", "setuptools", "sklearn", "tqdm"),
+    *("chronos", "datasets", "diffusers", "peft", "sentence_transformers", "timm", "tokenizers", "torchvision"),
     *("transformers", "x_transformers"),
 }
 

@@ -80,7 +80,7 @@ REFUSED_MODELS = {
     "no model": (
         lambda: torch.nn.Linear(2, 2),
         TypeError,
-        "`model` must be a transformers.PreTrainedModel, got Linear",
+        "`model` must be a transformers.PreTrainedModel or hold one, got Linear that holds none",
     ),
     "another type": (_bert, ValueError, rf"`model` .*{', '.join(SERVED)}\), got 'bert'"),
     "enabled already": (lambda: _enabled(models.t5()), ValueError, "`model` must not be enabled already"),

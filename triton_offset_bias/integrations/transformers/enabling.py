@@ -1,6 +1,7 @@
-"""`enable_offset_bias` makes a model attend through this package, and `disable_offset_bias` undoes it."""
+"""`enable_offset_bias` makes models attend through this package, and `disable_offset_bias` undoes it."""
 
 import copy
+from collections.abc import Iterator
 from importlib import import_module
 
 from torch import nn
@@ -37,8 +38,12 @@ _MASKS = {"bloom": NUMBERED, "falcon": NUMBERED, **{name: TABLE for name, adapte
 _STATE = "_offset_bias_configs"
 
 
-def enable_offset_bias(model: PreTrainedModel, backend: str = "auto") -> None:
+def enable_offset_bias(model: object, backend: str = "auto") -> dict[str, str]:
     """Makes a Hugging Face model train and generate through `offset_bias_attention`, in place.
+
+    The model may be held by another object: a `SentenceTransformer`, a pipeline of diffusers, transformers or Chronos,
+    a model of PEFT, `DistributedDataParallel`, a compiled model, a segmentation model with a Swin backbone. All models
+    of a served type that the object holds are enabled.
 
     Logits, loss, gradients and generated tokens equal those of the model's eager attention up to rounding. No (queries,
     keys) tensor of biases, scores or masks is built, except for the masks of Swin's shifted windows and of LongT5's
@@ -50,28 +55,91 @@ def enable_offset_bias(model: PreTrainedModel, backend: str = "auto") -> None:
     ALiBi twice. Falcon rounds slope times position to bfloat16, and this package rounds the slope alone. Both are equal
     up to position 256 for slopes that are powers of 2, and approximately equal for others.
 
-    The model gets its own copy of its configuration, because other models may share the configuration. Hooks and
+    Each model gets its own copy of its configuration, because other models may share the configuration. Hooks and
     wrappers, such as accelerate's, may be on the model before the call, and may come and go afterwards.
 
     Args:
-        model: a model of one of the `SERVED` types, with any head.
+        model: a model of one of the `SERVED` types, with any head; or a module that holds such models, at any depth; or
+            another object that holds such modules in its dict `components`, or as its attributes.
         backend: "auto", "triton", "cpp" or "reference", as in `offset_bias_attention`.
 
+    Returns:
+        The models that were enabled: the type of each by its name in `model`, such as {"text_encoder_2": "t5"}. The
+        name is "" for `model` itself, as in `named_modules`.
+
     Raises:
-        TypeError: `model` is no `PreTrainedModel`.
-        ValueError: the model's type is not served, the model is enabled already or returns attention weights, or
-            `backend` is unknown.
-        NotImplementedError: the model's type is served, but not with this configuration; or a wrapper around one of the
+        TypeError: `model` is no `PreTrainedModel` and holds none.
+        ValueError: no model is of a served type, a model is enabled already or returns attention weights, or `backend`
+            is unknown.
+        NotImplementedError: a model's type is served, but not with this configuration; or a wrapper around one of the
             modules keeps the module's own attention out of reach. Nothing is changed then.
 
     Source:
         Raffel et al. 2020 (T5, arXiv:1910.10683), section 2.1; Press et al. 2022 (ALiBi, arXiv:2108.12409), section 3;
         Liu et al. 2021 (Swin, arXiv:2103.14030), equation 4.
     """
-    classes = _replacements(model)
+    held = _held_models(model)
     if backend != "auto" and backend not in BACKENDS:
         raise ValueError(f"`backend` must be one of {', '.join(map(repr, ('auto', *BACKENDS)))}, got {backend!r}")
-    replaced = _replaced_modules(model, classes)
+    replaced = {name: _replaced_modules(name, each, _replacements(each)) for name, each in held.items()}
+    for name, each in held.items():
+        _enable(each, replaced[name], backend)
+    return {name: each.config.model_type for name, each in held.items()}
+
+
+def disable_offset_bias(model: object) -> None:
+    """Gives a model, or every model that an object holds, its own attention back.
+
+    Args:
+        model: the object that `enable_offset_bias` was called with, or a copy of it.
+
+    Raises:
+        ValueError: the object holds no model that is enabled.
+    """
+    enabled = [module for _, module in _modules_of(model) if _STATE in vars(module)]
+    if not enabled:
+        raise ValueError("`model` must be one that `enable_offset_bias` was called with")
+    for each in enabled:
+        _disable(each)
+
+
+def _modules_of(holder: object) -> Iterator[tuple[str, nn.Module]]:
+    """Yields every module that an object holds, once, with its name; a module holds itself, under the name ""."""
+    if isinstance(holder, nn.Module):
+        yield from holder.named_modules()
+        return
+    components = getattr(holder, "components", None)
+    parts = components if isinstance(components, dict) else getattr(holder, "__dict__", {})
+    seen: set[nn.Module] = set()
+    for part, module in parts.items():
+        if isinstance(module, nn.Module):
+            yield from ((f"{part}.{name}" if name else part, x) for name, x in module.named_modules(memo=seen))
+
+
+def _held_models(holder: object) -> dict[str, PreTrainedModel]:
+    """The models of served types that an object holds, by their names in it, without their parts.
+
+    Raises:
+        TypeError: the object holds no model of transformers.
+        ValueError: it holds no model of a served type.
+    """
+    models = {name: x for name, x in _modules_of(holder) if isinstance(x, PreTrainedModel)}
+    if not models:
+        raise TypeError(
+            f"`model` must be a transformers.PreTrainedModel or hold one, got {type(holder).__name__} that holds none"
+        )
+    served: dict[str, PreTrainedModel] = {}
+    for name, model in models.items():  # a model comes before its parts
+        is_part = any(not outer or name.startswith(f"{outer}.") for outer in served)
+        if model.config.model_type in SERVED and not is_part:
+            served[name] = model
+    if not served:
+        found = ", ".join(dict.fromkeys(repr(model.config.model_type) for model in models.values()))
+        raise ValueError(f"`model` must be, or hold, a model of a served type ({', '.join(SERVED)}), got {found}")
+    return served
+
+
+def _enable(model: PreTrainedModel, replaced: list[tuple[nn.Module, type[Replacement]]], backend: str) -> None:
     configs = _own_configs(model)
     setattr(model, _STATE, [(config, config._attn_implementation) for config in configs])
     for config in configs:
@@ -80,35 +148,22 @@ def enable_offset_bias(model: PreTrainedModel, backend: str = "auto") -> None:
         replace(module, cls, backend)
 
 
-def disable_offset_bias(model: PreTrainedModel) -> None:
-    """Gives a model its own attention back.
-
-    Args:
-        model: the model that `enable_offset_bias` was called with, or a copy of it.
-
-    Raises:
-        ValueError: the model is not enabled.
-    """
-    if _STATE not in getattr(model, "__dict__", {}):
-        raise ValueError("`model` must be one that `enable_offset_bias` was called with")
-    configs = getattr(model, _STATE)
+def _disable(model: nn.Module) -> None:
+    configs: list[tuple[PretrainedConfig, str]] = getattr(model, _STATE)
     delattr(model, _STATE)
     for config, implementation in configs:
         config._attn_implementation = implementation
     for module in model.modules():
         restore(module)
         config = vars(module).get("config")
-        if getattr(config, "_attn_implementation", None) in (PLAIN, TABLE, NUMBERED):  # a copied layer's own copy
+        is_ours = getattr(config, "_attn_implementation", None) in (PLAIN, TABLE, NUMBERED)
+        if config is not None and is_ours:  # a copied layer's own copy
             config._attn_implementation = configs[0][1]
 
 
 def _replacements(model: PreTrainedModel) -> dict[type, type[Replacement]]:
     """The replacement of each of the model's own classes. Raises if the model cannot be served."""
-    if not isinstance(model, PreTrainedModel):
-        raise TypeError(f"`model` must be a transformers.PreTrainedModel, got {type(model).__name__}")
     model_type = model.config.model_type
-    if model_type not in SERVED:
-        raise ValueError(f"`model` must be of a served type ({', '.join(SERVED)}), got {model_type!r}")
     if any(isinstance(module, Replacement) for module in model.modules()):
         raise ValueError("`model` must not be enabled already: call `disable_offset_bias` first to change the backend")
     if model.config.output_attentions:
@@ -121,11 +176,11 @@ def _replacements(model: PreTrainedModel) -> dict[type, type[Replacement]]:
 
 
 def _replaced_modules(
-    model: PreTrainedModel, classes: dict[type, type[Replacement]]
+    prefix: str, model: PreTrainedModel, classes: dict[type, type[Replacement]]
 ) -> list[tuple[nn.Module, type[Replacement]]]:
-    """The modules that are to be replaced, each with its new class."""
+    """The modules of a model that are to be replaced, each with its new class. `prefix` is the model's name."""
     replaced = []
-    for name, module in model.named_modules():
+    for name, module in model.named_modules(prefix=prefix):
         cls = replacement_for(module, classes)
         if cls is None:
             continue
