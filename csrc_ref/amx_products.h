@@ -122,8 +122,8 @@ struct AmxProducts {
     }
   }
 
-  static void write_gradient(const Matrix &m, int first, int count, float factor, const float *gradient, int keys,
-                             int chunks) {
+  static void write_gradient(const Matrix &m, int first, int count, float kept, float factor, const float *gradient,
+                             int keys, int chunks) {
     const int width = chunks * kTile;
     alignas(64) float rows[W * (kMaxDim + kTile)];
     for (int key = 0; key < count; key += W) {
@@ -133,7 +133,7 @@ struct AmxProducts {
         Lanes::transpose(square);
         for (int e = 0; e < W; ++e) Lanes::store(rows + e * width + d, square[e]);
       }
-      write_rows(m, first + key, std::min(W, count - key), factor, rows, width);
+      write_rows(m, first + key, std::min(W, count - key), kept, factor, rows, width);
     }
   }
 

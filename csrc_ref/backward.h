@@ -156,11 +156,11 @@ template <class Products> class Backward {
     for (int64_t g = 0; g < group; ++g) sweep(c, head_of(c.head, g), g, used, attending);
 
     if (dkey.data)
-      Products::write_gradient(matrix_of(dkey, p.dtype, int(p.dim), b, h, first_key), c.first, c.count, scale.dkey,
-                               t.dkey, padded_keys, chunks);
+      Products::write_gradient(result_matrix(p, dkey, int(p.dim), b, h, first_key), c.first, c.count, before,
+                               scale.dkey, t.dkey, padded_keys, chunks);
     if (dvalue.data)
-      Products::write_gradient(matrix_of(dvalue, p.dtype, int(p.dim_v), b, h, first_key), c.first, c.count, kept_scale,
-                               t.dvalue, padded_keys, chunks_v);
+      Products::write_gradient(result_matrix(p, dvalue, int(p.dim_v), b, h, first_key), c.first, c.count, before,
+                               kept_scale, t.dvalue, padded_keys, chunks_v);
   }
 
   // The queries of one query head. Each tile is a step of OrderedSteps, and adding to the head's dbias is one more.
@@ -280,8 +280,8 @@ template <class Products> class Backward {
     if (!dquery.data) return;
     const tob_sequence &s = p.sequences[head.b];
     if (first >= s.len_q) return;
-    write_rows(matrix_of(dquery, p.dtype, int(p.dim), head.b, head.h, s.first_query), first,
-               std::min(kQueries, int(s.len_q) - first), Real(p.scale),
+    write_rows(result_matrix(p, dquery, int(p.dim), head.b, head.h, s.first_query), first,
+               std::min(kQueries, int(s.len_q) - first), before, Real(p.scale),
                dquery_acc.get() + (head.slot * rows_padded + first) * chunks * kPanelWidth, chunks * kPanelWidth);
   }
 
@@ -313,6 +313,7 @@ template <class Products> class Backward {
   const GatheredBias<Real> gathered{p, table};
   const KeyMask<Real> mask{p};
   const Real kept_scale = p.has_dropout ? Real(p.kept_scale) : Real(1);
+  const Real before = p.is_part ? Real(1) : Real(0);  // factor on the gradients that other parts have left
   const int chunks = round_up(int(p.dim), kPanelWidth) / kPanelWidth,
             chunks_v = round_up(int(p.dim_v), kPanelWidth) / kPanelWidth;  // dims, counted in panels
   const int task_keys = keys_per_task();                                   // keys in a task

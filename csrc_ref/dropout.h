@@ -2,7 +2,8 @@
 //
 // Philox's key is the seed. With the counter (i / 16 * 8 + i % 8, j / 16 * 8 + j % 8, b * heads_q + h, 0) its four
 // words serve the four weights whose query i and key j, counted in their sequence, differ in bit 3: word 2 (i / 8 % 2)
-// + (j / 8 % 2). Salmon et al. 2011, "Parallel random numbers: as easy as 1, 2, 3".
+// + (j / 8 % 2). A call with some rows or heads of a whole counts them as the whole does: see tob_problem's
+// dropout_query. Salmon et al. 2011, "Parallel random numbers: as easy as 1, 2, 3".
 #pragma once
 
 #include "band.h"
@@ -47,17 +48,18 @@ template <int kRows, int kColumns> class KeptWeights {
   static constexpr int kStride = round_up(kColumns, 16) + 32;
 
  public:
-  // Fills the tile that begins at query `row` and key `column` of a head, and all of each 16 x 16 square that it
-  // touches.
+  // Fills the tile that begins at query `row` and key `column` of a head, and all of each 16 x 16 square of the whole
+  // that it touches.
   void fill(const tob_problem &p, int64_t b, int64_t h, int row, int column, int rows, int columns) {
-    row_ = round_down(row, 16);
-    column_ = round_down(column, 16);
+    row_ = row - int((p.dropout_query + row) % 16);
+    column_ = column - int((p.dropout_key + column) % 16);
+    const uint64_t head = uint64_t(b * p.dropout_heads + p.dropout_head + h);
     for (int i = row_; i < row + rows; i += 16)
       for (int j = column_; j < column + columns; j += 16)
         for (int r = 0; r < 8; ++r)
           for (int c = 0; c < 8; c += kWords) {
-            Words words[4] = {broadcast_word(uint64_t(i / 2 + r)), consecutive_words(uint64_t(j / 2 + c)),
-                              broadcast_word(uint64_t(b * p.heads_q + h)), Words{}};
+            Words words[4] = {broadcast_word(uint64_t((p.dropout_query + i) / 2 + r)),
+                              consecutive_words(uint64_t((p.dropout_key + j) / 2 + c)), broadcast_word(head), Words{}};
             philox(p.seed, words);
             for (int w = 0; w < 4; ++w) {
               const Words word = words[w] & broadcast_word(0xffffffff);

@@ -76,17 +76,26 @@ typedef struct {
   uint64_t seed;
   uint32_t largest_dropped;
   double kept_scale;
+  /* The places of query 0, key 0 and head 0 where random numbers are counted, and the number of heads there. A call
+     with all rows and heads has 0, 0, 0 and heads_q. */
+  int64_t dropout_query, dropout_key, dropout_head, dropout_heads;
+  /* If it is not 0, the call has a part of the keys, and goes on from the results of calls with other parts: see
+     tob_forward and tob_backward. out of tob_forward, dquery, dkey and dvalue then hold reals. */
+  int64_t is_part;
 } tob_problem;
 
 /* The statistics of the softmax: two reals for every query. The element of query i of sequence b in head h is
    b * row_stride_b + h * row_stride_h + first_query + i; lse and dlse have the same elements.
    The probabilities are P = exp2((S - c) log2(e) - row_max) / row_sum. c is a constant that the engine chooses for each
-   (batch, head) row of the bias table. row_max and row_sum are two numbers because row_max + log2(row_sum) would round.
-   A query that attends to nothing has row_max +inf and row_sum 0. */
+   (batch, head) row of the bias table, and 0 if is_part is not 0. row_max and row_sum are two numbers because row_max +
+   log2(row_sum) would round. A query that attends to nothing has row_max +inf and row_sum 0. */
 typedef struct {
   void *row_max, *row_sum;
 } tob_row_stats;
 
+/* If is_part is not 0, out holds sums and no means: out = sum of exp2(S log2(e) - row_max) Z value over all keys so
+   far. out, row_max and row_sum are those of other parts, and this part is added. Rows whose row_sum is 0 begin with
+   this part, whatever out and row_max hold. lse is not written, and may be NULL. */
 TOB_API int tob_forward(const tob_problem *problem, const tob_tensor *out, void *lse /* in nats */,
                         const tob_row_stats *stats);
 
@@ -94,7 +103,8 @@ TOB_API int tob_forward(const tob_problem *problem, const tob_tensor *out, void 
    computed if dbias, or the `data` of dquery, dkey or dvalue, is NULL. dbias has the shape of bias: it is summed over
    the batch where bias_batch is 1, and over the heads where bias_heads is 1.
    `problem` may hold a part of the keys that out and stats were computed from, with the same bias: the gradients of all
-   parts add up to the gradients of the whole. */
+   parts add up to the gradients of the whole. If is_part is not 0, dquery, dkey and dvalue are added to, and out is
+   still the output of whole rows in `dtype`. */
 TOB_API int tob_backward(const tob_problem *problem, const tob_tensor *out, const tob_row_stats *stats,
                          const tob_tensor *dout, const void *dlse, const tob_tensor *dquery, const tob_tensor *dkey,
                          const tob_tensor *dvalue, void *dbias);

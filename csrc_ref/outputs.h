@@ -24,14 +24,32 @@ template <class Real> struct Outputs {
   void write(int64_t b, int64_t h, int64_t i, Real max, Real sum, const Real *acc) const {
     const int64_t first = p.sequences[b].first_query;
     const int64_t index = b * p.row_stride_b + h * p.row_stride_h + first + i;
-    const bool empty = sum == 0;
     const Real kept_scale = p.has_dropout ? Real(p.kept_scale) : Real(1);
-    static constexpr Real kZeros[kMaxDim]{};
-    write_rows(matrix_of(out, p.dtype, int(p.dim_v), b, h, first), i, 1, kept_scale / (empty ? Real(1) : sum),
-               empty ? kZeros : acc, 0);
-    row_max[index] = empty ? std::numeric_limits<Real>::infinity() : max;
+    const Matrix to = result_matrix(p, out, int(p.dim_v), b, h, first);
+    const bool empty = sum == 0;
+    const Real *const values = empty ? kZeros : acc;
+    if (p.is_part) {
+      add(to, i, index, max, sum, kept_scale, values);
+      return;
+    }
+    write_rows(to, i, 1, Real(0), kept_scale / (empty ? Real(1) : sum), values, 0);
+    row_max[index] = empty ? kNothing : max;
     row_sum[index] = sum;
     lse[index] = Real(kLn2) * (max + std::log2(sum)) + table.constant(bias_row(p, b, h));
+  }
+
+ private:
+  static constexpr Real kZeros[kMaxDim]{}, kNothing = std::numeric_limits<Real>::infinity();
+
+  // Adds a row of a part to what other parts have left there.
+  void add(const Matrix &to, int64_t i, int64_t index, Real max, Real sum, Real kept_scale, const Real *values) const {
+    const bool is_first = row_sum[index] == 0, empty = sum == 0;
+    if (empty && !is_first) return;
+    const Real largest = is_first ? max : std::max(max, row_max[index]);
+    const Real kept = is_first ? Real(0) : std::exp2(row_max[index] - largest), factor = std::exp2(max - largest);
+    write_rows(to, i, 1, kept, kept_scale * factor, values, 0);
+    row_max[index] = empty ? kNothing : largest;
+    row_sum[index] = kept * row_sum[index] + factor * sum;
   }
 };
 

@@ -74,10 +74,10 @@ template <class R, class O> struct RegisterProducts {
                                        chunks * kPanel<Real>, keys, chunks, none, row_range);
   }
 
-  // Writes `count` rows of such a gradient.
-  static void write_gradient(const Matrix &m, int first, int count, Real factor, const Real *gradient, int,
+  // Writes `count` rows of such a gradient, as write_rows does.
+  static void write_gradient(const Matrix &m, int first, int count, Real kept, Real factor, const Real *gradient, int,
                              int chunks) {
-    write_rows(m, first, count, factor, gradient, chunks * kPanel<Real>);
+    write_rows(m, first, count, kept, factor, gradient, chunks * kPanel<Real>);
   }
 };
 

@@ -23,6 +23,13 @@ inline Matrix matrix_of(const tob_tensor &t, int64_t dtype, int dim, int64_t b, 
   return {data, dtype, t.stride_l, t.stride_d, dim};
 }
 
+// The same of a result: an output, or a gradient of the queries, keys or values. Parts have results in reals.
+inline Matrix result_matrix(const tob_problem &p, const tob_tensor &t, int dim, int64_t b, int64_t h,
+                            int64_t first_row) {
+  const int64_t real = p.dtype == TOB_FLOAT64 ? p.dtype : int64_t(TOB_FLOAT32);
+  return matrix_of(t, p.is_part ? real : p.dtype, dim, b, h, first_row);
+}
+
 // Calls visit with a pointer of the stored type, for tensors whose numbers are read as Elements.
 template <class Element, class Visit> TOB_INLINE void visit_stored(const Matrix &m, Visit visit) {
   if constexpr (std::is_same_v<Element, float>) {
@@ -61,9 +68,11 @@ template <class Element> void read_rows(const Matrix &m, int64_t first, int coun
   });
 }
 
-// m[first + i] = factor * from[i * row_stride ..] for `count` rows.
+// m[first + i] = kept * m[first + i] + factor * from[i * row_stride ..] for `count` rows. If kept is 0, the rows may
+// have been uninitialised.
 template <class Real>
-void write_rows(const Matrix &m, int64_t first, int count, Real factor, const Real *from, int64_t row_stride) {
+void write_rows(const Matrix &m, int64_t first, int count, Real kept, Real factor, const Real *from,
+                int64_t row_stride) {
   constexpr int W = Simd<Real>::kLanes;
   const int whole = m.stride_d == 1 ? m.dim / W * W : 0;
   visit_stored<Real>(m, [&](auto *data) {
@@ -72,9 +81,13 @@ void write_rows(const Matrix &m, int64_t first, int count, Real factor, const Re
     for (int i = 0; i < count; ++i, data += m.stride_l, from += row_stride) {
       for (int d = 0; d < whole; d += W) {
         prefetch(data + d, kRowsAhead, m.stride_l);
-        store_stored<Real>(data + d, factor * Simd<Real>::load(from + d));
+        const auto x = factor * Simd<Real>::load(from + d);
+        store_stored<Real>(data + d, kept == 0 ? x : kept * load_stored<Real>(data + d) + x);
       }
-      for (int d = whole; d < m.dim; ++d) data[d * m.stride_d] = stored_as<Real, Stored>(factor * from[d]);
+      for (int d = whole; d < m.dim; ++d) {
+        Stored &to = data[d * m.stride_d];
+        to = stored_as<Real, Stored>(factor * from[d] + (kept == 0 ? Real(0) : kept * Real(to)));
+      }
     }
   });
 }

@@ -138,7 +138,7 @@ def test_the_layout_that_is_compared_is_the_one_that_is_packed():
     """The last field ends where the struct ends. The first fields lie where `struct` puts their bytes."""
     lines = structs.layout()
     assert f"tob_problem: bytes {structs.PROBLEM.size}" in lines
-    assert f"tob_problem.kept_scale: d {structs.PROBLEM.size - 8}" in lines
+    assert f"tob_problem.is_part: q {structs.PROBLEM.size - 8}" in lines
     packed = structs.TENSOR.pack(1, 2, 3, 4, 5)
     assert "tob_tensor.stride_h: q 16" in lines
     assert int.from_bytes(packed[16:24], sys.byteorder) == 3

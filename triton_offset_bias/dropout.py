@@ -12,6 +12,7 @@ Salmon, Moraes, Dror, Shaw 2011, "Parallel random numbers: as easy as 1, 2, 3": 
 """
 
 import math
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -20,6 +21,18 @@ ROUNDS = 7
 _MULTIPLIERS = 0xD2511F53, 0xCD9E8D57
 _WEYL = 0x9E3779B9, 0xBB67AE85
 _WORD = 0xFFFFFFFF
+
+
+class Place(NamedTuple):
+    """The part of a whole that a call has: its first query, key and head there, and the whole's number of heads.
+
+    Places in the formula above are those in the whole.
+    """
+
+    query: int
+    key: int
+    head: int
+    heads: int
 
 
 def new_seed(device: torch.device) -> Tensor:
@@ -38,17 +51,30 @@ def kept_scale(dropout_p: float) -> float:
 
 
 def kept(
-    seed: Tensor, dropout_p: float, sequence: int, num_sequences: int, heads: int, len_q: int, len_k: int
+    seed: Tensor,
+    dropout_p: float,
+    sequence: int,
+    num_sequences: int,
+    heads: int,
+    len_q: int,
+    len_k: int,
+    place: Place | None = None,
 ) -> Tensor:
     """True where a weight is kept: (num_sequences, heads, len_q, len_k) bool, for the sequences from `sequence` on."""
     device = seed.device
-    blocks_q, blocks_k = -(-len_q // 16), -(-len_k // 16)
-    row = torch.arange(8 * blocks_q, device=device).view(-1, 1)
-    column = torch.arange(8 * blocks_k, device=device)
-    head = (torch.arange(num_sequences * heads, device=device) + sequence * heads).view(-1, 1, 1)
-    words = torch.stack(_philox(seed, row, column, head), dim=-1)  # (sequences * heads, rows, columns, 4)
+    place = place or Place(0, 0, 0, heads)
+    first_q, first_k = place.query // 16, place.key // 16  # blocks
+    blocks_q, blocks_k = -(-(place.query + len_q) // 16) - first_q, -(-(place.key + len_k) // 16) - first_k
+    row = torch.arange(8 * blocks_q, device=device).view(-1, 1) + 8 * first_q
+    column = torch.arange(8 * blocks_k, device=device) + 8 * first_k
+    sequences = torch.arange(sequence, sequence + num_sequences, device=device).view(-1, 1)
+    head = sequences * place.heads + place.head + torch.arange(heads, device=device)
+    words = torch.stack(
+        _philox(seed, row, column, head.view(-1, 1, 1)), dim=-1
+    )  # (sequences * heads, rows, columns, 4)
     words = words.view(num_sequences * heads, blocks_q, 8, blocks_k, 8, 2, 2).permute(0, 1, 5, 2, 3, 6, 4)
     words = words.reshape(num_sequences, heads, 16 * blocks_q, 16 * blocks_k)
+    words = words[:, :, place.query % 16 :, place.key % 16 :]
     return words[:, :, :len_q, :len_k] > largest_dropped(dropout_p)
 
 

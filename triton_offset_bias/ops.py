@@ -1,6 +1,6 @@
 """The operators: schemas, shape functions, and the autograd rule. Only this module knows `torch.library`."""
 
-from typing import get_type_hints
+from typing import Any, get_type_hints
 
 import torch
 from torch import Tensor
@@ -9,7 +9,10 @@ from triton_offset_bias.backends.contract import FUSED_BACKENDS, TORCH_BACKENDS,
 from triton_offset_bias.checks.data import check_data, check_fit, check_rows
 from triton_offset_bias.problem import DIFFERENTIABLE, NUM_TENSORS, Problem
 
-_SCHEMA_TYPES = {Tensor: "Tensor", Tensor | None: "Tensor?", float: "float", int: "SymInt", bool: "bool", str: "str"}
+_SCHEMA_TYPES: dict[Any, str] = {
+    **{Tensor: "Tensor", Tensor | None: "Tensor?", float: "float", int: "SymInt", bool: "bool", str: "str"},
+    tuple[int, ...] | None: "SymInt[]?",
+}
 _FIELDS = {name: _SCHEMA_TYPES[annotation] for name, annotation in get_type_hints(Problem).items()}
 _ARGUMENTS = ", ".join(f"{kind} {name}" for name, kind in (*_FIELDS.items(), ("backend", "str")))
 _GRADIENTS = ", ".join(f"Tensor d{name}" for name in DIFFERENTIABLE)

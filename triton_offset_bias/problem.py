@@ -18,7 +18,7 @@ class Problem(NamedTuple):
 
     With `cu_seqlens_q` and `cu_seqlens_k` the sequences are packed along the length, and the tensors' batch size is 1.
     The last query of each sequence lies on its last key, whatever `query_start` says. Only a `bias` may have a batch
-    axis then.
+    axis then. `query_starts` places the queries of each packed sequence otherwise.
 
     With `key_lengths` sequence b has only its first ``key_lengths[b]`` keys, and its last query lies on the last of
     them. `query_start` is then the position of query 0 in a sequence that has all keys.
@@ -34,6 +34,7 @@ class Problem(NamedTuple):
     key_lengths: Tensor | None  # (B,), not yet compared with the number of keys
     cu_seqlens_q: Tensor | None  # (sequences + 1,)
     cu_seqlens_k: Tensor | None
+    query_starts: Tensor | None  # (sequences,), the position of each one's first query counted from its first key
     seed: Tensor | None  # () int64, selects the dropped weights; None without dropout
     scale: float
     dropout_p: float
@@ -45,6 +46,7 @@ class Problem(NamedTuple):
     deterministic: bool
     max_seqlen_q: int  # queries of the longest sequence
     max_seqlen_k: int
+    dropout_place: tuple[int, ...] | None  # see `dropout.Place`; None for a call with all rows and heads
 
     @property
     def tensors(self) -> tuple[Tensor | None, ...]:

@@ -62,6 +62,25 @@ def dense_bias(bias: Tensor, offsets: Tensor, origin: int, beyond: str) -> Tenso
     return dense.where(inside, 0.0) if beyond == "zero" else dense
 
 
+def columns_seen(num_columns: int, origin: int, lowest: int, highest: int) -> tuple[int, int]:
+    """The first column that the offsets [lowest, highest] see, and the column behind the last: at least one column."""
+    first, last = (min(max(offset + origin, 0), num_columns - 1) for offset in (lowest, max(lowest, highest)))
+    return first, last + 1
+
+
+def exact_constants(bias: Tensor) -> Tensor:
+    """The constant that each row of a table may be counted from, (..., 1): its finite number of least magnitude, or 0.
+
+    It is 0 unless all finite numbers of the row have one sign and lie within a factor of 2 of one another. The
+    subtraction is then exact (Sterbenz 1974). Scores keep the digits that a large bias would take from them.
+    """
+    is_finite = bias.isfinite()
+    low = bias.masked_fill(~is_finite, float("inf")).amin(-1, keepdim=True)
+    high = bias.masked_fill(~is_finite, float("-inf")).amax(-1, keepdim=True)
+    is_above, is_below = (low > 0) & (low <= high) & (high <= 2 * low), (high < 0) & (low <= high) & (low >= 2 * high)
+    return torch.where(is_above, low, torch.where(is_below, high, 0.0))
+
+
 def check_reach(num_columns: int, origin: int, lowest: int, highest: int) -> None:
     """Raises if the attended offsets [lowest, highest] leave the table, as `beyond="error"` asks."""
     first, last = -origin, num_columns - 1 - origin

@@ -5,6 +5,7 @@
 It stores every score. It works on any device, in any float dtype up to float64; half precision is computed in float32.
 """
 
+import math
 from contextlib import nullcontext
 
 import torch
@@ -12,8 +13,9 @@ from torch import Tensor
 
 from triton_offset_bias import dropout, table
 from triton_offset_bias.autocast import has_autocast
-from triton_offset_bias.checks.data import check_data, sequences
-from triton_offset_bias.problem import Problem
+from triton_offset_bias.backends.merging import add_part
+from triton_offset_bias.checks.data import check_data, query_starts, sequences
+from triton_offset_bias.problem import DIFFERENTIABLE, Problem
 
 PROPERTIES = {
     "serves": "tensors on any device; float16, bfloat16, float32, float64; any head dim",
@@ -45,22 +47,65 @@ def unsupported_reasons(problem: Problem) -> list[str]:
 def attention(problem: Problem) -> tuple[Tensor, Tensor]:
     """Computes output (B, Hq, Lq, Dv) and log-sum-exp (B, Hq, Lq), differentiable as often as torch's operators are."""
     check_data(problem)
+    out, lse = _any_attention(problem)
+    return out.to(problem.query.dtype), lse
+
+
+def forward_part(problem: Problem, acc: Tensor, row_max: Tensor, row_sum: Tensor) -> None:
+    """Adds the keys of `problem` to the softmax of rows that may have attended to other keys."""
+    with torch.no_grad():
+        out, lse = _any_attention(problem)
+        has_keys = lse != float("-inf")
+        add_part(acc, row_max, row_sum, out, lse / math.log(2), has_keys.to(lse.dtype))
+
+
+def backward_part(
+    problem: Problem,
+    out: Tensor,
+    row_max: Tensor,
+    row_sum: Tensor,
+    dout: Tensor,
+    dlse: Tensor | None,
+    dquery: Tensor,
+    dkey: Tensor,
+    dvalue: Tensor,
+    dbias: Tensor | None,
+) -> None:
+    """Adds a part's gradients to the last four tensors.
+
+    The whole's output is the sum of the parts' outputs with the weights exp(lse of the part - lse of the whole).
+    """
+    leaves = {name: x.detach().requires_grad_() for name in DIFFERENTIABLE if (x := getattr(problem, name)) is not None}
+    with torch.enable_grad():
+        part_out, part_lse = _any_attention(problem._replace(**leaves))
+    is_empty = (row_sum == 0) | (part_lse == float("-inf"))
+    weight = torch.exp(part_lse.detach() - math.log(2) * (row_max + row_sum.log2())).masked_fill(is_empty, 0.0)
+    dpart_lse = ((part_out.detach() - out) * dout).sum(-1) + (0.0 if dlse is None else dlse)
+    upstream = (weight.unsqueeze(-1) * dout, (weight * dpart_lse).masked_fill(is_empty, 0.0))
+    found = torch.autograd.grad((part_out, part_lse), list(leaves.values()), upstream)
+    for total, gradient in zip((dquery, dkey, dvalue, dbias), found, strict=False):
+        if total is not None:
+            total.add_(gradient)
+
+
+def _any_attention(problem: Problem) -> tuple[Tensor, Tensor]:
+    """Output and log-sum-exp in the dtype of the arithmetic."""
     device_type = problem.query.device.type
     with torch.autocast(device_type, enabled=False) if has_autocast(device_type) else nullcontext():
-        out, lse = _attention(problem) if problem.cu_seqlens_q is None else _packed_attention(problem)
-    return out.to(problem.query.dtype), lse
+        return _attention(problem) if problem.cu_seqlens_q is None else _packed_attention(problem)
 
 
 def _packed_attention(problem: Problem) -> tuple[Tensor, Tensor]:
     """Output and log-sum-exp of packed sequences, computed one sequence at a time."""
     bias, results = problem.bias, []
-    for index, (first_q, first_k, len_q, len_k) in enumerate(sequences(problem)):
+    placed = zip(sequences(problem), query_starts(problem), strict=True)
+    for index, ((first_q, first_k, len_q, len_k), start) in enumerate(placed):
         sequence = problem._replace(
             query=problem.query.narrow(2, first_q, len_q),
             key=problem.key.narrow(2, first_k, len_k),
             value=problem.value.narrow(2, first_k, len_k),
             bias=bias[index : index + 1] if bias is not None and bias.dim() == 3 else bias,
-            query_start=len_k - len_q,
+            query_start=start,
         )
         results.append(_attention(sequence, index))
     if not results:
@@ -104,7 +149,8 @@ def _attention(problem: Problem, sequence: int = 0) -> tuple[Tensor, Tensor]:
     lse = (row_sum.log() + row_max).masked_fill(is_empty, float("-inf")).squeeze(-1)
     probs = exps / row_sum
     if problem.seed is not None:
-        kept = dropout.kept(problem.seed, problem.dropout_p, sequence, batch, heads, len_q, key.shape[2])
+        place = None if problem.dropout_place is None else dropout.Place(*problem.dropout_place)
+        kept = dropout.kept(problem.seed, problem.dropout_p, sequence, batch, heads, len_q, key.shape[2], place)
         probs = probs * kept * dropout.kept_scale(problem.dropout_p)
     return (probs @ value).masked_fill(is_empty, 0.0), lse
 

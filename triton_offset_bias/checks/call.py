@@ -164,6 +164,7 @@ def _checked_problem(
         key_lengths=key_lengths,
         cu_seqlens_q=cu_seqlens_q,
         cu_seqlens_k=cu_seqlens_k,
+        query_starts=None,
         seed=dropout.new_seed(query.device) if dropout_p > 0.0 else None,
         scale=checked_scale(options["scale"], query.shape[-1]),
         dropout_p=dropout_p,
@@ -175,6 +176,7 @@ def _checked_problem(
         deterministic=checked_deterministic(options["deterministic"]),
         max_seqlen_q=max_seqlen_q,
         max_seqlen_k=max_seqlen_k,
+        dropout_place=None,
     )
 
 

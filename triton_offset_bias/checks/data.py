@@ -11,7 +11,7 @@ from torch import Tensor
 
 from triton_offset_bias import table
 from triton_offset_bias.checks.arguments import shape
-from triton_offset_bias.checks.tensors import check_padded
+from triton_offset_bias.checks.tensors import check_padded, check_per_sequence
 from triton_offset_bias.problem import Problem
 
 
@@ -44,6 +44,7 @@ def check_fit(problem: Problem) -> None:
         enable_gqa=True,
         num_sequences=problem.num_sequences,
     )
+    _check_places(problem)
     lengths = problem.query.shape[2], problem.key.shape[2]
     if problem.cu_seqlens_q is None and lengths != (problem.max_seqlen_q, problem.max_seqlen_k):
         raise ValueError(
@@ -51,6 +52,16 @@ def check_fit(problem: Problem) -> None:
             f"{problem.max_seqlen_k}, got {lengths[0]} and {lengths[1]}: torch.jit.trace and make_fx make lengths "
             "constant; torch.export and torch.compile can keep them symbolic"
         )
+
+
+def _check_places(problem: Problem) -> None:
+    starts, place = problem.query_starts, problem.dropout_place
+    if starts is not None and problem.cu_seqlens_q is None:
+        raise ValueError(f"`query_starts` must be None unless sequences are packed, got shape {shape(starts)}")
+    if starts is not None:
+        check_per_sequence("query_starts", starts, problem.query, problem.num_sequences)
+    if place is not None and (len(place) != 4 or any(x < 0 for x in place)):
+        raise ValueError(f"`dropout_place` must be four integers of at least 0, got {tuple(place)}")
 
 
 def check_rows(
@@ -86,6 +97,14 @@ def sequences(problem: Problem) -> list[tuple[int, int, int, int]]:
     return [(q, k, q_end - q, k_end - k) for (q, q_end), (k, k_end) in ranges]
 
 
+def query_starts(problem: Problem) -> list[int]:
+    """The position of every packed sequence's first query, counted from its first key."""
+    if problem.query_starts is not None:
+        starts: list[int] = problem.query_starts.tolist()
+        return starts
+    return [len_k - len_q for _, _, len_q, len_k in sequences(problem)]
+
+
 def checked_key_lengths(problem: Problem) -> list[int]:
     """The number of keys of every sequence of a problem with `key_lengths`."""
     assert problem.key_lengths is not None
@@ -119,9 +138,12 @@ def _attended_extremes(problem: Problem) -> tuple[int, int] | None:
     """The smallest and the largest attended offset; None if there is none, or if `call` has checked the lengths."""
     limits = problem.min_offset, problem.max_offset
     if problem.cu_seqlens_q is not None:
-        lengths = [(len_q, len_k) for _, _, len_q, len_k in sequences(problem) if len_q and len_k]
-        lowest = max(min((1 - len_q for len_q, _ in lengths), default=1), limits[0])
-        highest = min(max((len_k - 1 for _, len_k in lengths), default=-1), limits[1])
+        placed = zip(sequences(problem), query_starts(problem), strict=True)
+        reaches = [
+            table.reachable_offsets(len_q, len_k, start) for (_, _, len_q, len_k), start in placed if len_q and len_k
+        ]
+        lowest = max(min((low for low, _ in reaches), default=1), limits[0])
+        highest = min(max((high for _, high in reaches), default=-1), limits[1])
         return (lowest, highest) if lowest <= highest else None
     if problem.query_positions is not None and problem.key_positions is not None:
         return table.attended_extremes_of_positions(

@@ -39,7 +39,7 @@ def check_padded(
         _check_key_padding_mask(key_padding_mask, query, batch, len_k)
     _check_positions(query, query_positions, key_positions, batch, len_q, len_k)
     if key_lengths is not None:
-        _check_key_lengths(key_lengths, query, batch)
+        check_per_sequence("key_lengths", key_lengths, query, batch)
         if query_positions is not None:
             raise ValueError(
                 "`key_lengths` must be None when positions are given, since these already place the queries, "
@@ -142,14 +142,14 @@ def _check_positions(
             raise ValueError(f"`{name}` must have batch size {batch}, got shape {shape(positions)}")
 
 
-def _check_key_lengths(key_lengths: Tensor, query: Tensor, batch: int) -> None:
-    """Raises unless `key_lengths` is a (batch,) tensor of integers."""
-    check_tensor("key_lengths", key_lengths)
-    if key_lengths.dtype not in (torch.int32, torch.int64):
-        raise TypeError(f"`key_lengths` must be int32 or int64, got {key_lengths.dtype}")
-    _check_device("key_lengths", key_lengths, query)
-    if key_lengths.dim() != 1 or key_lengths.shape[0] != batch:
-        raise ValueError(f"`key_lengths` must have shape ({batch},), got shape {shape(key_lengths)}")
+def check_per_sequence(name: str, numbers: Tensor, query: Tensor, sequences: int) -> None:
+    """Raises unless the tensor has an integer for each sequence."""
+    check_tensor(name, numbers)
+    if numbers.dtype not in (torch.int32, torch.int64):
+        raise TypeError(f"`{name}` must be int32 or int64, got {numbers.dtype}")
+    _check_device(name, numbers, query)
+    if numbers.dim() != 1 or numbers.shape[0] != sequences:
+        raise ValueError(f"`{name}` must have shape ({sequences},), got shape {shape(numbers)}")
 
 
 def check_bounds(name: str, cu_seqlens: Tensor, query: Tensor) -> None:

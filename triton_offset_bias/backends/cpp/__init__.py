@@ -91,10 +91,45 @@ def backward(
     return None if dbias is None else call.fold(dbias)
 
 
-class _Call:
-    """The C struct of a problem, and the tensors that its pointers point into."""
+def forward_part(problem: Problem, acc: Tensor, row_max: Tensor, row_sum: Tensor) -> None:
+    """Adds the keys of `problem` to the softmax of rows that may have attended to other keys; see `tob_forward`."""
+    call = _Call(problem, row_max)
+    stats = structs.ROW_STATS.pack(row_max.data_ptr(), row_sum.data_ptr())
+    _check_status(_engine().tob_forward(call.problem, call.tensor(acc), 0, stats))
 
-    def __init__(self, problem: Problem) -> None:
+
+def backward_part(
+    problem: Problem,
+    out: Tensor,
+    row_max: Tensor,
+    row_sum: Tensor,
+    dout: Tensor,
+    dlse: Tensor | None,
+    dquery: Tensor,
+    dkey: Tensor,
+    dvalue: Tensor,
+    dbias: Tensor | None,
+) -> None:
+    """Adds a part's gradients to the last four tensors; see `tob_backward`."""
+    call = _Call(problem, row_max)
+    stats = structs.ROW_STATS.pack(row_max.data_ptr(), row_sum.data_ptr())
+    part = None if dbias is None or call.bias is None else torch.empty_like(call.bias)
+    status = _engine().tob_backward(
+        *(call.problem, call.tensor(out), stats, call.tensor(dout), _address(dlse)),
+        *(call.tensor(dquery), call.tensor(dkey), call.tensor(dvalue), _address(part)),
+    )
+    _check_status(status)
+    if dbias is not None and part is not None:
+        dbias.add_(call.fold(part))
+
+
+class _Call:
+    """The C struct of a problem, and the tensors that its pointers point into.
+
+    `part_rows` is a statistic of the rows if the problem is a part. Its strides are those of all statistics.
+    """
+
+    def __init__(self, problem: Problem, part_rows: Tensor | None = None) -> None:
         self._source = problem
         query, key, value = problem.query, problem.key, problem.value
         heads_q, rows_q = query.shape[1:3]
@@ -104,13 +139,14 @@ class _Call:
         mask = None if mask is None else mask[:, : placed.longest_k].contiguous()
         self._placed, self._mask = placed, mask
         is_dropping = problem.seed is not None
+        row_strides = (heads_q * rows_q, rows_q) if part_rows is None else part_rows.stride()[:2]
         self.problem = structs.PROBLEM.pack(
             *(structs.DTYPES[query.dtype], _num_threads(), problem.num_sequences, heads_q, key.shape[1]),
             *(problem.max_seqlen_q, placed.longest_k, query.shape[3], value.shape[3]),
             *(problem.min_offset, problem.max_offset, problem.scale),
             *(*self._tensor(query), *self._tensor(key), *self._tensor(value)),
             placed.sequences.buffer_info()[0],
-            *(0 if problem.cu_seqlens_q is not None else heads_q * rows_q, rows_q),
+            *(0 if problem.cu_seqlens_q is not None else row_strides[0], row_strides[1]),
             _address(self.bias),
             *((1, 1, 1) if self.bias is None else (1, 1, *self.bias.shape)[-3:]),
             bias_first,
@@ -120,6 +156,8 @@ class _Call:
             0 if problem.seed is None else int(problem.seed) % 2**64,
             dropout.largest_dropped(problem.dropout_p) if is_dropping else 0,
             dropout.kept_scale(problem.dropout_p) if is_dropping else 1.0,
+            *(problem.dropout_place or (0, 0, 0, heads_q)),
+            part_rows is not None,
         )
 
     def _clamped_table(self) -> tuple[Tensor | None, int]:

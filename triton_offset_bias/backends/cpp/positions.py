@@ -5,14 +5,13 @@ A sequence with contiguous positions has a start; other positions are tensors.
 
 import itertools
 from array import array
-from collections.abc import Iterable
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from triton_offset_bias import table
-from triton_offset_bias.checks.data import checked_key_lengths, sequences
+from triton_offset_bias.checks.data import checked_key_lengths, query_starts, sequences
 from triton_offset_bias.problem import Problem
 
 LARGEST_SPREAD = 2**29
@@ -43,10 +42,14 @@ def placed(problem: Problem) -> Placed:
     """
     len_q, len_k = problem.max_seqlen_q, problem.max_seqlen_k
     if problem.cu_seqlens_q is not None:
-        return Placed(_last_on_last(sequences(problem)), len_k, None, None)
+        rows = itertools.chain.from_iterable(
+            (*row, start) for row, start in zip(sequences(problem), query_starts(problem), strict=True)
+        )
+        return Placed(array("q", rows), len_k, None, None)
     if problem.key_lengths is not None:
         lengths = checked_key_lengths(problem)
-        return Placed(_last_on_last((0, 0, len_q, length) for length in lengths), max(1, *lengths), None, None)
+        rows = itertools.chain.from_iterable((0, 0, len_q, length, length - len_q) for length in lengths)
+        return Placed(array("q", rows), max(1, *lengths), None, None)
     alike = array("q", (0, 0, len_q, len_k, problem.query_start)) * problem.num_sequences
     if problem.query_positions is None:
         return Placed(alike, len_k, None, None)
@@ -55,11 +58,6 @@ def placed(problem: Problem) -> Placed:
         return Placed(alike, len_k, *_narrowed(problem))
     alike[4::5] = array("q", starts)
     return Placed(alike, len_k, None, None)
-
-
-def _last_on_last(rows: Iterable[tuple[int, int, int, int]]) -> "array[int]":
-    """Sequences from the first four of their numbers: the last query of each lies on its last key."""
-    return array("q", itertools.chain.from_iterable((*row, row[3] - row[2]) for row in rows))
 
 
 def _contiguous_starts(problem: Problem) -> list[int] | None:

@@ -23,7 +23,8 @@ STRUCTS = {
         "tob_tensor query key value, P sequences, q row_stride_b row_stride_h,"
         "P bias, q bias_batch bias_heads bias_columns bias_first,"
         "P key_mask query_positions key_positions, q position_stride_q position_stride_k,"
-        "q has_dropout, Q seed, I largest_dropped, d kept_scale"
+        "q has_dropout, Q seed, I largest_dropped, d kept_scale,"
+        "q dropout_query dropout_key dropout_head dropout_heads, q is_part"
     ),
 }
 FUNCTIONS = {"tob_forward": 4, "tob_backward": 9}  # numbers of arguments, each an address or the bytes of a struct
