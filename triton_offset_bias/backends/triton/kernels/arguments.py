@@ -88,7 +88,10 @@ class StripStrides(NamedTuple):
 
 
 class Layout(NamedTuple):
-    """`Strides` of the tensors that a kernel reads and writes; None of those that it does not get."""
+    """`Strides` of the tensors that a kernel reads and writes; None of those that it does not get.
+
+    Triton 3.6 looks at the types of a tuple's members only up to the last member that is None. So the last one is.
+    """
 
     q: Any
     k: Any
@@ -99,6 +102,7 @@ class Layout(NamedTuple):
     dq: Any = None
     dk: Any = None
     dv: Any = None
+    none: None = None
 
 
 class Sizes(NamedTuple):
