@@ -102,7 +102,7 @@ class Layout(NamedTuple):
     dq: Any = None
     dk: Any = None
     dv: Any = None
-    none: None = None
+    none: Any = None
 
 
 class Sizes(NamedTuple):
