@@ -8,10 +8,11 @@ SANITIZER ?=
 OLDEST_TRITON := $(VENV)/triton-3.6.0
 SHIPPED_TRITONS := $(patsubst %,$(VENV)/triton-%,3.7.1 3.8.0)  # by torch 2.13 and 2.14
 OLDEST_TRANSFORMERS := $(VENV)/transformers-5.15.0
+TIMM := $(VENV)/timm-1.0.31
 PTXEMU ?= $(wildcard ../shared/tools/ptxemu)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-interpreted test-emulated test-gpu test-oldest-transformers test-sanitized test-mutations compile-kernels gpu-static gpu-report lint fmt bench plots ci clean
+.PHONY: help setup demo test test-interpreted test-emulated test-gpu test-oldest-transformers test-timm test-sanitized test-mutations compile-kernels gpu-static gpu-report lint fmt bench plots ci clean
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 26
@@ -36,6 +37,9 @@ test-gpu: $(INSTALLED)  ## run the tests on CUDA tensors (SANITIZER="compute-san
 
 test-oldest-transformers: $(INSTALLED) $(OLDEST_TRANSFORMERS)  ## run the tests of the integration on the oldest transformers that it declares
 	PYTHONPATH=$(OLDEST_TRANSFORMERS) $(RUN) -m pytest tests/integrations $(OPTIONS)
+
+test-timm: $(INSTALLED) $(TIMM)  ## run the tests of the integration of timm
+	PYTHONPATH=$(TIMM) $(RUN) -m pytest tests/integrations/test_timm.py $(OPTIONS)
 
 test-sanitized: $(INSTALLED)  ## run the engine's tests under address, undefined-behaviour and thread sanitizers (needs GCC)
 	$(RUN) tests/sanitized/run.py $(OPTIONS)
@@ -89,3 +93,7 @@ $(VENV)/triton-%: | $(INSTALLED)
 $(OLDEST_TRANSFORMERS):
 	$(RUN) -m pip install --quiet --no-compile --disable-pip-version-check --target $@ transformers==5.15.0
 	rm -rf $@/numpy*  # the environment's own fits its other packages
+
+# In a folder of its own, because transformers looks for torchvision, and torchvision for the CUDA that it was built for.
+$(TIMM): | $(INSTALLED)
+	$(RUN) -m pip install --quiet --no-compile --disable-pip-version-check --no-deps --target $@ timm==1.0.31 torchvision==0.28.0

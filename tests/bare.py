@@ -20,6 +20,8 @@ OPTIONAL = {
     *("chronos", "datasets", "diffusers", "peft", "sentence_transformers", "timm", "tokenizers", "torchvision"),
     *("transformers", "x_transformers"),
 }
+# What `make test` does not bring, each with the command that does.
+SEPARATE = dict.fromkeys(("timm", "torchvision"), "make test-timm")
 
 
 class OptionalModule(pytest.Module):
@@ -31,10 +33,12 @@ class OptionalModule(pytest.Module):
             return super().collect()
         except self.CollectError as error:
             missing = getattr(error.__cause__, "name", None) or ""
-            is_optional = isinstance(error.__cause__, ModuleNotFoundError) and missing.partition(".")[0] in OPTIONAL
-            if REQUIRE_ALL or not is_optional:
+            library = missing.partition(".")[0]
+            is_optional = isinstance(error.__cause__, ModuleNotFoundError) and library in OPTIONAL
+            if not is_optional or (REQUIRE_ALL and library not in SEPARATE):
                 raise
-            pytest.skip(f"{missing} is not installed", allow_module_level=True)
+            way = f": run {SEPARATE[library]}" if library in SEPARATE else ""
+            pytest.skip(f"{missing} is not installed{way}", allow_module_level=True)
 
 
 def skip_without(*libraries: str) -> pytest.MarkDecorator:
@@ -50,6 +54,24 @@ def _is_installed(library: str) -> bool:
         return importlib.util.find_spec(library) is not None
     except ModuleNotFoundError:
         return False
+
+
+def declare_operators_of_torchvision() -> torch.library.Library | None:
+    """Lets torchvision from PyPI, which timm imports and which is built for CUDA, be imported beside torch for CPUs.
+
+    torchvision gives shapes to two operators when it is imported. Without CUDA its library does not load, and defines
+    none. The result keeps the definitions alive.
+    """
+    try:
+        version = importlib.metadata.version("torchvision")
+    except importlib.metadata.PackageNotFoundError:
+        return None
+    if version.endswith("+cpu") or torch.version.cuda is not None:
+        return None
+    library = torch.library.Library("torchvision", "DEF")
+    for name in ("nms", "qnms"):
+        library.define(f"{name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+    return library
 
 
 def has_device(device: str) -> bool:

@@ -25,10 +25,19 @@ if "PTXEMU" in os.environ:
 
     triton_offline.install(arch=int(os.environ.get("PTXEMU_ARCH", "80")))
 
-from bare import REQUIRE_ALL, OptionalModule, has_device, lacking_memory, own_warnings, watched_memory
+from bare import (
+    REQUIRE_ALL,
+    OptionalModule,
+    declare_operators_of_torchvision,
+    has_device,
+    lacking_memory,
+    own_warnings,
+    watched_memory,
+)
 
 from triton_offset_bias.backends.contract import BACKENDS
 
+TORCHVISION = declare_operators_of_torchvision()
 DEVICE = os.environ.get("TEST_DEVICE", "cpu")
 IS_ON_CPU = torch.device(DEVICE).type == "cpu"
 torch.set_default_device(DEVICE if has_device(DEVICE) else "cpu")

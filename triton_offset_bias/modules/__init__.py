@@ -7,6 +7,7 @@ from triton_offset_bias.modules.inspection import dense_bias, plot_bias
 from triton_offset_bias.modules.kerple import KerpleBias
 from triton_offset_bias.modules.offset_bias import OffsetBias
 from triton_offset_bias.modules.offset_bias_2d import OffsetBias2d
+from triton_offset_bias.modules.offset_bias_3d import OffsetBias3d
 from triton_offset_bias.modules.sandwich import SandwichBias
 from triton_offset_bias.modules.t5 import T5Bias, t5_buckets
 
@@ -16,6 +17,7 @@ __all__ = [
     "KerpleBias",
     "OffsetBias",
     "OffsetBias2d",
+    "OffsetBias3d",
     "OffsetBiasAttention",
     "SandwichBias",
     "T5Bias",

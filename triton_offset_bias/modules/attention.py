@@ -4,7 +4,7 @@ from torch import Tensor, nn
 
 from triton_offset_bias.checks.arguments import check_flag, check_tensor, checked_count, checked_dropout, shape
 from triton_offset_bias.functional import offset_bias_attention
-from triton_offset_bias.modules.offset_bias_2d import OffsetBias2d
+from triton_offset_bias.modules.windowed_bias import WindowedBias
 
 
 class OffsetBiasAttention(nn.Module):
@@ -21,7 +21,7 @@ class OffsetBiasAttention(nn.Module):
 
     Raises:
         TypeError: a count is no int, `is_causal` is no bool, `dropout_p` is no float, `bias` is no module, or `bias` is
-            a module for positions (`OffsetBias2d`).
+            a module for positions (`OffsetBias2d`, `OffsetBias3d`).
         ValueError: a count is below 1, `dropout_p` is no probability, `embed_dim` is no multiple of `num_heads`, or
             `num_heads` is no multiple of `num_kv_heads`.
 
@@ -48,9 +48,10 @@ class OffsetBiasAttention(nn.Module):
         self.num_heads = num_heads
         self.num_kv_heads = num_kv_heads
         self.head_dim = embed_dim // num_heads
-        if isinstance(bias, OffsetBias2d):
+        if isinstance(bias, WindowedBias):
             raise TypeError(
-                "`bias` must give a table for a range of offsets, got OffsetBias2d, whose table is for positions"
+                "`bias` must give a table for a range of offsets, "
+                f"got {type(bias).__name__}, whose table is for positions"
             )
         if bias is not None and not isinstance(bias, nn.Module):
             raise TypeError(f"`bias` must be a module that gives a table, or None, got {type(bias).__name__}")

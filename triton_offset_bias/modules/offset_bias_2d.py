@@ -1,13 +1,15 @@
 """A free parameter per two-dimensional offset, for windows of an image."""
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
+from torch.nn import functional
 
-from triton_offset_bias import table
-from triton_offset_bias.checks.arguments import checked_count
+from triton_offset_bias.modules.windowed_bias import WindowedBias, checked_window
+
+_SIDES = ("height", "width")
 
 
-class OffsetBias2d(nn.Module):
+class OffsetBias2d(WindowedBias):
     """One free number per head and two-dimensional offset, for attention within a window of height x width tokens.
 
         bias[h, drow, dcol] = relative_position_bias_table[(drow + height - 1) * (2 width - 1) + dcol + width - 1, h]
@@ -17,47 +19,35 @@ class OffsetBias2d(nn.Module):
 
         offset_bias_attention(query, key, value, bias(), query_positions=p, key_positions=p)   with p = bias.positions()
 
-    The tokens of a window come row by row.
+    The tokens of a window come row by row. A class token comes before them. It has three numbers per head: for class
+    token to window, window to class token, and class token to itself. Queries and keys then have different positions:
+
+        offset_bias_attention(
+            query, key, value, bias(), query_positions=bias.query_positions(), key_positions=bias.key_positions()
+        )
 
     Args:
         num_heads: heads, each with numbers of its own.
         window_size: (height, width) of the window, in tokens.
+        class_token: whether a class token comes before the tokens of the window.
 
     Attributes:
         relative_position_bias_table: ((2 height - 1) * (2 width - 1), num_heads) parameter in nats, initially 0. Its
-            name and layout are those that Swin uses, so Swin's state dicts load and save unchanged.
+            name and layout are those that Swin uses, so Swin's state dicts load and save unchanged. With a class token
+            there are 3 rows more, at the end, as in BEiT's state dicts.
 
     Raises:
-        TypeError: `num_heads` or a size is no int.
+        TypeError: `num_heads` or a size is no int, or `class_token` is no bool.
         ValueError: `num_heads` or a size is below 1, or `window_size` is no pair.
 
     Source:
-        Liu et al. 2021 (Swin Transformer, arXiv:2103.14030), equation 4.
+        Liu et al. 2021 (Swin Transformer, arXiv:2103.14030), equation 4; for the class token the public code of BEiT
+        (Bao et al. 2022, arXiv:2106.08254).
     """
 
-    def __init__(self, num_heads: int, window_size: tuple[int, int]) -> None:
-        super().__init__()
-        self.num_heads = checked_count("num_heads", num_heads)
-        self.height, self.width = _checked_window(window_size)
-        num_offsets = (2 * self.height - 1) * (2 * self.width - 1)
-        self.relative_position_bias_table = nn.Parameter(torch.zeros(num_offsets, num_heads))
-
-    def forward(self) -> Tensor:
-        """The table, (num_heads, (2 height - 1) * (2 width - 1)) float32; the default `bias_origin` fits it."""
-        # The result is never a view: `fully_shard` frees the parameter's memory as soon as this has returned.
-        return self.relative_position_bias_table.float().T.clone(memory_format=torch.contiguous_format)
-
-    def positions(self) -> Tensor:
-        """The position of every token of a window, row by row: (height * width,) int64."""
-        device = self.relative_position_bias_table.device
-        rows, columns = torch.arange(self.height, device=device), torch.arange(self.width, device=device)
-        return (rows[:, None] * (2 * self.width - 1) + columns).flatten()
-
-    def dense(self) -> Tensor:
-        """The bias of every pair of tokens, for inspection: (num_heads, height * width, height * width) float32."""
-        positions, bias = self.positions(), self()
-        offsets = table.dense_offsets(positions, positions)
-        return bias[:, offsets + table.default_origin(bias.shape[-1])]
+    def __init__(self, num_heads: int, window_size: tuple[int, int], class_token: bool = False) -> None:
+        super().__init__(num_heads, checked_window(window_size, _SIDES), class_token)
+        self.height, self.width = self.window_size
 
     def resized(self, window_size: tuple[int, int]) -> Tensor:
         """The parameter of a module for another window: this parameter, interpolated bicubically as an image.
@@ -70,14 +60,16 @@ class OffsetBias2d(nn.Module):
             new = OffsetBias2d(num_heads, window_size)
             new.load_state_dict({"relative_position_bias_table": old.resized(window_size)})
 
-        The result's transpose is the table for the new window's `positions`; `old` may be trained through it.
+        Without a class token, the result's transpose is the table for the new window's `positions`. `old` may be
+        trained through it. The numbers of a class token stay as they are.
 
         Args:
             window_size: (height, width) of the new window, in tokens.
 
         Returns:
-            ((2 new height - 1) * (2 new width - 1), num_heads). The result is differentiable, in the parameter's dtype,
-            and interpolated in float32 or finer. The same window gives the same numbers.
+            ((2 new height - 1) * (2 new width - 1), num_heads), 3 rows more with a class token. The result is
+            differentiable, in the parameter's dtype, and interpolated in float32 or finer. The same window gives the
+            same numbers.
 
         Raises:
             TypeError: a size is no int.
@@ -88,21 +80,10 @@ class OffsetBias2d(nn.Module):
             ``resize_rel_pos_bias_table_simple`` in timm. The interpolation's kernel is from Keys 1981, with torch's
             factor -0.75.
         """
-        height, width = _checked_window(window_size)
+        old, new = ([2 * side - 1 for side in size] for size in (self.window_size, checked_window(window_size, _SIDES)))
         weight = self.relative_position_bias_table
-        image = weight.T.unflatten(-1, (2 * self.height - 1, 2 * self.width - 1)).unsqueeze(0)
+        windowed, extra = weight[: self.num_offsets], weight[self.num_offsets :]
+        image = windowed.T.unflatten(-1, old).unsqueeze(0)
         compute = torch.promote_types(weight.dtype, torch.float32)
-        size = (2 * height - 1, 2 * width - 1)
-        resized = nn.functional.interpolate(image.to(compute), size, mode="bicubic", align_corners=False)
-        return resized[0].flatten(1).T.to(weight.dtype)
-
-    def extra_repr(self) -> str:
-        """The arguments, for `repr`."""
-        return f"num_heads={self.num_heads}, window_size=({self.height}, {self.width})"
-
-
-def _checked_window(window_size: tuple[int, int]) -> tuple[int, int]:
-    if not isinstance(window_size, tuple | list) or len(window_size) != 2:
-        raise ValueError(f"`window_size` must be a pair (height, width), got {window_size!r}")
-    height, width = (checked_count("window_size", size) for size in window_size)
-    return height, width
+        resized = functional.interpolate(image.to(compute), new, mode="bicubic", align_corners=False)
+        return torch.cat([resized[0].flatten(1).T.to(weight.dtype), extra])

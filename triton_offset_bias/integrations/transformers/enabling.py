@@ -1,20 +1,13 @@
 """`enable_offset_bias` makes models attend through this package, and `disable_offset_bias` undoes it."""
 
 import copy
-from collections.abc import Iterator
 from importlib import import_module
 
 from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel
 
-from triton_offset_bias.backends.contract import BACKENDS
-from triton_offset_bias.integrations.replacement import (
-    Replacement,
-    replace,
-    replacement_for,
-    restore,
-    unreplaceable_reason,
-)
+from triton_offset_bias.integrations.holders import check_backend, modules_of, replaced_modules
+from triton_offset_bias.integrations.replacement import Replacement, replace, restore
 from triton_offset_bias.integrations.transformers.masks import NUMBERED, PLAIN, TABLE
 
 # The model types that are served, each with the module that holds its adapter.
@@ -79,9 +72,8 @@ def enable_offset_bias(model: object, backend: str = "auto") -> dict[str, str]:
         Liu et al. 2021 (Swin, arXiv:2103.14030), equation 4.
     """
     held = _held_models(model)
-    if backend != "auto" and backend not in BACKENDS:
-        raise ValueError(f"`backend` must be one of {', '.join(map(repr, ('auto', *BACKENDS)))}, got {backend!r}")
-    replaced = {name: _replaced_modules(name, each, _replacements(each)) for name, each in held.items()}
+    check_backend(backend)
+    replaced = {name: _replaced_modules(name, each) for name, each in held.items()}
     for name, each in held.items():
         _enable(each, replaced[name], backend)
     return {name: each.config.model_type for name, each in held.items()}
@@ -96,24 +88,11 @@ def disable_offset_bias(model: object) -> None:
     Raises:
         ValueError: the object holds no model that is enabled.
     """
-    enabled = [module for _, module in _modules_of(model) if _STATE in vars(module)]
+    enabled = [module for _, module in modules_of(model) if _STATE in vars(module)]
     if not enabled:
         raise ValueError("`model` must be one that `enable_offset_bias` was called with")
     for each in enabled:
         _disable(each)
-
-
-def _modules_of(holder: object) -> Iterator[tuple[str, nn.Module]]:
-    """Yields every module that an object holds, once, with its name; a module holds itself, under the name ""."""
-    if isinstance(holder, nn.Module):
-        yield from holder.named_modules()
-        return
-    components = getattr(holder, "components", None)
-    parts = components if isinstance(components, dict) else getattr(holder, "__dict__", {})
-    seen: set[nn.Module] = set()
-    for part, module in parts.items():
-        if isinstance(module, nn.Module):
-            yield from ((f"{part}.{name}" if name else part, x) for name, x in module.named_modules(memo=seen))
 
 
 def _held_models(holder: object) -> dict[str, PreTrainedModel]:
@@ -123,7 +102,7 @@ def _held_models(holder: object) -> dict[str, PreTrainedModel]:
         TypeError: the object holds no model of transformers.
         ValueError: it holds no model of a served type.
     """
-    models = {name: x for name, x in _modules_of(holder) if isinstance(x, PreTrainedModel)}
+    models = {name: x for name, x in modules_of(holder) if isinstance(x, PreTrainedModel)}
     if not models:
         raise TypeError(
             f"`model` must be a transformers.PreTrainedModel or hold one, got {type(holder).__name__} that holds none"
@@ -161,6 +140,18 @@ def _disable(model: nn.Module) -> None:
             config._attn_implementation = configs[0][1]
 
 
+def _replaced_modules(name: str, model: PreTrainedModel) -> list[tuple[nn.Module, type[Replacement]]]:
+    """The modules of a model that are to be replaced, each with its new class. `name` is the model's name."""
+    classes = _replacements(model)
+    replaced = replaced_modules(model, classes, prefix=name)
+    if not replaced:
+        raise NotImplementedError(
+            f"`model` must hold one of {', '.join(sorted(cls.__name__ for cls in classes))}, got none: "
+            "build it with attn_implementation='eager'"
+        )
+    return replaced
+
+
 def _replacements(model: PreTrainedModel) -> dict[type, type[Replacement]]:
     """The replacement of each of the model's own classes. Raises if the model cannot be served."""
     model_type = model.config.model_type
@@ -173,29 +164,6 @@ def _replacements(model: PreTrainedModel) -> dict[type, type[Replacement]]:
     if reason is not None:
         raise NotImplementedError(f"{model_type} is not served with {reason}")
     return {cls.replaced: cls for cls in adapter.REPLACEMENTS}
-
-
-def _replaced_modules(
-    prefix: str, model: PreTrainedModel, classes: dict[type, type[Replacement]]
-) -> list[tuple[nn.Module, type[Replacement]]]:
-    """The modules of a model that are to be replaced, each with its new class. `prefix` is the model's name."""
-    replaced = []
-    for name, module in model.named_modules(prefix=prefix):
-        cls = replacement_for(module, classes)
-        if cls is None:
-            continue
-        reason = unreplaceable_reason(module, cls)
-        if reason is not None:
-            raise NotImplementedError(
-                f"`model` has {name!r}, which cannot be made to attend through triton_offset_bias: {reason}"
-            )
-        replaced.append((module, cls))
-    if not replaced:
-        raise NotImplementedError(
-            f"`model` must hold one of {', '.join(sorted(cls.__name__ for cls in classes))}, got none: "
-            "build it with attn_implementation='eager'"
-        )
-    return replaced
 
 
 def _own_configs(model: PreTrainedModel) -> list[PretrainedConfig]:

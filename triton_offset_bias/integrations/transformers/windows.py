@@ -6,7 +6,6 @@ and columns the patches are apart. The models' tables are in the order of these 
 
 import math
 
-import torch
 from torch import Tensor
 from torch.nn import functional
 from transformers import PretrainedConfig
@@ -15,60 +14,12 @@ from transformers.models.swinv2.modeling_swinv2 import Swinv2SelfAttention
 
 from triton_offset_bias.integrations.replacement import ReplacedAttention, Replacement
 from triton_offset_bias.integrations.transformers.attention import refuse_attentions
+from triton_offset_bias.integrations.windows import attend_in_windows, table_of_cosines
 
 
 def unserved_reason(config: PretrainedConfig) -> None:
     """None, because every Swin is served."""
     return
-
-
-def places_of(height: int, width: int, device: torch.device) -> Tensor:
-    """The position of every patch, (height * width,) int64."""
-    rows, columns = torch.arange(height, device=device), torch.arange(width, device=device)
-    return (rows[:, None] * (2 * width - 1) + columns).flatten()
-
-
-def _attend_in_windows(
-    module: ReplacedAttention,
-    states: tuple[Tensor, Tensor, Tensor],
-    table: Tensor,
-    window_size: tuple[int, int],
-    mask: Tensor | None,
-    scale: float,
-    dropout_p: float,
-) -> Tensor:
-    """Attends within windows. A token attends only to its own region of the window.
-
-    Args:
-        module: the layer.
-        states: query, key and value, each (B * windows, H, tokens, D).
-        table: (H, offsets), with offset 0 in the middle.
-        window_size: height and width of a window, whose product is the number of tokens.
-        mask: (windows, tokens, tokens), 0 within a region and negative between regions of a shifted window; or None.
-        scale: factor on the dot products.
-        dropout_p: probability of dropping a weight.
-
-    Returns:
-        (B * windows, tokens, H * D).
-    """
-    query, key, value = states
-    reach = table.shape[-1] // 2
-    places = places_of(*window_size, query.device)
-    if mask is not None:
-        # A region's number is the index of its first token. Regions lie further apart than `window_size` reaches.
-        regions = (mask == 0).int().argmax(-1)
-        places = (places + regions * table.shape[-1]).repeat(query.shape[0] // mask.shape[0], 1)
-    return module.attention(
-        query,
-        key,
-        value,
-        table,
-        scale=scale,
-        dropout_p=dropout_p,
-        window_size=(reach, reach),
-        query_positions=places,
-        key_positions=places,
-    )
 
 
 class OffsetBiasSwinRelativePositionBias(Replacement, SwinRelativePositionBias):
@@ -104,7 +55,7 @@ class OffsetBiasSwinAttention(ReplacedAttention, SwinAttention):
             projection(hidden_states).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
             for projection in (self.q_proj, self.k_proj, self.v_proj)
         )
-        out = _attend_in_windows(
+        out = attend_in_windows(
             self,
             (query, key, value),
             self.relative_position_bias(),
@@ -138,11 +89,10 @@ class OffsetBiasSwinv2SelfAttention(ReplacedAttention, Swinv2SelfAttention):
             for projection in (self.query, self.key, self.value)
         )
         scale = self.logit_scale.clamp(max=math.log(100.0)).exp()
-        table = self.continuous_position_bias_mlp(self.relative_coords_table).view(-1, self.num_attention_heads)
-        out = _attend_in_windows(
+        out = attend_in_windows(
             self,
             (functional.normalize(query, dim=-1) * scale, functional.normalize(key, dim=-1), value),
-            16 * torch.sigmoid(table).T,
+            table_of_cosines(self.continuous_position_bias_mlp, self.relative_coords_table, self.num_attention_heads),
             self.window_size,
             attention_mask,
             1.0,
