@@ -22,6 +22,7 @@ from triton_offset_bias.modules import (
     KerpleBias,
     OffsetBias,
     OffsetBias2d,
+    OffsetBias3d,
     OffsetBiasAttention,
     SandwichBias,
     T5Bias,
@@ -34,16 +35,16 @@ HEADS, WIDTH, WINDOW = 4, 16, (3, 4)
 class WindowAttention(nn.Module):
     """Attention within a window, on inputs that are queries, keys and values in one."""
 
-    def __init__(self) -> None:
+    def __init__(self, bias: nn.Module) -> None:
         super().__init__()
         self.proj = nn.Linear(WIDTH, 3 * WIDTH)
-        self.bias = OffsetBias2d(HEADS, WINDOW)
+        self.bias = bias
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, L, WIDTH) to (B, HEADS, L, WIDTH / HEADS)."""
         q, k, v = self.proj(x).unflatten(-1, (3, HEADS, -1)).permute(2, 0, 3, 1, 4)
-        positions = self.bias.positions()
-        return offset_bias_attention(q, k, v, self.bias(), query_positions=positions, key_positions=positions)
+        positions = {"query_positions": self.bias.query_positions(), "key_positions": self.bias.key_positions()}
+        return offset_bias_attention(q, k, v, self.bias(), **positions)
 
 
 def _attention(bias: nn.Module | None) -> nn.Module:
@@ -65,7 +66,9 @@ MODELS: dict[str, Callable[[], nn.Module]] = {
     "FIRE": lambda: _attention(FireBias(HEADS, 12, hidden_size=5)),
     "Sandwich": lambda: _attention(SandwichBias(HEADS, 8)),
     "no bias": lambda: _attention(None),
-    "OffsetBias2d": WindowAttention,
+    "OffsetBias2d": lambda: WindowAttention(OffsetBias2d(HEADS, WINDOW)),
+    "OffsetBias2d, class token": lambda: WindowAttention(OffsetBias2d(HEADS, (1, 11), class_token=True)),
+    "OffsetBias3d": lambda: WindowAttention(OffsetBias3d(HEADS, (1, *WINDOW))),
     "one bias for two layers": _shared,
 }
 
