@@ -107,6 +107,12 @@ template <class Real> struct Simd {
   // The same for several vectors, in place. Each step is done for all vectors before the next step: a step waits for
   // the step before it, and processors do not look far enough ahead to start another vector's step meanwhile.
   template <int kCount> static TOB_INLINE void exp2(Vec (&x)[kCount]) {
+#if defined(__AVX512DQ__) && TOB_VECTOR_BYTES == 64
+    if constexpr (std::is_same_v<Real, float>) {
+      exp2_by_exponent(x);
+      return;
+    }
+#endif
     Vec shifted[kCount], power[kCount];
     for (int i = 0; i < kCount; ++i) {
       x[i] = max(broadcast(Traits::kMinExponent), x[i]);
@@ -155,6 +161,26 @@ template <class Real> struct Simd {
   }
 
  private:
+#if defined(__AVX512DQ__) && TOB_VECTOR_BYTES == 64
+  // 2^x = 2^f 2^floor(x), where f = x - floor(x). Two instructions take x apart and put the powers together. They are
+  // right for -inf and NaN as well.
+  template <int kCount> static TOB_INLINE void exp2_by_exponent(Vec (&x)[kCount]) {
+    constexpr int kToFloor = _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC;
+    Vec fraction[kCount], power[kCount];
+    for (int i = 0; i < kCount; ++i) {
+      fraction[i] = (Vec)_mm512_reduce_ps((__m512)x[i], kToFloor);
+      power[i] = broadcast(kExp2OfFraction[Traits::kDegree - 1]);
+    }
+    for (int k = Traits::kDegree - 2; k >= 0; --k)
+      for (int i = 0; i < kCount; ++i) power[i] = multiply_add(power[i], fraction[i], broadcast(kExp2OfFraction[k]));
+    for (int i = 0; i < kCount; ++i)
+      x[i] = (Vec)_mm512_scalef_ps((__m512)multiply_add(power[i], fraction[i], broadcast(1)), (__m512)x[i]);
+  }
+  // 2^f on [0, 1] with relative error 9.3e-8; the minimax polynomial among those that are right at 0 and 1.
+  static constexpr float kExp2OfFraction[] = {0.6931517124176025f, 0.24015948176383972f, 0.055818118155002594f,
+                                              0.008991599082946777f, 0.001879088580608368f};
+#endif
+
   template <int... kLane> static TOB_INLINE Vec reverse(Vec v, std::integer_sequence<int, kLane...>) {
     return __builtin_shufflevector(v, v, (kLanes - 1 - kLane)...);
   }
