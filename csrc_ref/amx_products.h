@@ -100,7 +100,7 @@ struct AmxProducts {
   static void accumulate(const float *a, int64_t stride, const float *b, int64_t panel_stride, float *c,
                          int64_t c_stride, int rows, int panels, const float *, DepthRange depth_range) {
     for (int row = 0; row < rows; row += kTile) {
-      const auto [begin, end] = whole(depth_range(row));
+      const auto [begin, end] = whole(depth_range(row, kTile));
       for (int p = 0; p < panels && begin < end; ++p)
         amx::multiply<amx::Start::kSum>({a + row * stride + begin / 2, stride, kCells},
                                         {b + p * panel_stride + begin / 2 * kTile, kTile, kCells * kTile},
@@ -113,7 +113,7 @@ struct AmxProducts {
   static void accumulate_columns(const float *a, int64_t stride, const Factors &b, int64_t matrix, int first,
                                  float *gradient, int keys, int chunks, RowRange row_range) {
     for (int key = 0; key < keys; key += kTile) {
-      const auto [begin, end] = whole(row_range(key));
+      const auto [begin, end] = whole(row_range(key, kTile));
       for (int d = 0; d < chunks * kTile && begin < end; d += kTile)
         amx::multiply<amx::Start::kSum>(
             {b.transposed(matrix, first + begin) + d * kCells, kCells, int64_t(chunks) * kTile * kCells},

@@ -110,7 +110,7 @@ template <class Products> class Backward {
     if (first == 0) bias_tiles.make(head.slot, head.b, head.h);
     if (first >= s.len_q) return;
     const int64_t base = head.slot * rows_padded + first, source = first_row(head) + first;
-    const int rows = std::min(kQueries, rows_padded - first), count = std::min(rows, int(s.len_q) - first);
+    const int count = std::min(kQueries, int(s.len_q) - first), rows = round_up(count, Products::kTile);
     const Matrix q = matrix_of(p.query, p.dtype, int(p.dim), head.b, head.h, s.first_query);
     const Matrix o = matrix_of(out, p.dtype, int(p.dim_v), head.b, head.h, s.first_query);
     const Matrix g = matrix_of(dout, p.dtype, int(p.dim_v), head.b, head.h, s.first_query);
@@ -256,11 +256,11 @@ template <class Products> class Backward {
     Block &t = c.block;
     const Band &band = bands[size_t(head.b)];
     const int padded_keys = round_up(c.count, Products::kTile);
-    const auto query_range = [&](int j) {
-      return band.queries_of(c.first + j, c.first + j + Products::kTile).clip(first, first + rows).shift(-first);
+    const auto query_range = [&](int j, int count) {
+      return band.queries_of(c.first + j, c.first + j + count).clip(first, first + rows).shift(-first);
     };
-    const auto key_range = [&](int r) {
-      return band.keys_of(first + r, first + r + Products::kTile).clip(c.first, c.first + c.count).shift(-c.first);
+    const auto key_range = [&](int r, int count) {
+      return band.keys_of(first + r, first + r + count).clip(c.first, c.first + c.count).shift(-c.first);
     };
     if (dvalue.data)
       Products::accumulate_columns(t.tiles.transposed_probs(), kTileStride, dout_factors, head.slot, first, t.dvalue,

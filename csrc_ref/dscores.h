@@ -37,10 +37,11 @@ void dscore_block(const Real *a, int64_t chunk_stride, const Real *panels, int c
   using Lanes = Simd<Real>;
   constexpr int kPanelWidth = kPanel<Real>, W = Lanes::kLanes;
   for (int column = columns.begin; column < columns.end; column += kPanelWidth)
-    for (int row = 0; row < rows; row += kTileRows) {
-      const Tile<Real> tile = product_tile<Operand>(a, chunk_stride, panels, chunks, row, column);
+    visit_tiles(rows, [&](int row, auto height) {
+      constexpr int kRows = decltype(height)::value;
+      const auto tile = product_tile<Operand, kRows>(a, chunk_stride, panels, chunks, row, column);
 #pragma GCC unroll 12
-      for (int r = 0; r < kTileRows; ++r) {
+      for (int r = 0; r < kRows; ++r) {
         const int64_t at = (row + r) * stride + column;
         const typename Lanes::Vec x[2] = {tile.left[r], tile.right[r]};
         for (int half = 0; half < 2; ++half)
@@ -48,7 +49,7 @@ void dscore_block(const Real *a, int64_t chunk_stride, const Real *panels, int c
                        dscore<kDropped, kDlse>(x[half], Lanes::load(probs + at + half * W), terms, row + r,
                                                kDropped ? kept(row + r, column + half * W) : nullptr));
       }
-    }
+    });
 }
 
 // Zeroes the dropped elements of a tile.

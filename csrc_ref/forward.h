@@ -146,13 +146,12 @@ template <class Products> class Forward {
     const Band &band = bands[size_t(task.b)];
     const int query = step.query, key = step.key;
     const Range columns = step.columns;
-    Products::template accumulate<true>(t.exps(), kScoreStride, value_panels_at(task.head, key), value_stride,
-                                        t.acc + step.row * chunks_v * kPanelWidth, chunks_v * kPanelWidth, step.rows,
-                                        chunks_v, t.rescale, [&](int r) {
-                                          return band.keys_of(query + r, query + r + Products::kTile)
-                                              .clip(key + columns.begin, key + columns.end)
-                                              .shift(-key);
-                                        });
+    Products::template accumulate<true>(
+        t.exps(), kScoreStride, value_panels_at(task.head, key), value_stride,
+        t.acc + step.row * chunks_v * kPanelWidth, chunks_v * kPanelWidth, step.rows, chunks_v, t.rescale,
+        [&](int r, int count) {
+          return band.keys_of(query + r, query + r + count).clip(key + columns.begin, key + columns.end).shift(-key);
+        });
   }
 
   // Makes E = exp2(S - running maximum) of the scores, which is 0 for dropped weights, and adds E to the rows' sums

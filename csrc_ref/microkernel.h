@@ -1,4 +1,4 @@
-// The matrix products: a register tile of kTileRows rows by one panel (two vectors) of columns.
+// The matrix products: a register tile of some rows by one panel (two vectors) of columns.
 #pragma once
 
 #include "operands.h"
@@ -8,6 +8,8 @@ namespace tob {
 // Rows of a register tile. Its accumulators, two vectors of a panel and one broadcast take 15 of 16 registers, or 27 of
 // 32 with AVX-512.
 inline constexpr int kTileRows = TOB_VECTOR_BYTES >= 64 ? 12 : 6;
+// Rows of the smaller tiles for what whole tiles leave. With fewer accumulators products would wait for their sums.
+inline constexpr int kSmallTileRows = TOB_VECTOR_BYTES >= 64 ? 4 : kTileRows;
 
 // Columns of a panel. A matrix B is stored as panels: B[k][0 .. kPanel) contiguous in k, which counts cells.
 template <class Real> inline constexpr int kPanel = 2 * Simd<Real>::kLanes;
@@ -15,20 +17,29 @@ template <class Real> inline constexpr int kPanel = 2 * Simd<Real>::kLanes;
 inline constexpr int round_up(int n, int multiple) { return (n + multiple - 1) / multiple * multiple; }
 inline constexpr int round_down(int n, int multiple) { return n / multiple * multiple; }
 
-template <class Real> struct Tile {
-  typename Simd<Real>::Vec left[kTileRows], right[kTileRows];
+template <class Real, int kRows> struct Tile {
+  typename Simd<Real>::Vec left[kRows], right[kRows];
 };
 
+// Calls visit(row, height) for each register tile of `rows` rows, a multiple of kSmallTileRows. The height is a
+// constant.
+template <class Visit> TOB_INLINE void visit_tiles(int rows, Visit visit) {
+  int row = 0;
+  for (; row + kTileRows <= rows; row += kTileRows) visit(row, std::integral_constant<int, kTileRows>());
+  if constexpr (kSmallTileRows < kTileRows)
+    for (; row < rows; row += kSmallTileRows) visit(row, std::integral_constant<int, kSmallTileRows>());
+}
+
 // tile += A B, `depth` cells deep: A[r][k] is a[r * row_stride + k * depth_stride], B one panel.
-template <class Operand, class Real>
-TOB_INLINE void multiply_add(Tile<Real> &tile, const Real *a, int64_t row_stride, int64_t depth_stride,
+template <class Operand, class Real, int kRows>
+TOB_INLINE void multiply_add(Tile<Real, kRows> &tile, const Real *a, int64_t row_stride, int64_t depth_stride,
                              const Real *panel, int depth) {
   using Lanes = Simd<Real>;
 #pragma GCC unroll 4
   for (int k = 0; k < depth; ++k) {
     const typename Lanes::Vec left = Lanes::load(panel), right = Lanes::load(panel + Lanes::kLanes);
 #pragma GCC unroll 12
-    for (int r = 0; r < kTileRows; ++r) {
+    for (int r = 0; r < kRows; ++r) {
       const typename Lanes::Vec x = broadcast_cell<Operand>(a + r * row_stride);
       tile.left[r] = add_product<Operand, Real>(tile.left[r], x, left);
       tile.right[r] = add_product<Operand, Real>(tile.right[r], x, right);
@@ -38,31 +49,32 @@ TOB_INLINE void multiply_add(Tile<Real> &tile, const Real *a, int64_t row_stride
   }
 }
 
-// C = alpha[row] * C + A B, for `rows` rows (a multiple of kTileRows) and `panels` panels of B; C is row-major.
-// For tile rows r.. the product runs over the depths [begin(r), end(r)), in operands: outside of them A is zero.
-template <bool kScaled, class Operand, class Real, class Range>
+// C = alpha[row] * C + A B, for `rows` rows (a multiple of kSmallTileRows) and `panels` panels of B; C is row-major.
+// For `height` rows from r on the product runs over the depths depth_range(r, height), in operands: outside of them A
+// is zero.
+template <bool kScaled, class Operand, class Real, class DepthRange>
 TOB_INLINE void accumulate_product(const Real *a, int64_t row_stride, int64_t depth_stride, const Real *b,
                                    int64_t panel_stride, Real *c, int64_t c_stride, int rows, int panels,
-                                   const Real *alpha, Range depth_range) {
+                                   const Real *alpha, DepthRange depth_range) {
   using Lanes = Simd<Real>;
   constexpr int kPerCell = kOperandsPerCell<Real, Operand>;
-  for (int p = 0; p < panels; ++p) {
-    for (int r0 = 0; r0 < rows; r0 += kTileRows) {
-      const auto [first, last] = depth_range(r0);
+  for (int p = 0; p < panels; ++p)
+    visit_tiles(rows, [&](int r0, auto height) {
+      const auto [first, last] = depth_range(r0, height);
       const int begin = first / kPerCell, end = (last + kPerCell - 1) / kPerCell;
-      if (!kScaled && begin >= end) continue;
-      Tile<Real> tile{};
+      if (!kScaled && begin >= end) return;
+      constexpr int kRows = decltype(height)::value;
+      Tile<Real, kRows> tile{};
       multiply_add<Operand>(tile, a + r0 * row_stride + begin * depth_stride, row_stride, depth_stride,
                             b + p * panel_stride + begin * kPanel<Real>, end - begin);
 #pragma GCC unroll 12
-      for (int r = 0; r < kTileRows; ++r) {
+      for (int r = 0; r < kRows; ++r) {
         Real *row = c + (r0 + r) * c_stride + p * kPanel<Real>;
         const typename Lanes::Vec factor = Lanes::broadcast(kScaled ? alpha[r0 + r] : Real(1));
         Lanes::store(row, factor * Lanes::load(row) + tile.left[r]);
         Lanes::store(row + Lanes::kLanes, factor * Lanes::load(row + Lanes::kLanes) + tile.right[r]);
       }
-    }
-  }
+    });
 }
 
 }  // namespace tob

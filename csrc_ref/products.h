@@ -23,7 +23,7 @@ template <class R, class O> struct RegisterProducts {
   using BiasTiles = NoBiasTiles<Real>;
   using Factors = RowFactors<Real, Operand>;
 
-  static constexpr int kTile = kTileRows;             // the rows of all products are multiples of it
+  static constexpr int kTile = kSmallTileRows;        // the rows of all products are multiples of it
   static constexpr int kRows = 12;                    // rows in a step: their scores stay in the L1 cache
   static constexpr int kForwardQueries = 96;          // queries in a task
   static constexpr int kForwardKeys = 192;            // keys in a step
@@ -65,7 +65,7 @@ template <class R, class O> struct RegisterProducts {
   }
 
   // Adds A^T B to a gradient of `keys` rows, where A is a tile of P or dS, as Tiles has it for this purpose, and B are
-  // rows from `first` on of dO or Q. For keys j.. the product runs over the rows [begin(j), end(j)).
+  // rows from `first` on of dO or Q. For `count` keys from j on the product runs over the rows row_range(j, count).
   template <class RowRange>
   static void accumulate_columns(const Real *a, int64_t stride, const Factors &b, int64_t matrix, int first,
                                  Real *gradient, int keys, int chunks, RowRange row_range) {

@@ -32,12 +32,12 @@ template <class Real> struct ScoreTerms {
 enum class Bias { kNone, kStrip, kGathered };
 
 // A register tile of A B at (row, column). pack_left has packed the rows of A, pack_right_transposed the columns of B.
-template <class Operand, class Real>
-TOB_INLINE Tile<Real> product_tile(const Real *a, int64_t chunk_stride, const Real *panels, int chunks, int row,
-                                   int column) {
+template <class Operand, int kRows, class Real>
+TOB_INLINE Tile<Real, kRows> product_tile(const Real *a, int64_t chunk_stride, const Real *panels, int chunks, int row,
+                                          int column) {
   constexpr int kPanelWidth = kPanel<Real>, kChunk = kChunkCells<Real, Operand>;
   const Real *panel = panels + int64_t(column) * chunks * kChunk;
-  Tile<Real> tile{};
+  Tile<Real, kRows> tile{};
   for (int c = 0; c < chunks; ++c)
     multiply_add<Operand>(tile, a + row * kChunk + c * chunk_stride, kChunk, 1, panel + c * kChunk * kPanelWidth,
                           kChunk);
@@ -89,14 +89,15 @@ TOB_INLINE void score_block(const Real *a, int64_t chunk_stride, const Real *pan
                        products, terms, row, column));
     };
     for (int column = columns.begin; column < columns.end; column += kPanelWidth)
-      for (int row = 0; row < rows; row += kTileRows) {
-        const Tile<Real> tile = product_tile<Operand>(a, chunk_stride, panels, chunks, row, column);
+      visit_tiles(rows, [&](int row, auto height) {
+        constexpr int kRows = decltype(height)::value;
+        const auto tile = product_tile<Operand, kRows>(a, chunk_stride, panels, chunks, row, column);
 #pragma GCC unroll 12
-        for (int r = 0; r < kTileRows; ++r) {
+        for (int r = 0; r < kRows; ++r) {
           write(tile.left[r], row + r, column);
           write(tile.right[r], row + r, column + W);
         }
-      }
+      });
   });
   forbid(out, stride, rows, valid_columns, columns.end);
 }

@@ -15,7 +15,7 @@ template <class Real, class Operand, int kQueries, int kKeys, int kKeptRows> cla
 
  public:
   static constexpr int64_t kStride = kKeys + 2 * W;  // from one row to the next, of reals or cells
-  static_assert(kQueries % kPerCell == 0 && kTileRows % kPerCell == 0);
+  static_assert(kQueries % kPerCell == 0 && kSmallTileRows % kPerCell == 0);
   static_assert(kKeptRows == kQueries || (kPerCell > 1 && kQueries % kKeptRows == 0));
 
   // Puts a vector of zeros before and after each row of dS, which is `width` wide.
