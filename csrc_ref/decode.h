@@ -12,11 +12,11 @@ template <class Real, class Operand> class Decode {
   using Lanes = Simd<Real>;
   using Vec = typename Lanes::Vec;
   static constexpr int W = Lanes::kLanes, kPanelWidth = kPanel<Real>, kPerCell = kOperandsPerCell<Real, Operand>;
-  static constexpr int kMaxRows = 16;                  // queries that share a key head: with more, packing pays
-  static constexpr int kSharing = W < 4 ? W : 4;       // rows that share loaded keys and values
-  static constexpr int kKeys = 512;                    // keys in a task
-  static constexpr int kCopied = 64;                   // keys that are copied at a time, if they have to be
-  static constexpr int kScores = kKeys + kPanelWidth;  // room for the scores of a row
+  static constexpr int kMaxRows = 16;                     // queries that share a key head: with more, packing pays
+  static constexpr int kSharing = W < 4 ? W : 4;          // rows that share loaded keys and values
+  static constexpr int kMaxKeys = 2048, kMinKeys = 512;   // keys in a task
+  static constexpr int kCopied = 64;                      // keys that are copied at a time, if they have to be
+  static constexpr int kScores = kMaxKeys + kPanelWidth;  // room for the scores of a row
   static constexpr Real kNoScore = std::numeric_limits<Real>::lowest();
 
  public:
@@ -41,7 +41,7 @@ template <class Real, class Operand> class Decode {
   // A task's working set.
   struct Block {
     Operand query[kMaxRows * kMaxDim], copy[kCopied * kMaxDim];
-    Real strip[kKeys + kMaxRows + W];
+    Real strip[kMaxKeys + kMaxRows + W];
     Real scores[kMaxRows * kScores];  // later E, as a left factor, in the same place
   };
 
@@ -52,6 +52,15 @@ template <class Real, class Operand> class Decode {
     Real *acc;
   };
 
+  // Reading starts anew with each task, which takes time, so tasks are large where there are many. The size does not
+  // depend on the number of threads, so neither do the results.
+  int keys_per_task() const {
+    constexpr int64_t kManyTasks = 64;
+    int count = kMaxKeys;
+    while (count > kMinKeys && p.batch * p.heads_kv * ((p.len_k + count - 1) / count) < kManyTasks) count /= 2;
+    return count;
+  }
+
   Partial partial(int64_t b, int64_t h, int64_t part, int row) const {
     Real *at = partials.get() + (((b * p.heads_kv + h) * parts + part) * head_rows + row) * (2 + padded_v);
     return {at[0], at[1], at + 2};
@@ -60,7 +69,7 @@ template <class Real, class Operand> class Decode {
   // All queries of a key head, row g * len_q + i for the g-th of its query heads, against a part of its keys.
   void attend(int64_t b, int64_t h, int64_t part, Block &t) {
     const tob_sequence &s = p.sequences[b];
-    const int len_q = int(s.len_q), first = int(part) * kKeys, used_rows = int(group) * len_q;
+    const int len_q = int(s.len_q), first = int(part) * task_keys, used_rows = int(group) * len_q;
     if (used_rows == 0) return;
     for (int row = 0; row < used_rows; ++row) {
       const Matrix q = matrix_of(p.query, p.dtype, int(p.dim), b, h * group + row / len_q, s.first_query);
@@ -72,7 +81,7 @@ template <class Real, class Operand> class Decode {
 
     const Range used = mask.used(b);
     const Range keys =
-        Band(p, b).keys_of(0, len_q).clip(std::max(first, used.begin), std::min(first + kKeys, used.end));
+        Band(p, b).keys_of(0, len_q).clip(std::max(first, used.begin), std::min(first + task_keys, used.end));
     const int count = keys.end - keys.begin;
     if (count <= 0) return;
     visit_rows(matrix_of(p.key, p.dtype, int(p.dim), b, h, s.first_key), keys, padded, t.copy, [&](int at, auto found) {
@@ -269,7 +278,8 @@ template <class Real, class Operand> class Decode {
   const int padded = round_up(int(p.dim), W *kPerCell), padded_v = round_up(int(p.dim_v), W *kPerCell);
   const int64_t group = p.heads_q / p.heads_kv;  // query heads for each key head
   const int head_rows = int(group * p.len_q);
-  const int64_t parts = std::max<int64_t>((p.len_k + kKeys - 1) / kKeys, 1);
+  const int task_keys = keys_per_task();
+  const int64_t parts = std::max<int64_t>((p.len_k + task_keys - 1) / task_keys, 1);
   const Scratch<Real> partials{p.batch * p.heads_kv * parts * head_rows * (2 + padded_v)};
 };
 

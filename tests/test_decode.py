@@ -23,6 +23,7 @@ def _cache_positions(len_q: int, len_k: int) -> dict:
 CASES = [
     Case("one query", (1, 1500), through_lse=True),
     Case("one query, long beyond the table", (1, 1700), batch=1, heads=(4, 4), columns=65),
+    Case("many heads and keys: tasks of the largest size", (1, 2100), (8, 8), batch=4, heads=(16, 16), columns=65),
     Case("one query, no bias beyond the table", (1, 1500), columns=65, options={"beyond": "zero"}),
     Case("one query, no table", (1, 1500), bias=None),
     Case("grouped heads, causal", (4, 1500), batch=1, heads=(8, 2), columns=201, options={"is_causal": True}),
