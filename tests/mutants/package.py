@@ -35,6 +35,29 @@ PACKAGE = mutants_in("triton_offset_bias", {
          "if problem.query_starts is not None:",
          "if False:"),
     ],
+    "distributed/call.py": [
+        ("a part's offsets count from its own first query", "distributed/test_spread_attention.py", "2",
+         "self.plan.layout.start + span.start - start",
+         "self.plan.layout.start - start"),
+        ("heads drop the weights of other heads", "distributed/test_spread_attention.py", "2",
+         "dropout.Place(span.start, start, self.head_range[0], self.heads[0])",
+         "dropout.Place(span.start, start, 0, self.heads[0])"),
+    ],
+    "distributed/travel.py": [
+        ("gradients do not come home from a ring", "distributed/test_spread_attention.py", "2",
+         "                target += gradient\n\n    def _exchange",
+         "                target += 0 * gradient\n\n    def _exchange"),
+    ],
+    "distributed/agreement.py": [
+        ("ranks that disagree wait for one another", "distributed/test_spread_failures.py", "disagree",
+         "if len(set(found)) == 1 and failure is None:",
+         "if failure is None:"),
+    ],
+    "distributed/attention.py": [
+        ("the table's gradient goes to other heads", "distributed/test_spread_attention.py", "2",
+         "call.table(dbias).copy_(dtable)",
+         "dbias[..., : dtable.shape[-2], :].copy_(dtable)"),
+    ],
     "parts.py": [
         ("a piece of the table is read from another column on", "test_parts.py", "cpp and parts_add_up",
          "bias_origin=problem.bias_origin - first",

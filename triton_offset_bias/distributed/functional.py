@@ -1,0 +1,356 @@
+"""The public functions: `offset_bias_attention` of a sequence that is spread over ranks, and its packed form."""
+
+from collections.abc import Callable
+from typing import Literal, overload
+
+import torch
+from torch import Tensor
+from typing_extensions import Unpack  # comes with torch; typing's from Python 3.11 on
+
+from triton_offset_bias.checks.arguments import check_flag, checked_int
+from triton_offset_bias.checks.call import Options, checked_attention, checked_varlen, with_autocast
+from triton_offset_bias.distributed import checking
+from triton_offset_bias.distributed.agreement import agree
+from triton_offset_bias.distributed.attention import Attention
+from triton_offset_bias.distributed.call import Call
+from triton_offset_bias.distributed.plan import Layout, Plan, plan_of
+from triton_offset_bias.distributed.sharding import in_order
+from triton_offset_bias.distributed.spans import Span, check_layout, size_of
+from triton_offset_bias.distributed.world import Group, World, broadcast, gathered, world_of
+from triton_offset_bias.problem import Problem
+
+
+class _SharedOptions(Options, total=False):
+    group: Group
+    layout: str
+    method: str
+    backend: str
+
+
+class _PaddedOptions(_SharedOptions, total=False):
+    lengths: tuple[int, int] | None
+    query_start: int | None
+    key_padding_mask: Tensor | None
+    query_positions: Tensor | None
+    key_positions: Tensor | None
+
+
+@overload
+def offset_bias_attention(
+    query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None,
+    *, return_lse: Literal[False] = ..., **options: Unpack[_PaddedOptions],
+) -> Tensor: ...  # fmt: skip
+@overload
+def offset_bias_attention(
+    query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None,
+    *, return_lse: Literal[True], **options: Unpack[_PaddedOptions],
+) -> tuple[Tensor, Tensor]: ...  # fmt: skip
+@overload
+def offset_bias_attention(
+    query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None,
+    *, return_lse: bool, **options: Unpack[_PaddedOptions],
+) -> Tensor | tuple[Tensor, Tensor]: ...  # fmt: skip
+def offset_bias_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    bias: Tensor | None,
+    *,
+    group: Group = None,
+    layout: str = "contiguous",
+    method: str = "gather",
+    lengths: tuple[int, int] | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+    bias_origin: int | None = None,
+    beyond: str = "clamp",
+    query_start: int | None = None,
+    window_size: tuple[int, int] = (-1, -1),
+    key_padding_mask: Tensor | None = None,
+    query_positions: Tensor | None = None,
+    key_positions: Tensor | None = None,
+    deterministic: bool | None = None,
+    return_lse: bool = False,
+    backend: str = "auto",
+) -> Tensor | tuple[Tensor, Tensor]:
+    """`triton_offset_bias.offset_bias_attention` of one sequence that is spread over the ranks of `group`.
+
+    Every rank calls the function with its own part of queries, keys and values, and gets the output of its own queries.
+    All ranks call in the same order, forward and backward. A rank whose loss does not depend on its output still has to
+    go backward, or the others wait until the group's timeout: add ``0 * out.sum()`` to such a loss.
+
+    Arguments that are not named here are those of the whole sequence, as in `triton_offset_bias.offset_bias_attention`.
+    Offsets are those of the whole sequence.
+
+    Args:
+        query: (B, Hq, Lq / R, D), this rank's part, `shard` of the whole. R is the number of ranks.
+        key: (B, Hkv, Lk / R, D), this rank's part.
+        value: (B, Hkv, Lk / R, Dv), this rank's part.
+        bias: the whole table, equal on all ranks. Its gradient is this rank's share. The shares of all ranks add up to
+            the gradient of the sum of all ranks' losses, as the gradients of other replicated parameters do. DDP and
+            FSDP over the group do the rest. Without them, add up: ``dist.all_reduce(bias.grad, group=group)``.
+        group: process group, or DeviceMesh; default all ranks. A mesh with the dimensions "ring" and "heads" combines
+            both: ranks of a heads group trade heads as in "all_to_all", ranks of a ring group send keys by `method`.
+        layout: the positions that a rank holds. "contiguous": one span. "zigzag": two spans, so that causality leaves
+            all ranks the same work. Contiguous, the last rank would have 2 - 1 / R times the mean. With a window,
+            "contiguous" is balanced and sends least. `positions` tells the positions. Any other arrangement takes
+            `query_positions` and `key_positions`.
+        method: the way in which keys come to queries. "gather": each rank collects all keys that its queries reach,
+            then attends once. "ring": keys travel while a rank attends to others. It takes memory for the keys of three
+            ranks. "all_to_all": ranks trade parts of the sequence for parts of the heads, whose number R must divide.
+            The number of key heads may also divide R. On a mesh "all_to_all" counts as "gather".
+        lengths: the whole's (Lq, Lk), where ranks do not divide them; default R times this rank's. See `spans_of`.
+        dropout_p: as in one process, which drops the same weights if its seed is that of rank 0.
+        key_padding_mask: (B, Lk / R) bool, this rank's part.
+        query_positions: (Lq / R,) or (B, Lq / R) integers, this rank's part. Every rank then gets all keys.
+        key_positions: (Lk / R,) or (B, Lk / R) integers, this rank's part.
+
+    Returns:
+        The output of this rank's queries, (B, Hq, Lq / R, Dv). With `return_lse` a pair: the output and the log-sum-exp
+        in nats, (B, Hq, Lq / R), differentiable too.
+
+    Raises:
+        TypeError, ValueError, NotImplementedError: as `triton_offset_bias.offset_bias_attention` does, and for lengths
+            or heads that do not fit the ranks.
+        RuntimeError: another rank failed, or has other arguments.
+
+    Source: "ring": Liu et al. 2023 (arXiv:2310.01889). "all_to_all": Jacobs et al. 2023 (arXiv:2309.14509). Both at
+    once: Fang and Zhao 2024 (arXiv:2405.07719). "gather": Llama 3 (arXiv:2407.21783), section 3.3.2.
+    """
+    options: Options = {
+        "dropout_p": dropout_p,
+        "is_causal": is_causal,
+        "scale": scale,
+        "enable_gqa": enable_gqa,
+        "bias_origin": bias_origin,
+        "beyond": beyond,
+        "window_size": window_size,
+        "deterministic": deterministic,
+    }
+    query, key, value = with_autocast(query, key, value)
+    masks = {"key_padding_mask": key_padding_mask, "query_positions": query_positions, "key_positions": key_positions}
+
+    def check(world: World) -> tuple[Problem, Plan]:
+        checking.check_plain(query=query, key=key, value=value, bias=bias, **masks)
+        problem = checked_attention(
+            query, key, value, bias, query_start=None if query_positions is None else query_start,
+            **masks, key_lengths=None, options=_clamped(options),
+        )  # fmt: skip
+        whole = checking.checked_lengths(lengths, query, key, world)
+        start = whole[1] - whole[0] if query_start is None else checked_int("query_start", query_start)
+        return problem, _plan(problem, world, layout, whole, start, None)
+
+    check_flag("return_lse", return_lse)
+    return _attend((query, key, value, bias), check, (group, method), backend, beyond, return_lse)
+
+
+@overload
+def offset_bias_attention_varlen(
+    query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None,
+    cu_seqlens_q: Tensor, cu_seqlens_k: Tensor, max_seqlen_q: int, max_seqlen_k: int,
+    *, return_lse: Literal[False] = ..., **options: Unpack[_SharedOptions],
+) -> Tensor: ...  # fmt: skip
+@overload
+def offset_bias_attention_varlen(
+    query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None,
+    cu_seqlens_q: Tensor, cu_seqlens_k: Tensor, max_seqlen_q: int, max_seqlen_k: int,
+    *, return_lse: Literal[True], **options: Unpack[_SharedOptions],
+) -> tuple[Tensor, Tensor]: ...  # fmt: skip
+@overload
+def offset_bias_attention_varlen(
+    query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None,
+    cu_seqlens_q: Tensor, cu_seqlens_k: Tensor, max_seqlen_q: int, max_seqlen_k: int,
+    *, return_lse: bool, **options: Unpack[_SharedOptions],
+) -> Tensor | tuple[Tensor, Tensor]: ...  # fmt: skip
+def offset_bias_attention_varlen(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    bias: Tensor | None,
+    cu_seqlens_q: Tensor,
+    cu_seqlens_k: Tensor,
+    max_seqlen_q: int,
+    max_seqlen_k: int,
+    *,
+    group: Group = None,
+    layout: str = "contiguous",
+    method: str = "gather",
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+    bias_origin: int | None = None,
+    beyond: str = "clamp",
+    window_size: tuple[int, int] = (-1, -1),
+    deterministic: bool | None = None,
+    return_lse: bool = False,
+    backend: str = "auto",
+) -> Tensor | tuple[Tensor, Tensor]:
+    """`triton_offset_bias.offset_bias_attention_varlen` of packed sequences that are spread over the ranks of `group`.
+
+    The tokens of all sequences, one after another, are the whole that is spread. Ranks may cut sequences anywhere.
+
+    Args:
+        query: (total_q / R, Hq, D), this rank's part, `shard` of the whole along axis 0.
+        key: (total_k / R, Hkv, D), this rank's part.
+        value: (total_k / R, Hkv, Dv), this rank's part.
+        bias: the whole table, see `offset_bias_attention` here.
+        cu_seqlens_q: (B + 1,) int32 or int64, the bounds of all sequences, equal on all ranks. The numbers are read.
+        cu_seqlens_k: (B + 1,) int32 or int64: the same for keys.
+        max_seqlen_q: the longest query length of the whole, or more.
+        max_seqlen_k: the longest key length of the whole, or more.
+        group, layout, method: see `offset_bias_attention` here.
+        dropout_p: above 0 it needs ``method="all_to_all"``.
+
+    Returns:
+        The output of this rank's queries, (total_q / R, Hq, Dv). With `return_lse` also the log-sum-exp,
+        (Hq, total_q / R).
+
+    Raises:
+        TypeError, ValueError, NotImplementedError, RuntimeError: as `offset_bias_attention` here.
+    """
+    options: Options = {
+        "dropout_p": dropout_p,
+        "is_causal": is_causal,
+        "scale": scale,
+        "enable_gqa": enable_gqa,
+        "bias_origin": bias_origin,
+        "beyond": beyond,
+        "window_size": window_size,
+        "deterministic": deterministic,
+    }
+    query, key, value = with_autocast(query, key, value)
+
+    def check(world: World) -> tuple[Problem, Plan]:
+        checking.check_plain(query=query, key=key, value=value, bias=bias)
+        problem = checked_varlen(
+            query, key, value, bias, cu_seqlens_q, cu_seqlens_k,
+            checked_int("max_seqlen_q", max_seqlen_q), checked_int("max_seqlen_k", max_seqlen_k),
+            options=_clamped(options),
+        )  # fmt: skip
+        bounds = checking.checked_bounds(cu_seqlens_q, cu_seqlens_k, (max_seqlen_q, max_seqlen_k))
+        return problem, _plan(problem, world, layout, (bounds[0][-1], bounds[1][-1]), 0, bounds)
+
+    check_flag("return_lse", return_lse)
+    tensors = _as_padded(query), _as_padded(key), _as_padded(value), bias
+    results = _attend(tensors, check, (group, method), backend, beyond, return_lse)
+    if isinstance(results, Tensor):
+        return results.squeeze(0).transpose(0, 1)
+    out, lse = results
+    return out.squeeze(0).transpose(0, 1), lse.squeeze(0)
+
+
+def _as_padded(x: Tensor) -> Tensor:
+    """(total, H, D) as (1, H, total, D); anything else is an error that the checks raise."""
+    return x.transpose(0, 1).unsqueeze(0) if isinstance(x, Tensor) and x.dim() == 3 else x
+
+
+def _clamped(options: Options) -> Options:
+    """The options of parts: `beyond="error"` is asked of the whole."""
+    return {**options, "beyond": "clamp"} if options["beyond"] == "error" else options
+
+
+def _plan(
+    problem: Problem,
+    world: World,
+    layout: str,
+    lengths: tuple[int, int],
+    start: int,
+    bounds: tuple[tuple[int, ...], tuple[int, ...]] | None,
+) -> Plan:
+    """The plan of a call that this rank has checked, and whose tensors fit it."""
+    check_layout(layout)
+    plan = plan_of(
+        Layout(
+            lengths=lengths,
+            ring=world.ring.size,
+            heads=world.heads.size,
+            name=layout,
+            start=start,
+            min_offset=problem.min_offset,
+            max_offset=problem.max_offset,
+            bounds=bounds,
+            has_positions=problem.query_positions is not None,
+        )
+    )
+    checking.check_parts(problem.query, problem.key, plan, world)
+    return plan
+
+
+@torch.compiler.disable
+def _attend(
+    tensors: tuple[Tensor, Tensor, Tensor, Tensor | None],
+    check: Callable[[World], tuple[Problem, Plan]],
+    ways: tuple[Group, str],
+    backend: str,
+    beyond: str,
+    returns_lse: bool,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Checks a call on all ranks, and makes it. Compiled code breaks its graph here: messages are in no graph."""
+    group, method = ways
+    checking.check_method(method)
+    world = world_of(group, method)
+    failure: Exception | None = None
+    arguments: dict[str, object] = {}
+    try:
+        problem, plan = check(world)
+        chosen = checking.checked_backend(problem, plan, world, backend)
+        arguments = _arguments(problem, plan, method, chosen, beyond)
+    except (TypeError, ValueError, NotImplementedError) as error:
+        failure = error
+    device = tensors[0].device if isinstance(tensors[0], Tensor) else torch.device("cpu")
+    agree(arguments, failure, world, device)
+    sizes = [[size_of(spans) for spans in side] for side in plan.parts]
+    mask, positions = problem.key_padding_mask, None
+    if mask is not None:
+        mask = in_order(gathered(mask.to(torch.uint8), sizes[1], world), plan.parts[1]).bool()
+    if problem.query_positions is not None and problem.key_positions is not None:
+        sides = zip((problem.query_positions, problem.key_positions), sizes, plan.parts, strict=True)
+        query_positions, key_positions = (in_order(gathered(x.long(), n, world), held) for x, n, held in sides)
+        positions = query_positions, key_positions
+    if beyond == "error" and problem.bias is not None:
+        checking.check_reach(problem, plan, mask, positions, problem.bias.shape[-1])
+    if problem.seed is not None:
+        broadcast(problem.seed, world)
+    here = None if positions is None else _cut(positions[0], plan.queries[world.ring.rank])
+    none = tensors[0].new_empty(0)  # the call would keep its tensors as long as the graph lives
+    call = Call(
+        problem=problem._replace(query=none, key=none, value=none, bias=None, query_positions=here),
+        plan=plan,
+        world=world,
+        method="ring" if method == "ring" else "gather",
+        backend=chosen,
+        key_padding_mask=mask,
+        key_positions=None if positions is None else positions[1],
+        heads=(problem.query.shape[1], problem.key.shape[1]),
+        returns_lse=returns_lse,
+    )
+    results: Tensor | tuple[Tensor, Tensor] = Attention.apply(*tensors, call)
+    return results
+
+
+def _cut(x: Tensor, spans: list[Span]) -> Tensor:
+    return torch.cat([x[..., span.start : span.stop] for span in spans] or [x[..., :0]], -1)
+
+
+def _arguments(problem: Problem, plan: Plan, method: str, backend: str, beyond: str) -> dict[str, object]:
+    """The arguments that must be equal on all ranks, by their public names."""
+    layout = plan.layout
+    names = ("scale", "dropout_p", "bias_origin", "deterministic")
+    return {
+        "method": method,
+        "backend": backend,
+        "layout": layout.name,
+        "lengths": layout.lengths,
+        **{name: checking.described(getattr(problem, name)) for name in ("query", "key", "value")},
+        "bias": None if problem.bias is None else (problem.bias.shape[-1], checking.described(problem.bias)),
+        "query_start": layout.start,
+        "window_size and is_causal": (layout.min_offset, layout.max_offset),
+        "cu_seqlens_q": None if layout.bounds is None else layout.bounds[0],
+        "cu_seqlens_k": None if layout.bounds is None else layout.bounds[1],
+        "beyond": beyond,
+        **{name: getattr(problem, name) for name in names},
+        **{name: getattr(problem, name) is not None for name in ("key_padding_mask", "query_positions")},
+    }
