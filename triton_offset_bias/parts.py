@@ -1,4 +1,4 @@
-"""Attention that meets the keys part by part, on a backend of `PARTS_BACKENDS`.
+"""Attention that meets the keys part by part, on any backend.
 
 Rows keep un-normalised sums in the dtype of the arithmetic, so nothing is rounded between parts. Gradients of parts
 need the whole rows' output and statistics only. FlashAttention-2 (Dao 2023, arXiv:2307.08691), algorithms 1 and 2, with
@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from triton_offset_bias import table
-from triton_offset_bias.backends.contract import PARTS_BACKENDS
+from triton_offset_bias.backends.contract import BACKENDS
 from triton_offset_bias.problem import Problem
 
 
@@ -82,7 +82,7 @@ def attend(problem: Problem, rows: Rows, backend: str, reach: tuple[int, int] | 
     `reach` has the lowest and the highest offset between queries and keys. None: those of contiguous positions.
     """
     part, _ = _with_piece(problem, reach)
-    PARTS_BACKENDS[backend].forward_part(part, *rows)
+    BACKENDS[backend].forward_part(part, *rows)
 
 
 def differentiate(
@@ -100,7 +100,7 @@ def differentiate(
     """
     part, (first, stop) = _with_piece(problem, reach)
     dbias = None if totals.dbias is None else totals.dbias[..., first:stop]
-    PARTS_BACKENDS[backend].backward_part(part, *rows, dout, dlse, *totals[:3], dbias)
+    BACKENDS[backend].backward_part(part, *rows, dout, dlse, *totals[:3], dbias)
 
 
 def _with_piece(problem: Problem, reach: tuple[int, int] | None) -> tuple[Problem, tuple[int, int]]:

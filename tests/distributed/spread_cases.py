@@ -77,6 +77,9 @@ ON_REFERENCE = {
 }
 
 
+ON_TRITON = {"causal float32", "grouped heads, padding float32", "uneven window bfloat16"}
+
+
 def spread_results(call: Call, attend: Callable, group: Any, layout: str, **others: Any) -> Results:
     """The whole's results, from all ranks' parts. The shares of the table's gradient are added up."""
     lengths = call.q.shape[2], call.k.shape[2]

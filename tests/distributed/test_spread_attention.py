@@ -6,8 +6,9 @@ from pathlib import Path
 
 import pytest
 import torch.distributed as dist
+from conftest import AVAILABLE
 from spread import run_ranks
-from spread_cases import CASES, ON_REFERENCE, assert_right, built, spread_results
+from spread_cases import CASES, ON_REFERENCE, ON_TRITON, assert_right, built, spread_results
 from torch.distributed.device_mesh import init_device_mesh
 
 from triton_offset_bias import distributed
@@ -44,6 +45,16 @@ def _all_methods(rank: int, world: int) -> None:
     assert not failures, "\n".join(failures)
 
 
+def _triton(rank: int, world: int) -> None:
+    for case in [case for case in CASES if case.reason in ON_TRITON]:
+        for method, layout in (("ring", "zigzag"), ("all_to_all", "contiguous")):
+            call = built(case)
+            attend = distributed.offset_bias_attention
+            got = spread_results(call, attend, None, layout, method=method, backend="triton")
+            if rank == 0:
+                assert_right(call, got)
+
+
 def _mesh(rank: int, world: int) -> None:
     mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("ring", "heads"))
     failures = _failures_of(rank, mesh, [("ring", "zigzag"), ("gather", "contiguous")], 2)
@@ -54,6 +65,12 @@ def _mesh(rank: int, world: int) -> None:
 def test_every_call_is_that_of_one_process(world: int, tmp_path: Path) -> None:
     """Every case by every method in every layout."""
     run_ranks(_all_methods, world, tmp_path)
+
+
+@pytest.mark.skipif("triton" not in AVAILABLE, reason="TRITON_INTERPRET=1 runs the kernels on CPU tensors")
+def test_triton_kernels_serve_parts(tmp_path: Path) -> None:
+    """Two ranks of a ring in zigzag, and two that trade heads."""
+    run_ranks(_triton, 2, tmp_path)
 
 
 def test_heads_and_keys_travel_at_once_on_a_mesh(tmp_path: Path) -> None:

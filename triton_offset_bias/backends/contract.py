@@ -32,6 +32,39 @@ class Backend(Protocol):
     def unsupported_reasons(self, problem: Problem) -> list[str]:
         """The reasons why the backend cannot serve `problem` on this machine, `unavailable_reasons` included."""
 
+    def forward_part(self, problem: Problem, acc: Tensor, row_max: Tensor, row_sum: Tensor) -> None:
+        """Adds the keys of `problem` to the softmax of rows that may have attended to other keys.
+
+        The tensors are in the dtype of the arithmetic: float32, or float64 where the query is. `acc`, (B, Hq, Lq, Dv),
+        is the sum of ``2 ** (score - row_max) * value`` over all keys so far, with dropout's factors. The scores are in
+        bits. `row_max` is their maximum, and `row_sum` the sum of ``2 ** (score - row_max)``, both (B, Hq, Lq), with
+        neighbouring rows side by side in memory. A row whose `row_sum` is 0 begins anew, whatever the others hold. A
+        row that still has no key then has `row_max` +inf.
+
+        The table may be a piece of a larger one, if the piece has every offset that is attended to. It is in the dtype
+        of the arithmetic. Scores count from 0, not from a constant of the table. The data of `problem` are not checked.
+        """
+
+    def backward_part(
+        self,
+        problem: Problem,
+        out: Tensor,
+        row_max: Tensor,
+        row_sum: Tensor,
+        dout: Tensor,
+        dlse: Tensor | None,
+        dquery: Tensor,
+        dkey: Tensor,
+        dvalue: Tensor,
+        dbias: Tensor | None,
+    ) -> None:
+        """Adds a part's gradients to the last four tensors, which are in the dtype of the arithmetic.
+
+        `out`, (B, Hq, Lq, Dv), and `dout` are those of whole rows, in the query's dtype. `row_max` and `row_sum` are
+        what `forward_part` left after the last part. They and `dlse` have equal strides, and neighbouring rows side by
+        side in memory.
+        """
+
 
 class FusedBackend(Backend, Protocol):
     """A backend that has kernels for both directions, which the operators of `ops` call.
@@ -80,45 +113,7 @@ class TorchBackend(Backend, Protocol):
         """Computes the output (B, Hq, Lq, Dv) and the log-sum-exp (B, Hq, Lq) in nats."""
 
 
-class PartsBackend(Protocol):
-    """A backend that attends to the keys part by part, as `distributed` needs it."""
-
-    def forward_part(self, problem: Problem, acc: Tensor, row_max: Tensor, row_sum: Tensor) -> None:
-        """Adds the keys of `problem` to the softmax of rows that may have attended to other keys.
-
-        The tensors are in the dtype of the arithmetic: float32, or float64 where the query is. `acc`, (B, Hq, Lq, Dv),
-        is the sum of ``2 ** (score - row_max) * value`` over all keys so far, with dropout's factors. The scores are in
-        bits. `row_max` is their maximum, and `row_sum` the sum of ``2 ** (score - row_max)``, both (B, Hq, Lq), with
-        neighbouring rows side by side in memory. A row whose `row_sum` is 0 begins anew, whatever the others hold. A
-        row that still has no key then has `row_max` +inf.
-
-        The table may be a piece of a larger one, if the piece has every offset that is attended to. It is in the dtype
-        of the arithmetic. Scores count from 0, not from a constant of the table. The data of `problem` are not checked.
-        """
-
-    def backward_part(
-        self,
-        problem: Problem,
-        out: Tensor,
-        row_max: Tensor,
-        row_sum: Tensor,
-        dout: Tensor,
-        dlse: Tensor | None,
-        dquery: Tensor,
-        dkey: Tensor,
-        dvalue: Tensor,
-        dbias: Tensor | None,
-    ) -> None:
-        """Adds a part's gradients to the last four tensors, which are in the dtype of the arithmetic.
-
-        `out`, (B, Hq, Lq, Dv), and `dout` are those of whole rows, in the query's dtype. `row_max` and `row_sum` are
-        what `forward_part` left after the last part. They and `dlse` have equal strides, and neighbouring rows side by
-        side in memory.
-        """
-
-
 FUSED_BACKENDS: dict[str, FusedBackend] = {"cpp": cpp, "triton": triton}
 TORCH_BACKENDS: dict[str, TorchBackend] = {"reference": reference}
 # "auto" asks the backends in this order.
 BACKENDS: dict[str, Backend] = {**FUSED_BACKENDS, **TORCH_BACKENDS}
-PARTS_BACKENDS: dict[str, PartsBackend] = {"cpp": cpp, "reference": reference}

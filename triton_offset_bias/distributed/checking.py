@@ -7,7 +7,6 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from triton_offset_bias import table
-from triton_offset_bias.backends.contract import PARTS_BACKENDS
 from triton_offset_bias.checks.arguments import checked_length, shape
 from triton_offset_bias.dispatch import select_backend
 from triton_offset_bias.distributed.plan import Plan
@@ -76,12 +75,7 @@ def checked_backend(problem: Problem, plan: Plan, world: World, backend: str) ->
         problem = problem._replace(dropout_place=(0, 0, 0, problem.query.shape[1]))
     if problem.cu_seqlens_q is not None and world.ring.size > 1:
         problem = problem._replace(query_starts=problem.cu_seqlens_q[:-1])
-    chosen = select_backend(problem, backend)
-    if chosen not in PARTS_BACKENDS:
-        raise NotImplementedError(
-            f"backend {chosen!r} does not attend to keys part by part; {' and '.join(PARTS_BACKENDS)} do"
-        )
-    return chosen
+    return select_backend(problem, backend)
 
 
 def check_reach(

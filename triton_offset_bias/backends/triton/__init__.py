@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from triton_offset_bias.backends.limits import exceeded_limits
+from triton_offset_bias.backends.merging import add_part
 from triton_offset_bias.problem import Problem
 
 try:
@@ -104,6 +105,42 @@ def backward(
         return passes.backward(
             problem, out, row_max, row_sum, dout, dlse, dquery, dkey, dvalue, needs_dbias=needs_dbias
         )
+
+
+def forward_part(problem: Problem, acc: Tensor, row_max: Tensor, row_sum: Tensor) -> None:
+    """Adds the keys of `problem` to the softmax of rows that may have attended to other keys.
+
+    The kernel computes the part by itself.
+    """
+    out = torch.empty_like(acc, memory_format=torch.contiguous_format)
+    lse, part_max, part_sum = (torch.empty_like(x, memory_format=torch.contiguous_format) for x in [row_max] * 3)
+    with _device_of(acc):
+        passes.forward(problem, out, lse, part_max, part_sum, is_part=True)
+    add_part(acc, row_max, row_sum, out, part_max, part_sum)
+
+
+def backward_part(
+    problem: Problem,
+    out: Tensor,
+    row_max: Tensor,
+    row_sum: Tensor,
+    dout: Tensor,
+    dlse: Tensor | None,
+    dquery: Tensor,
+    dkey: Tensor,
+    dvalue: Tensor,
+    dbias: Tensor | None,
+) -> None:
+    """Adds a part's gradients to the last four tensors."""
+    sums = dquery, dkey, dvalue
+    found = [torch.empty_like(x, memory_format=torch.contiguous_format) for x in sums]
+    rows = row_max.contiguous(), row_sum.contiguous()
+    with _device_of(out):
+        part = passes.backward(problem, out, *rows, dout, dlse, *found, needs_dbias=dbias is not None, is_part=True)
+    for total, gradient in zip(sums, found, strict=True):
+        total.add_(gradient)
+    if dbias is not None and part is not None:
+        dbias.add_(part)
 
 
 def _device_of(x: Tensor) -> contextlib.AbstractContextManager:

@@ -13,16 +13,21 @@ from triton_offset_bias.backends.triton.kernels.backward_queries import dquery_k
 from triton_offset_bias.backends.triton.kernels.decode import combine_kernel, decode_kernel
 from triton_offset_bias.backends.triton.kernels.forward import forward_kernel
 from triton_offset_bias.backends.triton.launch import Launch, TunedLaunch, blocked_launch, with_rest
-from triton_offset_bias.backends.triton.plan import Plan, padded
+from triton_offset_bias.backends.triton.plan import Plan, padded, plan_of
 from triton_offset_bias.backends.triton.preparing import add_constants, prepare_backward, prepare_forward
 from triton_offset_bias.backends.triton.strip import counted_reach
 from triton_offset_bias.backends.triton.target import multiprocessors
 from triton_offset_bias.problem import Problem
 
 
-def forward(problem: Problem, out: Tensor, lse: Tensor, row_max: Tensor, row_sum: Tensor) -> None:
-    """Writes the output, the log-sum-exp in nats, the rows' maximum in bits, and the rows' sum."""
-    call = Call(problem, out, lse, row_max, row_sum)
+def forward(
+    problem: Problem, out: Tensor, lse: Tensor, row_max: Tensor, row_sum: Tensor, *, is_part: bool = False
+) -> None:
+    """Writes the output, the log-sum-exp in nats, the rows' maximum in bits, and the rows' sum.
+
+    A part's output is float32, and its rows count from 0.
+    """
+    call = Call(problem, out, lse, row_max, row_sum, plan=plan_of(problem, is_part=is_part))
     plan, outputs = call.plan, Outputs(out, row_max, row_sum, lse)
     prepare_forward(call, outputs)
     if problem.seed is None and configs.is_decode(plan.group * plan.len_q, plan.len_k):
@@ -47,10 +52,15 @@ def backward(
     dvalue: Tensor | None,
     *,
     needs_dbias: bool,
+    is_part: bool = False,
 ) -> Tensor | None:
-    """Writes the gradients that are not None, and returns the table's gradient if it is needed."""
+    """Writes the gradients that are not None, and returns the table's gradient if it is needed.
+
+    A part's gradients are float32.
+    """
     dlse = None if dlse is None else dlse.float().contiguous()
-    call = Call(problem, out, row_max, row_sum, dout, dlse, dquery, dkey, dvalue)
+    plan = plan_of(problem, is_part=is_part)
+    call = Call(problem, out, row_max, row_sum, dout, dlse, dquery, dkey, dvalue, plan=plan)
     needs_dbias = needs_dbias and problem.bias is not None
     is_by_tiles = needs_dbias and problem.deterministic and problem.query_positions is None
     added = DbiasSum(call) if needs_dbias and not is_by_tiles else None

@@ -40,7 +40,7 @@ class Plan:
         factors: see `Factors`.
     """
 
-    def __init__(self, problem: Problem) -> None:
+    def __init__(self, problem: Problem, *, is_part: bool = False) -> None:
         query, key = problem.query, problem.key
         self.target = current_target()
         self.query_factor = 1.0 if problem.scale > 0 else -1.0 if problem.scale < 0 else 0.0
@@ -55,7 +55,7 @@ class Plan:
         self.dtype = query.dtype
         self.block_d = max(padded(query), padded(problem.value))
         is_bias_in_acc = configs.is_bias_in_acc(self.target, query.dtype, scale_log2)
-        self.strip = Strip(problem, 1 / scale if is_bias_in_acc else math.log2(math.e))
+        self.strip = Strip(problem, 1 / scale if is_bias_in_acc else math.log2(math.e), is_part=is_part)
         self.form = self._form(problem, is_bias_in_acc)
         self.loops = Loops(*constants(self._loops(problem)))
         self.largest_dropped, kept_scale = _dropout_numbers(problem)
@@ -120,9 +120,13 @@ class Plan:
         return loops
 
 
-def plan_of(problem: Problem) -> Plan:
-    """The plan of a problem, remembered from an earlier call of the same layout. It holds no tensors."""
+def plan_of(problem: Problem, *, is_part: bool = False) -> Plan:
+    """The plan of a problem, remembered from an earlier call of the same layout. It holds no tensors.
+
+    A part has results in float32, and a table that counts from 0.
+    """
     key = (
+        is_part,
         triton.runtime.driver._active,
         problem.query.device,
         *[None if x is None else (x.shape, x.stride(), x.dtype) for x in problem.tensors],
@@ -134,7 +138,7 @@ def plan_of(problem: Problem) -> Plan:
     )
     plan = _plans.get(key)
     if plan is None:
-        plan = Plan(problem)
+        plan = Plan(problem, is_part=is_part)
         with _lock:
             if len(_plans) >= MOST_PLANS:
                 del _plans[next(iter(_plans))]  # the oldest

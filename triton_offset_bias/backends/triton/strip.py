@@ -28,8 +28,8 @@ class Strip:
         shape: the strip's shape.
         unit: the strip's unit.
         limit: the largest number that stays finite when it is multiplied by `unit`.
-        has_constants: False if all rows count from 0: inputs of 16 bits have no such digits to keep, and with zeros
-            beyond the table the numbers are not close to one another.
+        has_constants: False if all rows count from 0: inputs of 16 bits have no such digits to keep, with zeros beyond
+            the table the numbers are not close to one another, and tables of parts are cut to what they reach.
         is_zero_beyond: whether offsets outside the table have no bias.
         table_strides: the strides of the table with all its axes.
         num_columns: of the table.
@@ -41,12 +41,12 @@ class Strip:
         may_leave_rows_empty: whether some query may have no key to attend to, if the table has no -inf.
     """
 
-    def __init__(self, problem: Problem, unit: float) -> None:
+    def __init__(self, problem: Problem, unit: float, *, is_part: bool = False) -> None:
         self.bounds = bounds_of(problem)
         self.loops = _loops(problem, self.bounds)
         self.unit, self.limit = unit, _limit(unit)
         self.may_leave_rows_empty = _may_leave_rows_empty(problem, self.bounds)
-        self.has_constants = False
+        self.has_constants, self._is_part = False, is_part
         self.is_zero_beyond = problem.beyond == "zero"
         self.shape, self.columns = (0, 0, 0), (0, 0, 0, 0)
         self.table_strides: tuple[int, ...] = (0, 0, 0)
@@ -56,7 +56,8 @@ class Strip:
             self._lay_out(problem, problem.bias)
 
     def _lay_out(self, problem: Problem, bias: Tensor) -> None:
-        self.has_constants = problem.query.dtype == torch.float32 and problem.beyond != "zero"
+        may_have = not self._is_part and problem.beyond != "zero"
+        self.has_constants = may_have and problem.query.dtype == torch.float32
         first, used = _columns(problem, self.bounds)
         begin, end = 0, used
         self.offsets = (0, used)
