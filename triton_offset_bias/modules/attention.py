@@ -76,7 +76,7 @@ class OffsetBiasAttention(nn.Module):
 
         Raises:
             TypeError: `x` is no dense tensor.
-            ValueError: `x` has another shape.
+            ValueError: `x` has another shape, or tensor parallelism cuts a head in two.
         """
         check_tensor("x", x)
         if x.dim() != 3 or x.shape[2] != self.q_proj.in_features:
@@ -87,9 +87,9 @@ class OffsetBiasAttention(nn.Module):
         min_offset = 0 if self.is_causal else 1 - length
         bias = None if self.bias is None or length == 0 else self.bias(min_offset, length - 1)
         out = offset_bias_attention(
-            self._split_heads(self.q_proj(x), self.num_heads),
-            self._split_heads(self.k_proj(x), self.num_kv_heads),
-            self._split_heads(self.v_proj(x), self.num_kv_heads),
+            self._split_heads("q_proj", x),
+            self._split_heads("k_proj", x),
+            self._split_heads("v_proj", x),
             bias,
             dropout_p=self.dropout_p if self.training else 0.0,
             is_causal=self.is_causal,
@@ -99,5 +99,12 @@ class OffsetBiasAttention(nn.Module):
         )
         return self.out_proj(out.transpose(1, 2).flatten(2))
 
-    def _split_heads(self, x: Tensor, num_heads: int) -> Tensor:
-        return x.unflatten(-1, (num_heads, self.head_dim)).transpose(1, 2)
+    def _split_heads(self, name: str, x: Tensor) -> Tensor:
+        """The heads of a projection of `x`, (B, heads, L, head_dim): under tensor parallelism those of this rank."""
+        projected: Tensor = getattr(self, name)(x)
+        if projected.shape[-1] % self.head_dim:
+            raise ValueError(
+                f"`{name}` must give whole heads of {self.head_dim} numbers, got {projected.shape[-1]} numbers: tensor "
+                "parallelism must divide the number of heads"
+            )
+        return projected.unflatten(-1, (-1, self.head_dim)).transpose(1, 2)

@@ -53,13 +53,16 @@ class OffsetBias(nn.Module):
         """The bias of every offset from `min_offset` to `max_offset`, both included.
 
         Returns:
-            (num_heads, max_offset - min_offset + 1) float32; as `bias`, its `bias_origin` is ``-min_offset``.
+            (num_heads, max_offset - min_offset + 1) float32; as `bias`, its `bias_origin` is ``-min_offset``. Only the
+            heads of this rank, if the weight is a DTensor that is sharded along the heads.
 
         Raises:
             ValueError: `max_offset` is below `min_offset`.
         """
         check_offset_range(min_offset, max_offset)
-        return table.per_offset(self.weight.float(), min_offset, max_offset, self.origin)
+        # Under tensor parallelism the weight is a DTensor, and this rank's heads are its local part.
+        weight: Tensor = self.weight.to_local() if hasattr(self.weight, "to_local") else self.weight
+        return table.per_offset(weight.float(), min_offset, max_offset, self.origin)
 
     def resized(self, max_length: int, method: Literal["interpolate", "extend"] = "interpolate") -> Tensor:
         """The parameter of a module of another length, for example to go on training on longer sequences.
