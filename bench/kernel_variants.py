@@ -22,6 +22,8 @@ from triton_offset_bias.backends.triton.kernels.arguments import (
     Rows,
     Strides,
     StripStrides,
+    Sums,
+    Wanted,
     constants,
 )
 from triton_offset_bias.backends.triton.kernels.backward_bias import dbias_kernel
@@ -111,6 +113,10 @@ class Variant:
             return self.config
         if self.kernel == "forward":
             return configs.forward_config(self.device, self.dtype, self.block_d, "HAS_POSITIONS" in self.changes)
+        if self.is_whole:
+            whole = configs.backward_config(self.device, self.dtype, self.block_d)
+            assert whole is not None, f"two kernels serve {self}"
+            return whole
         if self.kernel == "hopper_forward":
             return configs.hopper_forward_config(self.block_d, self._loops())
         return CONFIGS[self.kernel](self.device, self.dtype, self.block_d)
@@ -126,7 +132,8 @@ class Variant:
         named = {"IS_PACKED": "packed", "HAS_POSITIONS": "positions", "DROPOUT_ROUNDS": "dropout"}
         named = {**named, "HAS_MASK": "ragged, masked", "HAS_LENGTHS": "lengths"}
         even = "even" if self.changes.get("IS_EVEN", True) else "ragged"
-        return ", ".join(word for constant, word in named.items() if self.changes.get(constant)) or even
+        words = ", ".join(word for constant, word in named.items() if self.changes.get(constant)) or even
+        return f"{words}, all gradients" if self.is_whole else words
 
     @property
     def block_d(self) -> int:
@@ -141,12 +148,22 @@ class Variant:
         values = {
             "FORM": Form(*constants(self._form())),
             "LOOPS": Loops(*constants(self._loops())),
-            **{"HAS_DQ": True, "HAS_DK": True, "HAS_DV": True},
+            "HAS_DQ": True,
+            "WANTED": Wanted(*constants(self._wanted())),
             "DBIAS": "diagonals" if has_bias else "none",
             **config.sizes,
             **self.changes,
         }
         return {p.name: values[p.name] for p in KERNELS[self.kernel].params if p.is_constexpr}
+
+    def _wanted(self) -> Wanted:
+        """All gradients if the kernel is the whole backward pass."""
+        return Wanted(DQ=self.is_whole, DK=True, DV=True, DBIAS=self.is_whole and SCHEDULES[self.schedule][0])
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether the kernel is the whole backward pass."""
+        return bool(self.changes.get("IS_WHOLE", False))
 
     def _form(self) -> Form:
         form = Form(
@@ -167,7 +184,9 @@ class Variant:
             SPLIT_LSE=self.dtype == torch.float32,
             USE_ASM=self.device.backend == "cuda",
             PRECISION="ieee",
-            WAIT=configs.needs_wait(self.device, self.dtype),
+            FOLD=configs.folds_rows(self.device, self.block_d),
+            COPY=configs.needs_copy(self.device, self.dtype),
+            WAIT=configs.needs_wait(self.device, self.dtype, self.is_whole),
         )
         return form._replace(**{name: x for name, x in self.changes.items() if name in Form._fields})
 
@@ -200,6 +219,10 @@ class Variant:
             "factors": Factors("fp32", "fp32", "fp32"),
             "strides": self._layout(),
             **_SUMS,
+            "sums": Sums(
+                dq="*fp32" if self.is_whole else "constexpr",
+                dstrip="*fp32" if self.is_whole and form.HAS_BIAS else "constexpr",
+            ),
         }
         if self.kernel == "dquery" and self.constants["DBIAS"] != "fixed":
             types["fixed_unit_ptr"] = "constexpr"
@@ -211,6 +234,7 @@ class Variant:
         """The types of the strides of the tensors that the kernel gets."""
         others = {"forward": ["out"], "hopper_forward": ["out"], "decode": [], "dbias": ["dout"]}
         others |= {"dquery": ["dout", "dq"], "dkey_dvalue": ["dout", "dk", "dv"]}
+        others["dkey_dvalue"] += ["dq"] if self.is_whole else []
         tensors = dict.fromkeys(["q", "k", "v", *others[self.kernel]], Strides("i32", "i32", "constexpr", "constexpr"))
         absent = dict.fromkeys(Layout._fields, "constexpr")
         return Layout(**{**absent, **tensors, "strip": StripStrides("i32", "i32")})
@@ -271,6 +295,17 @@ def shipped_variants(target: str) -> Iterator[Variant]:
             yield Variant(kernel, target, torch.bfloat16, 64, "covering", changes=gathered)
 
 
+def whole_variants(target: str) -> Iterator[Variant]:
+    """The forms of `dkey_dvalue_kernel` as the whole backward pass, where it is that."""
+    whole = {"IS_WHOLE": True}
+    for head_dim in (64, 128):
+        if configs.backward_config(target_of(target), torch.bfloat16, head_dim) is not None:
+            yield Variant("dkey_dvalue", target, torch.bfloat16, head_dim, changes=whole)
+            yield Variant("dkey_dvalue", target, torch.bfloat16, head_dim, "none", changes=whole)
+            yield Variant("dkey_dvalue", target, torch.bfloat16, head_dim - 16, changes={**RAGGED, **whole})
+            yield Variant("dkey_dvalue", target, torch.bfloat16, head_dim, "covering", changes={**PACKED, **whole})
+
+
 def main_variants(target: str) -> Iterator[Variant]:
     """The variants that every version of Triton compiles: bfloat16, head dims of 64 and 128, masked, and packed."""
     for kernel in FOR_ALL:
@@ -282,6 +317,7 @@ def main_variants(target: str) -> Iterator[Variant]:
             yield Variant(kernel, target, torch.bfloat16, 64, "none")
             yield Variant(kernel, target, torch.bfloat16, 64, "covering")
             yield Variant(kernel, target, torch.bfloat16, 64, "none, causal", changes=RAGGED)
+    yield from whole_variants(target)
     if target == "sm_90":
         yield from hopper_variants()
 

@@ -13,9 +13,11 @@ pytestmark = pytest.mark.skipif(
 )
 BY_TILES = {"deterministic": True}
 LAUNCHES = {
-    "all": ("q k v bias", {}, ["prepare", "dquery diagonals", "dkey_dvalue", "fold"]),
+    "all": ("q k v bias", {}, ["prepare", "dkey_dvalue", "fold"]),
     "all, deterministic": ("q k v bias", BY_TILES, ["prepare", "dquery none", "dkey_dvalue", "dbias", "fold"]),
-    "a frozen table": ("q k v", {}, ["prepare", "dquery none", "dkey_dvalue"]),
+    "a frozen table": ("q k v", {}, ["prepare", "dkey_dvalue"]),
+    "a frozen table, deterministic": ("q k v", BY_TILES, ["prepare", "dquery none", "dkey_dvalue"]),
+    "frozen queries": ("k v bias", {}, ["prepare", "dquery diagonals", "dkey_dvalue", "fold"]),
     "queries alone": ("q", {}, ["prepare", "dquery none"]),
     "keys alone": ("k", {}, ["prepare", "dkey_dvalue"]),
     "values alone": ("v", {}, ["prepare", "dkey_dvalue"]),

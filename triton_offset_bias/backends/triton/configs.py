@@ -120,9 +120,25 @@ def needs_far_loop(target: Target) -> bool:
     return target.is_hopper
 
 
-def needs_wait(target: Target, dtype: torch.dtype) -> bool:
-    """Whether kernels must make asynchronous products start and end in one iteration. Triton 3.9 does so by itself."""
+def folds_rows(target: Target, block_d: int) -> bool:
+    """Whether the sums along diagonals add rows in pairs first.
+
+    This halves their way through shared memory, and takes registers that wide heads need without asynchronous products.
+    """
+    return target.is_asynchronous or block_d <= 64
+
+
+def needs_copy(target: Target, dtype: torch.dtype) -> bool:
+    """Whether products that start from the bias must start from a copy. Triton 3.9 makes one by itself."""
     return target.is_hopper and dtype != torch.float32 and TRITON < (3, 9)
+
+
+def needs_wait(target: Target, dtype: torch.dtype, is_whole: bool = False) -> bool:
+    """Whether kernels must make asynchronous products start and end in one iteration.
+
+    Triton 3.9 does so by itself, but not in the backward pass that is one kernel (`is_whole`).
+    """
+    return target.is_hopper and dtype != torch.float32 and (is_whole or TRITON < (3, 9))
 
 
 def forward_config(target: Target, dtype: torch.dtype, block_d: int, has_positions: bool = False) -> Config:
@@ -170,6 +186,20 @@ def dkey_dvalue_config(target: Target, dtype: torch.dtype, block_d: int) -> Conf
     if target.is_asynchronous and dtype != torch.float32 and 64 < block_d <= 128:
         return Config(32, 64, 4, 3)  # 64 queries would spill
     return dquery_config(target, dtype, block_d)
+
+
+def backward_config(target: Target, dtype: torch.dtype, block_d: int) -> Config | None:
+    """Launch configuration of `dkey_dvalue_kernel` as the whole backward pass; None where two kernels are faster.
+
+    One kernel computes five products a tile instead of seven. In return programs add dQ atomically. Modelled cycles
+    decide, since no device has: docs/gpu.md has them.
+    """
+    if dtype == torch.float32 or block_d > 128:
+        return None
+    if target.backend == "interpreter" or target.is_hopper:
+        return Config(64, 128, 8, 2)
+    is_a100 = target.backend == "cuda" and not target.is_blackwell and target.shared_memory >= 160 * KIB
+    return Config(64, 64, 4, 2) if is_a100 else None
 
 
 def least_shared_memory(dtype: torch.dtype, block_d: int) -> int:

@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 
 from triton_offset_bias.backends.triton import configs
-from triton_offset_bias.backends.triton.kernels.arguments import Form, Loops
+from triton_offset_bias.backends.triton.kernels.arguments import Form, Loops, Wanted
 from triton_offset_bias.backends.triton.target import current_target
 
 AUTOTUNE_VARIABLE = "TRITON_OFFSET_BIAS_AUTOTUNE"
@@ -93,7 +93,8 @@ def blocked_launch(
         others: the size that a program loops over, in tiles that may leave a rest: "len_q" | "len_k".
         numbers: the arguments after the pointers, by position.
         constants: the kernel's other constants, `FORM` and `LOOPS` among them.
-        added_to: the name of the argument that the kernel adds to, if it does: tuning runs it several times.
+        added_to: the name of the argument that the kernel adds to, if it does: tuning runs it several times. It is a
+            tensor, or a tuple of tensors.
     """
     heads, rows, axis = blocks
     if is_tuned() and _name(kernel) in configs.CANDIDATES:
@@ -131,13 +132,16 @@ class TunedLaunch:
 def with_rest(arguments: dict[str, Any], others: str) -> Loops:
     """The loops, with REST where tiles may leave a rest, as in sequences whose lengths the host does not know.
 
-    The lengths of both sides count, but for decoding: without a rest, kernels take both for multiples of 16.
+    The lengths of both sides count, but for decoding: without a rest, kernels take both for multiples of 16. Where they
+    add to sums that programs share, blocks of keys must leave no rest either.
     """
     block = arguments["BLOCK"] if "BLOCK" in arguments else arguments[{"len_q": "BLOCK_M", "len_k": "BLOCK_N"}[others]]
     form = arguments["FORM"]
     is_unknown = form.IS_PACKED.value or (form.HAS_LENGTHS.value and others == "len_k")
     is_odd = "num_splits" not in arguments and (arguments["len_q"] % 16 != 0 or arguments["len_k"] % 16 != 0)
-    has_rest = is_unknown or is_odd or arguments[others] % block != 0
+    adds = "WANTED" in arguments and (arguments["WANTED"].DQ.value or arguments["WANTED"].DBIAS.value)
+    has_ragged_keys = adds and arguments["len_k"] % arguments["BLOCK_N"] != 0
+    has_rest = is_unknown or is_odd or has_ragged_keys or arguments[others] % block != 0
     return arguments["LOOPS"]._replace(REST=tl.constexpr(has_rest))
 
 
@@ -176,23 +180,31 @@ def _tuned(kernel: Any, others: str, added_to: str | None) -> Any:
 
 
 def _with_room(name: str, candidates: list[Any], arguments: dict[str, Any], **constants: Any) -> list[Any]:
-    """The candidates for which shared memory may have room; the smallest has none of the stages that take it."""
+    """The candidates that the kernel can take, and for which shared memory may have room.
+
+    The smallest has none of the stages that take room.
+    """
+    sums_diagonals = "WANTED" in constants and constants["WANTED"].DBIAS.value
     dtype, block_d = arguments["inputs"].q.dtype, constants["FORM"].BLOCK_D.value
 
     def may_fit(candidate: Any) -> bool:
         rows, columns = (candidate.kwargs.get(size, candidate.kwargs.get("BLOCK")) for size in ("BLOCK_M", "BLOCK_N"))
         config = configs.Config(rows, columns, candidate.num_warps, candidate.num_stages)
+        if sums_diagonals and columns % rows != 0:
+            return False
         return configs.may_fit(name, config, current_target(), dtype, block_d)
 
     return [candidate for candidate in candidates if may_fit(candidate)]
 
 
 def _plain(x: Any) -> Any:
-    """The plain values of a `Form` or `Loops`; anything else as it is."""
-    return tuple(member.value for member in x) if isinstance(x, Form | Loops) else x
+    """The plain values of a tuple of constants; anything else as it is."""
+    return tuple(member.value for member in x) if isinstance(x, Form | Loops | Wanted) else x
 
 
 def _forget(added_to: str, arguments: dict[str, Any], reset_only: bool = False) -> None:
     """Zeroes, before each run of a candidate, the sums of the last run."""
-    if arguments.get(added_to) is not None:
-        arguments[added_to].zero_()
+    sums = arguments.get(added_to)
+    for x in sums if isinstance(sums, tuple) else (sums,):
+        if x is not None:
+            x.zero_()

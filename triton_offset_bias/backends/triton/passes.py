@@ -1,12 +1,13 @@
 """The launches of a forward and of a backward pass, and the memory that they allocate."""
 
 import torch
+import triton.language as tl
 from torch import Tensor
 
 from triton_offset_bias.backends.triton import configs, hopper
 from triton_offset_bias.backends.triton.call import Call
 from triton_offset_bias.backends.triton.dbias_sum import DbiasSum, fold_offsets, fold_strip
-from triton_offset_bias.backends.triton.kernels.arguments import Outputs, Parts, Rows
+from triton_offset_bias.backends.triton.kernels.arguments import Outputs, Parts, Rows, Sums, Wanted, constants
 from triton_offset_bias.backends.triton.kernels.backward_bias import dbias_kernel
 from triton_offset_bias.backends.triton.kernels.backward_keys import dkey_dvalue_kernel
 from triton_offset_bias.backends.triton.kernels.backward_queries import dquery_kernel
@@ -64,13 +65,19 @@ def backward(
     needs_dbias = needs_dbias and problem.bias is not None
     is_by_tiles = needs_dbias and problem.deterministic and problem.query_positions is None
     added = DbiasSum(call) if needs_dbias and not is_by_tiles else None
-    dout, rows = prepare_backward(call, out, row_max, row_sum, dout, dlse, added)
+    has_keys = dkey is not None or dvalue is not None
+    is_whole = dquery is not None and has_keys and _is_one_kernel(call, added)
+    dq_sum = torch.empty_like(dquery, dtype=torch.float32) if dquery is not None and is_whole else None
+    dout, rows = prepare_backward(call, out, row_max, row_sum, dout, dlse, added, dq_sum)
     if added is not None:
         added.find_unit(row_sum, dout, dlse)
-    if dquery is not None or added is not None:
+    if not is_whole and (dquery is not None or added is not None):
         _launch_dquery(call, dout, rows, dquery, added)
-    if dkey is not None or dvalue is not None:
-        _launch_dkey_dvalue(call, dout, rows, dkey, dvalue)
+    if has_keys:
+        sums = Sums(dq_sum, added.sums if added is not None and is_whole else None)
+        _launch_dkey_dvalue(call, dout, rows, dkey, dvalue, sums)
+    if dquery is not None and dq_sum is not None:
+        torch.mul(dq_sum, call.plan.factors.scale * call.plan.query_factor, out=dquery)
     if is_by_tiles:
         return fold_offsets(call, _launch_dbias(call, dout, rows), problem.reachable_offsets[0])
     return None if added is None else fold_strip(call, added.total())
@@ -107,11 +114,11 @@ def _decode_launch(plan: Plan, splits: int) -> Launch | TunedLaunch:
 def _combine_launch(plan: Plan, out: Tensor, splits: int) -> Launch:
     block_s, block_dv = configs.combine_block(splits), padded(out)
     numbers = (plan.strides(out), plan.num_heads, plan.len_q, out.shape[2], plan.batch, splits)
-    constants = {
+    named = {
         **{"HEAD_DIM_V": out.shape[3], "BLOCK_DV": block_dv, "IS_PACKED": plan.is_packed, "BLOCK_S": block_s},
         **{"num_warps": configs.combine_warps(block_s, block_dv), "enable_fp_fusion": True},
     }
-    return Launch(combine_kernel, plan.batch * plan.num_heads * plan.len_q, numbers, constants)
+    return Launch(combine_kernel, plan.batch * plan.num_heads * plan.len_q, numbers, named)
 
 
 def _launch_dquery(call: Call, dout: Tensor, rows: Rows, dquery: Tensor | None, added: DbiasSum | None) -> None:
@@ -131,27 +138,47 @@ def _dquery_launch(plan: Plan, dout: Tensor, dquery: Tensor | None, how: str, co
     config = configs.dquery_config(plan.target, plan.dtype, plan.block_d)
     layout = plan.layout(dout=dout, dq=dquery)
     numbers = (layout, *plan.integers, plan.factors, plan.largest_dropped, copy_stride)
-    constants = {"FORM": plan.form, "LOOPS": plan.loops, "HAS_DQ": dquery is not None, "DBIAS": how}
+    named = {"FORM": plan.form, "LOOPS": plan.loops, "HAS_DQ": dquery is not None, "DBIAS": how}
     blocks = (plan.batch * plan.num_heads, plan.len_q, "BLOCK")
-    return blocked_launch(dquery_kernel, config, blocks, "len_k", numbers, constants, added_to="dstrip_ptr")
+    return blocked_launch(dquery_kernel, config, blocks, "len_k", numbers, named, added_to="dstrip_ptr")
 
 
-def _launch_dkey_dvalue(call: Call, dout: Tensor, rows: Rows, dkey: Tensor | None, dvalue: Tensor | None) -> None:
-    """Launches `dkey_dvalue_kernel`, which writes dK and dV, each where it is not None."""
+def _is_one_kernel(call: Call, added: DbiasSum | None) -> bool:
+    """Whether one kernel is to compute all gradients. Its sums depend on the order of programs."""
+    plan, problem = call.plan, call.problem
+    if problem.deterministic or plan.has_positions or (added is not None and added.how != "diagonals"):
+        return False
+    return configs.backward_config(plan.target, plan.dtype, plan.block_d) is not None
+
+
+def _launch_dkey_dvalue(
+    call: Call, dout: Tensor, rows: Rows, dkey: Tensor | None, dvalue: Tensor | None, sums: Sums
+) -> None:
+    """Launches `dkey_dvalue_kernel`, which writes dK and dV and adds to `sums`, each where it is not None."""
     plan = call.plan
-    key = (dkey_dvalue_kernel, dout.stride(), *(None if x is None else x.stride() for x in (dkey, dvalue)))
-    launch = plan.launch(key, lambda: _dkey_dvalue_launch(plan, dout, dkey, dvalue))
-    launch(call.is_aligned, call.inputs, dout, rows, dkey, dvalue)
+    strides = (None if x is None else x.stride() for x in (dkey, dvalue, sums.dq))
+    launch = plan.launch(
+        (dkey_dvalue_kernel, dout.stride(), sums.dstrip is None, *strides),
+        lambda: _dkey_dvalue_launch(plan, dout, dkey, dvalue, sums),
+    )
+    launch(call.is_aligned, call.inputs, dout, rows, dkey, dvalue, sums)
 
 
-def _dkey_dvalue_launch(plan: Plan, dout: Tensor, dkey: Tensor | None, dvalue: Tensor | None) -> Launch | TunedLaunch:
+def _dkey_dvalue_launch(
+    plan: Plan, dout: Tensor, dkey: Tensor | None, dvalue: Tensor | None, sums: Sums
+) -> Launch | TunedLaunch:
     config = configs.dkey_dvalue_config(plan.target, plan.dtype, plan.block_d)
-    layout = plan.layout(dout=dout, dk=dkey, dv=dvalue)
+    form = plan.form
+    if sums.dq is not None:
+        config = configs.backward_config(plan.target, plan.dtype, plan.block_d) or config
+        waits = configs.needs_wait(plan.target, plan.dtype, is_whole=True)
+        form = form._replace(WAIT=tl.constexpr(waits))
+    wanted = Wanted(*constants(x is not None for x in (sums.dq, dkey, dvalue, sums.dstrip)))
+    layout = plan.layout(dout=dout, dq=sums.dq, dk=dkey, dv=dvalue)
     numbers = (layout, *plan.integers, plan.factors, plan.largest_dropped)
-    outputs = {"HAS_DK": dkey is not None, "HAS_DV": dvalue is not None}
-    constants = {"FORM": plan.form, "LOOPS": plan.loops, **outputs}
+    named = {"FORM": form, "LOOPS": plan.loops, "WANTED": wanted}
     blocks = (plan.batch * plan.key_heads, plan.len_k, "BLOCK_N")
-    return blocked_launch(dkey_dvalue_kernel, config, blocks, "len_q", numbers, constants)
+    return blocked_launch(dkey_dvalue_kernel, config, blocks, "len_q", numbers, named, added_to="sums")
 
 
 def _launch_dbias(call: Call, dout: Tensor, rows: Rows) -> Tensor:
@@ -171,8 +198,8 @@ def _launch_dbias(call: Call, dout: Tensor, rows: Rows) -> Tensor:
         numbers = (plan.layout(dout=dout), *plan.integers, plan.factors, plan.largest_dropped, *diagonals)
         known = {"FORM": plan.form, "LOOPS": plan.loops, "BLOCK": block, "len_q": plan.len_q, "len_k": plan.len_k}
         loops = with_rest(known, "len_k")
-        constants = {"FORM": plan.form, "LOOPS": loops, "BLOCK": block, **config.options}
-        return Launch(dbias_kernel, bias_batch * bias_heads * distances, numbers, constants)
+        named = {"FORM": plan.form, "LOOPS": loops, "BLOCK": block, **config.options}
+        return Launch(dbias_kernel, bias_batch * bias_heads * distances, numbers, named)
 
     launch = plan.launch((dbias_kernel, dout.stride()), make)
     launch(call.is_aligned, call.inputs, dout, rows, parts)

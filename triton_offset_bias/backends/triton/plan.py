@@ -109,6 +109,8 @@ class Plan:
             SPLIT_LSE=query.dtype == torch.float32,
             USE_ASM=self.target.backend == "cuda",
             PRECISION=precision(self.target, query.dtype),
+            FOLD=configs.folds_rows(self.target, self.block_d),
+            COPY=configs.needs_copy(self.target, query.dtype),
             WAIT=configs.needs_wait(self.target, query.dtype),
         )
         return Form(*constants(form))

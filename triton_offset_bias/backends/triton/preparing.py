@@ -27,8 +27,10 @@ def prepare_forward(call: Call, outputs: Outputs) -> None:
     if call.strip is not None:
         # No program has rows, so all tensors but the strip are dummies.
         rows = Rows(outputs.row_max, outputs.row_max, outputs.row_max)
-        results = Results(outputs.out, outputs.out, outputs.row_max, outputs.row_sum, clean_dout=outputs.out)
-        _launch(call, call.strip, results, rows, sums_width=0, row_programs=0, rows_cleaned=0)
+        results = Results(
+            *(outputs.out, outputs.out, outputs.row_max, outputs.row_sum, None, outputs.out), dq_sum=outputs.row_max
+        )
+        _launch(call, call.strip, results, rows, sums_width=0, row_programs=0, rows_cleaned=0, rows_zeroed=0)
 
 
 def prepare_backward(
@@ -39,8 +41,9 @@ def prepare_backward(
     dout: Tensor,
     dlse: Tensor | None,
     added: DbiasSum | None,
+    dq_sum: Tensor | None,
 ) -> tuple[Tensor, Rows]:
-    """Has the strip filled, its sums zeroed, the rows prepared; returns dO as the sweeps take it, and the `Rows`."""
+    """Has the strip filled, sums zeroed, the rows prepared; returns dO as the sweeps take it, and the `Rows`."""
     strip = call.plan.strip
     batch, heads, length = row_max.shape
     lse, delta = (row_max.new_empty(batch, heads, -(-length // 16) * 16) for _ in range(2))
@@ -49,11 +52,12 @@ def prepare_backward(
     _launch(
         call,
         call.strip if added is None else added.sums,
-        Results(out, dout, row_max, row_sum, dlse, clean),
+        Results(out, dout, row_max, row_sum, dlse, clean, row_max if dq_sum is None else dq_sum),
         rows,
         sums_width=0 if added is None else strip.shape[-1],
         row_programs=batch * heads * -(-length // _PREPARE_ROWS),
         rows_cleaned=length if strip.may_leave_rows_empty else 0,
+        rows_zeroed=0 if dq_sum is None else length,
     )
     return clean, rows
 
@@ -67,36 +71,41 @@ def _launch(
     sums_width: int,
     row_programs: int,
     rows_cleaned: int,
+    rows_zeroed: int,
 ) -> None:
     """Launches `prepare_kernel`, and before it the kernel that finds the constants of a float32 table's rows."""
     plan = call.plan
     if call.constants is not None:
         launch = plan.launch(constants_kernel, lambda: _constants_launch(plan))
         launch(call.is_aligned, call.problem.bias, call.constants)
-    numbers = (sums_width, row_programs, rows_cleaned)
-    key = (
-        prepare_kernel,
-        results.dlse is None,
-        numbers,
-        *(getattr(results, x).stride() for x in ResultStrides._fields),
+    # A tensor that the kernel does not touch has the strides of one that it does: it costs no kernel of its own.
+    touched = results if rows_zeroed > 0 else results._replace(dq_sum=results.out)
+    numbers = (sums_width, row_programs, rows_cleaned, rows_zeroed)
+    launch = plan.launch(
+        (prepare_kernel, results.dlse is None, numbers, *(getattr(touched, x).stride() for x in ResultStrides._fields)),
+        lambda: _prepare_launch(plan, touched, *numbers),
     )
-    launch = plan.launch(key, lambda: _prepare_launch(plan, results, *numbers))
     table = Table(call.problem.bias, call.strip if call.constants is None else call.constants, call.strip, sums)
     launch(call.is_aligned, table, results, rows)
 
 
-def _prepare_launch(plan: Plan, results: Results, sums_width: int, row_programs: int, rows_cleaned: int) -> Launch:
+def _prepare_launch(
+    plan: Plan, results: Results, sums_width: int, row_programs: int, rows_cleaned: int, rows_zeroed: int
+) -> Launch:
     strip, out = plan.strip, results.out
     strides = ResultStrides(*(plan.strides(getattr(results, name)) for name in ResultStrides._fields))
     numbers = (
         strides, *strip.table_strides, strip.num_columns, *strip.columns, sums_width,
-        strip.shape[1], plan.num_heads, out.shape[2], rows_cleaned, strip.programs, strip.unit, strip.limit,
+        strip.shape[1], plan.num_heads, out.shape[2], rows_cleaned, rows_zeroed,
+        strip.programs, strip.unit, strip.limit,
     )  # fmt: skip
     form = PrepareForm(
         HAS_BIAS=plan.form.HAS_BIAS.value,
         HAS_CONSTANTS=strip.has_constants,
         IS_ZERO_BEYOND=strip.is_zero_beyond,
+        HEAD_DIM=plan.form.HEAD_DIM.value,
         HEAD_DIM_V=out.shape[3],
+        BLOCK_D=plan.form.BLOCK_D.value,
         BLOCK_DV=padded(out),
         HAS_DLSE=results.dlse is not None,
         SPLIT_LSE=plan.form.SPLIT_LSE.value,

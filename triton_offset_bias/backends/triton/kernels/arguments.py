@@ -53,6 +53,14 @@ class Results(NamedTuple):
     row_sum: Any
     dlse: Any = None  # None if nobody asks for its gradient
     clean_dout: Any = None  # dO without the rows that attend to nothing
+    dq_sum: Any = None  # float32, see `Sums`
+
+
+class Sums(NamedTuple):
+    """Pointers to float32 sums that many programs add to; None where nobody asks for them."""
+
+    dq: Any = None  # of dQ / scale, (B, H, M, D)
+    dstrip: Any = None  # of the strip's gradient
 
 
 class Parts(NamedTuple):
@@ -136,6 +144,7 @@ class ResultStrides(NamedTuple):
     out: Any
     dout: Any
     clean_dout: Any
+    dq_sum: Any
 
 
 class Columns(NamedTuple):
@@ -166,7 +175,7 @@ INTEGERS = [
     *(name for fields in (Sizes, Bounds) for name in fields._fields if name != "group"),
     *("largest_dropped", "batch", "num_splits", "bias_batch", "bias_heads", "first_distance", "num_distances"),
     *("stride_b", "stride_h", "stride_n", "stride_row", "num_columns", "width", "first", "begin", "end"),
-    *("sums_width", "strip_programs", "rows_cleaned", "copy_stride"),
+    *("sums_width", "strip_programs", "rows_cleaned", "rows_zeroed", "copy_stride"),
 ]
 
 
@@ -190,7 +199,18 @@ class Form(NamedTuple):
     SPLIT_LSE: Any  # whether a row's log of the sum is kept apart from its maximum
     USE_ASM: Any  # whether the bias is loaded by inline assembly
     PRECISION: Any  # of products, see `tiles.product`
+    FOLD: Any  # whether rows are added in pairs before diagonals are summed, see `tiles.fold_rows`
+    COPY: Any  # whether products start from a copy of the bias, see `tiles.started_from`
     WAIT: Any  # whether products must end in their iteration, see `tiles.waited_for`
+
+
+class Wanted(NamedTuple):
+    """The gradients that `dkey_dvalue_kernel` computes."""
+
+    DQ: Any
+    DK: Any
+    DV: Any
+    DBIAS: Any
 
 
 class PrepareForm(NamedTuple):
@@ -199,7 +219,9 @@ class PrepareForm(NamedTuple):
     HAS_BIAS: Any
     HAS_CONSTANTS: Any  # see `Strip`
     IS_ZERO_BEYOND: Any  # whether offsets outside of the table have no bias
+    HEAD_DIM: Any
     HEAD_DIM_V: Any
+    BLOCK_D: Any
     BLOCK_DV: Any
     HAS_DLSE: Any
     SPLIT_LSE: Any
@@ -247,12 +269,14 @@ class KeyTiles(NamedTuple):
 
 
 class QueryTiles(NamedTuple):
-    """A sequence's queries, their dO and their `Rows`: pointers to the first tile, and strides to the next rows."""
+    """A sequence's queries, dO, sums of dQ and `Rows`: pointers to the first tile, and strides to the next rows."""
 
     q_ptrs: Any
     dout_ptrs: Any
+    dq_ptrs: Any
     stride_q: Any
     stride_dout: Any
+    stride_dq: Any
     row_ptrs: Any  # Rows
     positions_ptr: Any
     length: Any

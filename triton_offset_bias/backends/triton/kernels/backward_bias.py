@@ -108,5 +108,5 @@ def dbias_kernel(
             total += p * (dp * slope_weights(stats, FORM)[:, None] - stats.delta[:, None])
     none = tl.zeros([BLOCK, BLOCK], tl.float32)
     parts_ptr += tl.program_id(0).to(tl.int64) * (2 * BLOCK)
-    tl.store(parts_ptr + rows, sum_diagonals(total, none, BLOCK))
-    tl.store(parts_ptr + BLOCK + rows, sum_diagonals(none, total, BLOCK))
+    tl.store(parts_ptr + rows, sum_diagonals(total, none, False, BLOCK, BLOCK))
+    tl.store(parts_ptr + BLOCK + rows, sum_diagonals(none, total, False, BLOCK, BLOCK))

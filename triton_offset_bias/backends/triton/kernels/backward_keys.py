@@ -1,6 +1,9 @@
 """The backward pass by blocks of keys; its mathematics are in `backward_queries`:
 
-dK = scale dS^T Q      dV = (Z * P)^T dO
+    dK = scale dS^T Q      dV = (Z * P)^T dO
+
+Where `configs.backward_config` says so, the kernel computes all gradients: five products a tile instead of the seven of
+two kernels. Programs then share dQ as well as dbias, and add their parts atomically to float32 sums.
 """
 
 import triton
@@ -41,12 +44,17 @@ from triton_offset_bias.backends.triton.kernels.scores import (
     scoring_of,
     shift_in_strip,
     slope_weights,
+    strip_of_head,
 )
 from triton_offset_bias.backends.triton.kernels.tiles import (
+    add_tile,
     first_element,
     load_tile,
+    next_diagonals,
+    no_diagonals,
     product,
     store_tile,
+    thread_sums,
     tile_ptrs,
     waited_for,
 )
@@ -54,15 +62,21 @@ from triton_offset_bias.backends.triton.kernels.tiles import (
 
 @triton.jit
 def sweep_queries(
-    dk, dv, block, queries, scoring, begin, end, dropping,
-    FORM: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, PART: tl.constexpr,
+    dk, dv, block, queries, scoring, dstrip_ptr, begin, end, dropping,
+    FORM: tl.constexpr, WANTED: tl.constexpr, HAS_KEEP: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, PART: tl.constexpr,
 ):  # fmt: skip
-    """Adds the queries [begin, end) to dK and dV of a block of keys; scores are transposed, (keys, queries)."""
+    """Adds the queries [begin, end) to dK and dV of a block of keys; scores are transposed, (keys, queries).
+
+    dQ and dbias, if they are `WANTED`, are added to the sums that all programs share. dstrip_ptr points to offset 0.
+    """
     IS_NEAR: tl.constexpr = PART != FAR_LEFT and PART != FAR_RIGHT
     EVEN_M: tl.constexpr = PART != REST
     columns = tl.arange(0, BLOCK_M).to(tl.int64)
     unit = score_unit(scoring.scale_log2, FORM, IS_NEAR)
     bias = far_bias(scoring, far_offset(scoring.bounds, PART), FORM, IS_NEAR)  # bits
+    far_sum = tl.zeros([BLOCK_N, 4], tl.float32)
+    previous, carried = no_diagonals(BLOCK_N, BLOCK_M, FORM.FOLD)
     for start_m in range(begin, end, BLOCK_M):
         start_m = tl.multiple_of(start_m, BLOCK_M)
         offs_m = start_m + tl.arange(0, BLOCK_M)
@@ -78,7 +92,7 @@ def sweep_queries(
         if FORM.HAS_BIAS and not EVEN_M:
             shift = shift_in_strip(shift, scoring.bounds)
         s = score_tile(
-            block.k, q.T, scoring, shift, block.rows, columns, block.keep[:, None], FORM, IS_NEAR, FORM.HAS_MASK
+            block.k, q.T, scoring, shift, block.rows, columns, block.keep[:, None], FORM, IS_NEAR, HAS_KEEP
         )  # (BLOCK_N, BLOCK_M)
         p = probabilities(s, unit, bias, stats.lse[None, :], stats.log_sum[None, :], FORM, IS_NEAR)
         z = 1.0
@@ -88,21 +102,43 @@ def sweep_queries(
         dv = product((p * z).to(dout.dtype), dout, dv, FORM.PRECISION)
         dp = product(block.v, dout.T, None, FORM.PRECISION) * z
         ds = p * (dp * slope_weights(stats, FORM)[None, :] - stats.delta[None, :])
-        dk = waited_for(product(ds.to(q.dtype), q, dk, FORM.PRECISION), FORM.WAIT)
+        if WANTED.DBIAS and not IS_NEAR:
+            far_sum += thread_sums(ds, BLOCK_N, BLOCK_M)
+        elif WANTED.DBIAS:
+            diagonals, previous, carried = next_diagonals(previous, carried, ds, BLOCK_N, BLOCK_M, FORM.FOLD)
+            tl.atomic_add(dstrip_ptr + shift - tl.arange(0, BLOCK_N), diagonals, sem="relaxed")
+        ds = ds.to(q.dtype)
+        dk = product(ds, q, dk, FORM.PRECISION)
+        if WANTED.DQ:
+            dq = product(ds.T, block.k, None, FORM.PRECISION)
+            dq_ptrs = queries.dq_ptrs + step * queries.stride_dq
+            add_tile(dq_ptrs, dq, offs_m, queries.length, EVEN_M, FORM.HEAD_DIM, FORM.USE_ASM)
+        dk = waited_for(dk, FORM.WAIT)
+    if WANTED.DBIAS and IS_NEAR:
+        none = tl.zeros([BLOCK_N, BLOCK_M], tl.float32)
+        diagonals, _, _ = next_diagonals(previous, carried, none, BLOCK_N, BLOCK_M, FORM.FOLD)
+        shift = shift_in_strip(end - BLOCK_M - block.start, scoring.bounds) + BLOCK_M
+        tl.atomic_add(dstrip_ptr + shift - tl.arange(0, BLOCK_N), diagonals, sem="relaxed")
+    elif WANTED.DBIAS:
+        tl.atomic_add(dstrip_ptr + far_offset(scoring.bounds, PART), tl.sum(tl.sum(far_sum, 1), 0), sem="relaxed")
     return dk, dv
 
 
 @triton.jit(do_not_specialize=INTEGERS)
 def dkey_dvalue_kernel(
-    inputs, dout_ptr, row_ptrs, dk_ptr, dv_ptr,
-    strides,
+    inputs, dout_ptr, row_ptrs, dk_ptr, dv_ptr, sums, strides,
     num_heads, len_q, len_k, rows_q, rows_k,
     zero, band_lo, band_hi, near_lo, near_hi,
     factors, largest_dropped,
-    FORM: tl.constexpr, LOOPS: tl.constexpr, HAS_DK: tl.constexpr, HAS_DV: tl.constexpr,
+    FORM: tl.constexpr, LOOPS: tl.constexpr, WANTED: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """dK and dV of a block of keys of one key head, from every query head that shares it."""
+    """Writes dK and dV of a block of keys of one key head, from every query head that shares it.
+
+    It adds the block's parts of dQ and dbias to `sums`, if they are WANTED. For dbias BLOCK_N must be a multiple of
+    BLOCK_M, see `next_diagonals`. What keys beyond the last would add must be masked; without a rest there are none.
+    """
+    HAS_KEEP: tl.constexpr = FORM.HAS_MASK or (LOOPS.REST and (WANTED.DQ or WANTED.DBIAS))
     BLOCK_D: tl.constexpr = FORM.BLOCK_D
     BLOCK_DV: tl.constexpr = FORM.BLOCK_DV
     sizes, bounds = counted(
@@ -144,25 +180,32 @@ def dkey_dvalue_kernel(
         q_ptrs = tile_ptrs(q_ptr + h * strides.q.h, offs_m, strides.q.row, strides.q.d, FORM.BLOCK_D)
         dout_ptrs = tile_ptrs(dout_ptr + h * strides.dout.h, offs_m, strides.dout.row, strides.dout.d, FORM.BLOCK_DV)
         rows_of_queries = rows_of_head(row_ptrs, first_row + h * row_stride(sizes.rows_q))
-        queries = QueryTiles(q_ptrs, dout_ptrs, strides.q.row, strides.dout.row, rows_of_queries, positions_ptr, len_q)
+        dq_ptrs, dq_row = 0, 0
+        if WANTED.DQ:
+            dq_ptr = sums.dq + first_element(strides.dq, b, h, sequence.first_q)
+            dq_ptrs, dq_row = tile_ptrs(dq_ptr, offs_m, strides.dq.row, strides.dq.d, FORM.BLOCK_D), strides.dq.row
+        queries = QueryTiles(
+            q_ptrs, dout_ptrs, dq_ptrs, strides.q.row, strides.dout.row, dq_row, rows_of_queries, positions_ptr, len_q
+        )
+        dstrip_ptr = strip_of_head(sums.dstrip, b, h, strides.strip, sequence.bounds.zero, WANTED.DBIAS)
         scoring = scoring_of(inputs, b, h, strides.strip, sequence.bounds, factors.scale_log2, FORM)
         dropping = Dropping(seed, (b * sizes.num_heads + h).to(tl.int32), largest_dropped, factors.kept_scale)
         for index in tl.static_range(4):  # queries go up, so their offsets do: far right of the query comes first
             if LOOPS[(FAR_RIGHT, NEAR, FAR_LEFT, REST)[index]]:
                 dk, dv = sweep_queries(
-                    dk, dv, block, queries, scoring, edges[index], edges[index + 1], dropping,
-                    FORM, BLOCK_M, BLOCK_N, (FAR_RIGHT, NEAR, FAR_LEFT, REST)[index],
+                    dk, dv, block, queries, scoring, dstrip_ptr, edges[index], edges[index + 1], dropping,
+                    FORM, WANTED, HAS_KEEP, BLOCK_M, BLOCK_N, (FAR_RIGHT, NEAR, FAR_LEFT, REST)[index],
                 )  # fmt: skip
 
     if FORM.HAS_LENGTHS:  # what lies beyond has the gradient 0
         exists = (offs_n < len_k)[:, None]
         dk, dv = tl.where(exists, dk, 0.0), tl.where(exists, dv, 0.0)
         len_k = sizes.len_k
-    if HAS_DK:
+    if WANTED.DK:
         dk_ptr += first_element(strides.dk, b, head_kv.h, sequence.first_k)
         dk_ptrs = tile_ptrs(dk_ptr, offs_n, strides.dk.row, strides.dk.d, FORM.BLOCK_D)
         store_tile(dk_ptrs, dk * factors.scale, offs_n, len_k, FORM.HEAD_DIM, FORM.BLOCK_D)
-    if HAS_DV:
+    if WANTED.DV:
         dv_ptr += first_element(strides.dv, b, head_kv.h, sequence.first_k)
         dv_ptrs = tile_ptrs(dv_ptr, offs_n, strides.dv.row, strides.dv.d, FORM.BLOCK_DV)
         store_tile(dv_ptrs, dv, offs_n, len_k, FORM.HEAD_DIM_V, FORM.BLOCK_DV)

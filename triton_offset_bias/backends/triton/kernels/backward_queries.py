@@ -52,9 +52,10 @@ from triton_offset_bias.backends.triton.kernels.tiles import (
     add_nonzero,
     first_element,
     load_tile,
+    next_diagonals,
+    no_diagonals,
     product,
     store_tile,
-    sum_diagonals,
     tile_ptrs,
     waited_for,
 )
@@ -103,7 +104,7 @@ def sweep_keys(
     columns = -tl.arange(0, BLOCK).to(tl.int64)
     unit = score_unit(scoring.scale_log2, FORM, IS_NEAR)
     bias = far_bias(scoring, far_offset(scoring.bounds, PART), FORM, IS_NEAR)  # bits
-    previous = tl.zeros([BLOCK, BLOCK], tl.float32)
+    previous, carried = no_diagonals(BLOCK, BLOCK, FORM.FOLD)
     for start_n in range(begin, end, BLOCK):
         start_n = tl.multiple_of(start_n, BLOCK)
         offs_n = start_n + tl.arange(0, BLOCK)
@@ -133,9 +134,8 @@ def sweep_keys(
             else:
                 low_sum += ds
         elif DBIAS == "diagonals":
-            diagonals = sum_diagonals(previous, ds, BLOCK)
+            diagonals, previous, carried = next_diagonals(previous, carried, ds, BLOCK, BLOCK, FORM.FOLD)
             tl.atomic_add(dstrip.ptr + shift + tl.arange(0, BLOCK), diagonals, sem="relaxed")
-            previous = ds
         elif DBIAS != "none":
             offset = block.rows[:, None] + columns[None, :]
             if FORM.HAS_POSITIONS:
@@ -145,7 +145,8 @@ def sweep_keys(
                 tl.atomic_add(dstrip.ptr + shift + offset, ds, sem="relaxed")
         dq = waited_for(product(ds.to(k.dtype), k, dq, FORM.PRECISION), FORM.WAIT)
     if DBIAS == "diagonals" and IS_NEAR:
-        diagonals = sum_diagonals(previous, tl.zeros([BLOCK, BLOCK], tl.float32), BLOCK)
+        none = tl.zeros([BLOCK, BLOCK], tl.float32)
+        diagonals, _, _ = next_diagonals(previous, carried, none, BLOCK, BLOCK, FORM.FOLD)
         shift = shift_in_strip(block.start - end + BLOCK, scoring.bounds) - BLOCK
         tl.atomic_add(dstrip.ptr + shift + tl.arange(0, BLOCK), diagonals, sem="relaxed")
     return dq, low_sum, high_sum

@@ -22,7 +22,7 @@ ONE_KEY_PER_BIT = tl.constexpr(2.0**-22)
 def prepare_kernel(
     table, results, rows, strides,
     stride_b, stride_h, stride_n, num_columns, width, first, begin, end, sums_width,
-    bias_heads, num_heads, rows_q, rows_cleaned, strip_programs, unit, limit,
+    bias_heads, num_heads, rows_q, rows_cleaned, rows_zeroed, strip_programs, unit, limit,
     FORM: tl.constexpr, BLOCK: tl.constexpr, BLOCK_M: tl.constexpr,
 ):  # fmt: skip
     """Each of the first `strip_programs` programs fills a block of the strip, each other one prepares a block of rows.
@@ -36,13 +36,14 @@ def prepare_kernel(
             fill_strip(table, tl.program_id(0), bias_heads, columns, unit, limit, FORM, BLOCK)
     else:
         index = tl.program_id(0) - strip_programs
-        prepare_rows(results, rows, index, strides, num_heads, rows_q, rows_cleaned, FORM, BLOCK_M)
+        prepare_rows(results, rows, index, strides, num_heads, rows_q, rows_cleaned, rows_zeroed, FORM, BLOCK_M)
 
 
 @triton.jit
 def prepare_rows(
-    results, rows, index, strides, num_heads, rows_q, rows_cleaned, FORM: tl.constexpr, BLOCK_M: tl.constexpr
-):
+    results, rows, index, strides, num_heads, rows_q, rows_cleaned, rows_zeroed,
+    FORM: tl.constexpr, BLOCK_M: tl.constexpr,
+):  # fmt: skip
     """Writes `Rows` for block `index` of the rows.
 
     A row that attends to nothing gets the log-sum-exp +inf: its P and dS are 0.
@@ -51,7 +52,7 @@ def prepare_rows(
     rounding of 16-bit numbers.
     SPLIT_LSE: rows.lse holds the maximum alone, and log_sum the rest. Their float32 sum would lose digits.
     The first `rows_cleaned` rows of results.clean_dout, all or none, become dO with 0 in rows that attend to nothing,
-    where a loss may have no finite slope.
+    where a loss may have no finite slope. The first `rows_zeroed` rows of results.dq_sum, all or none, become 0.
     """
     num_blocks = tl.cdiv(rows_q, BLOCK_M)
     head = head_of(index // num_blocks, num_heads)
@@ -82,6 +83,11 @@ def prepare_rows(
         delta -= tl.load(results.dlse + row, mask=mask_m, other=0.0)
     tl.store(rows.lse + to_row, tl.where(is_empty, float("inf"), lse_bits), mask=mask_m)
     tl.store(rows.delta + to_row, tl.where(is_empty, 0.0, delta), mask=mask_m)
+    if rows_zeroed > 0:
+        dq_ptr = results.dq_sum + first_element(strides.dq_sum, head.b, head.h, 0)
+        dq_ptrs = tile_ptrs(dq_ptr, offs_m, strides.dq_sum.row, strides.dq_sum.d, FORM.BLOCK_D)
+        zeros = tl.zeros([BLOCK_M, FORM.BLOCK_D], tl.float32)
+        store_tile(dq_ptrs, zeros, offs_m, rows_zeroed, FORM.HEAD_DIM, FORM.BLOCK_D)
     if rows_cleaned > 0:
         clean_ptr = results.clean_dout + first_element(strides.clean_dout, head.b, head.h, 0)
         clean_ptrs = tile_ptrs(clean_ptr, offs_m, strides.clean_dout.row, strides.clean_dout.d, FORM.BLOCK_DV)

@@ -114,7 +114,7 @@ def score_tile(
         else:
             ptrs = (scoring.strip_ptr + shift + rows)[:, None] + columns[None, :]
         if FORM.BIAS_IN_ACC:
-            acc = started_from(bias_tile(ptrs, FORM.USE_ASM), FORM.WAIT)
+            acc = started_from(bias_tile(ptrs, FORM.USE_ASM), FORM.COPY)
     s = product(a, b, acc, FORM.PRECISION)
     if IS_NEAR and FORM.HAS_BIAS and not FORM.BIAS_IN_ACC:
         s = s * scoring.scale_log2 + bias_tile(ptrs, FORM.USE_ASM)
