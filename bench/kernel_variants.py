@@ -23,6 +23,7 @@ from triton_offset_bias.backends.triton.kernels.arguments import (
     Strides,
     StripStrides,
     Sums,
+    TableRows,
     Wanted,
     constants,
 )
@@ -218,6 +219,7 @@ class Variant:
             "row_ptrs": Rows("*fp32", "*fp32", "*fp32"),
             "factors": Factors("fp32", "fp32", "fp32"),
             "strides": self._layout(),
+            "table_rows": TableRows("i32", "i32"),
             **_SUMS,
             "sums": Sums(
                 dq="*fp32" if self.is_whole else "constexpr",

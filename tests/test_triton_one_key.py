@@ -142,15 +142,18 @@ def test_parts_of_the_keys_add_up_to_the_whole_where_a_row_has_one_key_in_a_part
 
 def _gradients_of_part(call, bias_origin: int, keys: slice) -> tuple[torch.Tensor, ...]:
     """The gradients of the keys `keys`, by the operator, with the rows' output, maximum and sum over all keys."""
-    ops = torch.ops.triton_offset_bias
+    forward = torch.ops.triton_offset_bias.attention.default
+    backward = torch.ops.triton_offset_bias.attention_backward.default
     q, k, v, bias = (x.detach() for x in (call.q, call.k, call.v, call.bias))
 
-    def problem(first: int, end: int) -> tuple:
-        tensors = (q, k[:, :, first:end], v[:, :, first:end], bias, *[None] * 7)
-        numbers = (0.25, 0.0, -first, -(2**30), 2**30, bias_origin, "clamp", False, q.shape[2], end - first)
-        return (*tensors, *numbers, "triton")
+    def run(operator, first: int, end: int, **rows) -> tuple[torch.Tensor, ...]:
+        tensors = {"query": q, "key": k[:, :, first:end], "value": v[:, :, first:end], "bias": bias}
+        numbers = {"scale": 0.25, "dropout_p": 0.0, "query_start": -first, "min_offset": -(2**30), "max_offset": 2**30}
+        others = {"bias_origin": bias_origin, "beyond": "clamp", "deterministic": False, "backend": "triton"}
+        lengths = {"max_seqlen_q": q.shape[2], "max_seqlen_k": end - first}
+        given = {**tensors, **numbers, **others, **lengths, **rows}
+        return operator(*[given.get(argument.name) for argument in operator._schema.arguments])
 
-    rows = ops.attention(*problem(0, 9))
-    return ops.attention_backward(
-        call.dout, None, rows[0], rows[2], rows[3], [True] * 4, *problem(keys.start, keys.stop)
-    )
+    out, _, row_max, row_sum = run(forward, 0, 9)
+    rows = {"dout": call.dout, "out": out, "row_max": row_max, "row_sum": row_sum, "needs": [True] * 4}
+    return run(backward, keys.start, keys.stop, **rows)

@@ -48,7 +48,7 @@ class Config:
 _MIN_COPIED_QUERIES, _MAX_COPIED_COLUMNS = 1024, 1024
 MAX_DECODE_ROWS = 64  # queries times heads that share a key head
 _MIN_DECODE_KEYS = 512
-_MIN_KEYS_PER_SPLIT, _MAX_SPLITS = 256, 128
+_MIN_KEYS_PER_SPLIT, _MAX_SPLITS = 256, 128  # also of sums
 
 _SQUARE = [Config(size, size, 4, stages) for size in (32, 64) for stages in (1, 2, 3)]
 _SQUARE += [Config(64, 64, 8, 2), Config(64, 64, 8, 3), Config(128, 128, 8, 1), Config(128, 128, 8, 2)]
@@ -237,6 +237,17 @@ def combine_block(splits: int) -> int:
 def combine_warps(block_s: int, block_d: int) -> int:
     """Warps of `combine_kernel`: one for every 1024 numbers, at least 1 and at most 4."""
     return max(1, min(block_s * block_d // 1024, 4))
+
+
+def num_parts(programs: int, most: int, multiprocessors: int) -> int:
+    """The number of parts that sums in one order are split into: enough for two programs on every multiprocessor.
+
+    Args:
+        programs: the number of programs without splits.
+        most: the number of addends of a program.
+        multiprocessors: the device's.
+    """
+    return max(1, min(-(-2 * multiprocessors // max(programs, 1)), most, _MAX_SPLITS))
 
 
 def num_splits(key_heads: int, keys: int, multiprocessors: int) -> int:

@@ -7,7 +7,15 @@ from torch import Tensor
 from triton_offset_bias.backends.triton import configs, hopper
 from triton_offset_bias.backends.triton.call import Call
 from triton_offset_bias.backends.triton.dbias_sum import DbiasSum, fold_offsets, fold_strip
-from triton_offset_bias.backends.triton.kernels.arguments import Outputs, Parts, Rows, Sums, Wanted, constants
+from triton_offset_bias.backends.triton.kernels.arguments import (
+    Outputs,
+    Parts,
+    Rows,
+    Sums,
+    TableRows,
+    Wanted,
+    constants,
+)
 from triton_offset_bias.backends.triton.kernels.backward_bias import dbias_kernel
 from triton_offset_bias.backends.triton.kernels.backward_keys import dkey_dvalue_kernel
 from triton_offset_bias.backends.triton.kernels.backward_queries import dquery_kernel
@@ -154,30 +162,54 @@ def _is_one_kernel(call: Call, added: DbiasSum | None) -> bool:
 def _launch_dkey_dvalue(
     call: Call, dout: Tensor, rows: Rows, dkey: Tensor | None, dvalue: Tensor | None, sums: Sums
 ) -> None:
-    """Launches `dkey_dvalue_kernel`, which writes dK and dV and adds to `sums`, each where it is not None."""
+    """Launches `dkey_dvalue_kernel`, which writes dK and dV and adds to `sums`, each where it is not None.
+
+    Few key heads have their query heads split among programs, whose float32 parts are added up in one order.
+    """
     plan = call.plan
-    strides = (None if x is None else x.stride() for x in (dkey, dvalue, sums.dq))
+    splits = _key_splits(plan, sums, multiprocessors(dout.device))
+    dkeys, dvalues = _parts_of(dkey, splits), _parts_of(dvalue, splits)
+    strides = (None if x is None else x.stride() for x in (dkeys, dvalues, sums.dq))
     launch = plan.launch(
-        (dkey_dvalue_kernel, dout.stride(), sums.dstrip is None, *strides),
-        lambda: _dkey_dvalue_launch(plan, dout, dkey, dvalue, sums),
+        (dkey_dvalue_kernel, splits, dout.stride(), sums.dstrip is None, *strides),
+        lambda: _dkey_dvalue_launch(plan, dout, dkeys, dvalues, sums, splits),
     )
-    launch(call.is_aligned, call.inputs, dout, rows, dkey, dvalue, sums)
+    launch(call.is_aligned, call.inputs, dout, rows, dkeys, dvalues, sums)
+    for gradient, parts in ((dkey, dkeys), (dvalue, dvalues)):
+        if gradient is not None and parts is not None and splits > 1:
+            gradient.copy_(parts.unflatten(1, (-1, splits)).sum(2))
+
+
+def _parts_of(gradient: Tensor | None, splits: int) -> Tensor | None:
+    """Memory for the parts of a gradient; with one split it is the gradient's own."""
+    if gradient is None or splits == 1:
+        return gradient
+    batch, heads, *shape = gradient.shape
+    return gradient.new_empty(batch, heads * splits, *shape, dtype=torch.float32)
+
+
+def _key_splits(plan: Plan, sums: Sums, multiprocessors: int) -> int:
+    block = _keys_config(plan, sums).block_n
+    return configs.num_parts(plan.batch * plan.key_heads * -(-plan.len_k // block), plan.group, multiprocessors)
+
+
+def _keys_config(plan: Plan, sums: Sums) -> configs.Config:
+    whole = None if sums.dq is None else configs.backward_config(plan.target, plan.dtype, plan.block_d)
+    return whole or configs.dkey_dvalue_config(plan.target, plan.dtype, plan.block_d)
 
 
 def _dkey_dvalue_launch(
-    plan: Plan, dout: Tensor, dkey: Tensor | None, dvalue: Tensor | None, sums: Sums
+    plan: Plan, dout: Tensor, dkey: Tensor | None, dvalue: Tensor | None, sums: Sums, splits: int
 ) -> Launch | TunedLaunch:
-    config = configs.dkey_dvalue_config(plan.target, plan.dtype, plan.block_d)
     form = plan.form
     if sums.dq is not None:
-        config = configs.backward_config(plan.target, plan.dtype, plan.block_d) or config
-        waits = configs.needs_wait(plan.target, plan.dtype, is_whole=True)
-        form = form._replace(WAIT=tl.constexpr(waits))
+        form = form._replace(WAIT=tl.constexpr(configs.needs_wait(plan.target, plan.dtype, is_whole=True)))
     wanted = Wanted(*constants(x is not None for x in (sums.dq, dkey, dvalue, sums.dstrip)))
     layout = plan.layout(dout=dout, dq=sums.dq, dk=dkey, dv=dvalue)
-    numbers = (layout, *plan.integers, plan.factors, plan.largest_dropped)
+    numbers = (layout, *plan.integers, plan.factors, plan.largest_dropped, splits)
     named = {"FORM": form, "LOOPS": plan.loops, "WANTED": wanted}
-    blocks = (plan.batch * plan.key_heads, plan.len_k, "BLOCK_N")
+    blocks = (plan.batch * plan.key_heads * splits, plan.len_k, "BLOCK_N")
+    config = _keys_config(plan, sums)
     return blocked_launch(dkey_dvalue_kernel, config, blocks, "len_q", numbers, named, added_to="sums")
 
 
@@ -191,18 +223,22 @@ def _launch_dbias(call: Call, dout: Tensor, rows: Rows) -> Tensor:
     lowest, highest = counted_reach(call.problem)
     first_distance = lowest // block
     distances = -(-highest // block) - first_distance + 1
-    parts = call.strip.new_empty(bias_batch, bias_heads, distances, 2, block)
+    programs = bias_batch * bias_heads * distances
+    tiles = plan.num_heads // bias_heads * -(-min(plan.len_q, plan.len_k) // block)  # the most of one sequence
+    splits = configs.num_parts(programs, tiles, multiprocessors(dout.device))
+    parts = call.strip.new_empty(splits, bias_batch, bias_heads, distances, 2, block)
 
     def make() -> Launch:
-        diagonals = (plan.batch, bias_batch, bias_heads, first_distance, distances)
+        diagonals = (plan.batch, TableRows(bias_batch, bias_heads), first_distance, distances, splits)
         numbers = (plan.layout(dout=dout), *plan.integers, plan.factors, plan.largest_dropped, *diagonals)
         known = {"FORM": plan.form, "LOOPS": plan.loops, "BLOCK": block, "len_q": plan.len_q, "len_k": plan.len_k}
         loops = with_rest(known, "len_k")
         named = {"FORM": plan.form, "LOOPS": loops, "BLOCK": block, **config.options}
-        return Launch(dbias_kernel, bias_batch * bias_heads * distances, numbers, named)
+        return Launch(dbias_kernel, programs * splits, numbers, named)
 
     launch = plan.launch((dbias_kernel, dout.stride()), make)
     launch(call.is_aligned, call.inputs, dout, rows, parts)
+    parts = parts[0] if splits == 1 else parts.sum(0)
     doffsets = parts.new_zeros(bias_batch, bias_heads, distances + 1, block)
     doffsets[:, :, :-1] += parts[:, :, :, 0]
     doffsets[:, :, 1:] += parts[:, :, :, 1]

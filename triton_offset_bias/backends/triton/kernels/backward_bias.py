@@ -32,33 +32,34 @@ def dbias_kernel(
     num_heads, len_q, len_k, rows_q, rows_k,
     zero, band_lo, band_hi, near_lo, near_hi,
     factors, largest_dropped,
-    batch, bias_batch, bias_heads, first_distance, num_distances,
+    batch, table_rows, first_distance, num_distances, num_splits,
     FORM: tl.constexpr, LOOPS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """One diagonal of tiles of one row of the table: the sums along its diagonals, in a fixed order.
+    """One split of a diagonal of tiles of one row of the table: the sums along its diagonals, in a fixed order.
 
     The tiles lie `distance` blocks from the strip's offset 0; distances count from first_distance. Where sequences
     have lengths of their own, tiles begin up to BLOCK - 1 rows above the first query, so that one distance is one
     diagonal in all of them.
-    parts, (bias_batch, bias_heads, num_distances, 2, BLOCK): first the sums of the BLOCK offsets before the diagonal's,
-    then the sums of the BLOCK offsets from the diagonal's on.
+    parts, (num_splits, *table_rows, num_distances, 2, BLOCK): first the sums of the BLOCK offsets before the
+    diagonal's, then the sums of the BLOCK offsets from the diagonal's on. A split has a share of each sequence's tiles.
     Of LOOPS only REST counts: without it lengths are multiples of 16.
     """
     sizes, bounds = counted(
         num_heads, len_q, len_k, rows_q, rows_k, zero, band_lo, band_hi, near_lo, near_hi, FORM, LOOPS
     )
     distance = first_distance + tl.program_id(0) % num_distances
-    bias_row = tl.program_id(0) // num_distances
-    first_b = bias_row // bias_heads  # 0 if all sequences share the table; so with heads
-    first_h = bias_row % bias_heads
-    num_h = sizes.num_heads // bias_heads
+    bias_row = tl.program_id(0) // num_distances % (table_rows.b * table_rows.h)
+    split = tl.program_id(0) // num_distances // (table_rows.b * table_rows.h)
+    first_b = bias_row // table_rows.h  # 0 if all sequences share the table; so with heads
+    first_h = bias_row % table_rows.h
+    num_h = sizes.num_heads // table_rows.h
     rows = tl.arange(0, BLOCK)
     total = tl.zeros([BLOCK, BLOCK], tl.float32)
     scale_log2 = factors.scale_log2
     scoring = scoring_of(inputs, first_b.to(tl.int64), first_h.to(tl.int64), strides.strip, bounds, scale_log2, FORM)
     unit = score_unit(scale_log2, FORM, True)
     seed = tl.load(inputs.seed) if FORM.DROPOUT_ROUNDS > 0 else 0
-    for index in range(0, batch // bias_batch):
+    for index in range(0, batch // table_rows.b):
         b = (first_b + index).to(tl.int64)
         first_q, seq_q = sequence_rows(inputs.cu_seqlens_q, b, sizes.len_q, sizes.rows_q, FORM.IS_PACKED)
         first_k, seq_k = sequence_keys(inputs, b, sizes, FORM)
@@ -74,7 +75,8 @@ def dbias_kernel(
         if (shift + first + BLOCK - 1 < bounds.band_lo) | (shift + first - BLOCK + 1 > bounds.band_hi):
             tiles = 0
         tiles = tl.maximum(tiles, 0)
-        for i in range(0, num_h * tiles):
+        share = tl.cdiv(num_h * tiles, num_splits)
+        for i in range(split * share, tl.minimum((split + 1) * share, num_h * tiles)):
             h = (first_h + i // tiles).to(tl.int64)
             h_kv = h // sizes.group
             start_m = (first_m + i % tiles) * BLOCK - above

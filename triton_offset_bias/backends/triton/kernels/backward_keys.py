@@ -129,11 +129,13 @@ def dkey_dvalue_kernel(
     inputs, dout_ptr, row_ptrs, dk_ptr, dv_ptr, sums, strides,
     num_heads, len_q, len_k, rows_q, rows_k,
     zero, band_lo, band_hi, near_lo, near_hi,
-    factors, largest_dropped,
+    factors, largest_dropped, num_splits,
     FORM: tl.constexpr, LOOPS: tl.constexpr, WANTED: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """Writes dK and dV of a block of keys of one key head, from every query head that shares it.
+    """Writes dK and dV of a block of keys of one key head, from one split of the query heads that share it.
+
+    With several splits dK and dV have num_splits heads for each key head: parts, whose sum they are.
 
     It adds the block's parts of dQ and dbias to `sums`, if they are WANTED. For dbias BLOCK_N must be a multiple of
     BLOCK_M, see `next_diagonals`. What keys beyond the last would add must be masked; without a rest there are none.
@@ -146,7 +148,12 @@ def dkey_dvalue_kernel(
     )
     num_blocks = tl.cdiv(sizes.len_k, BLOCK_N)
     start_n = tl.program_id(0) % num_blocks * BLOCK_N
-    head_kv = head_of(tl.program_id(0) // num_blocks, sizes.num_heads // sizes.group)
+    split = tl.program_id(0) // num_blocks % num_splits
+    head_kv = head_of(tl.program_id(0) // num_blocks // num_splits, sizes.num_heads // sizes.group)
+    share = tl.cdiv(sizes.group, num_splits)
+    first_g, end_g = 0, 1
+    if FORM.GROUP > 1:
+        first_g, end_g = split * share, tl.minimum((split + 1) * share, sizes.group)
     b = head_kv.b
     offs_n = start_n + tl.arange(0, BLOCK_N)
     offs_m = tl.arange(0, BLOCK_M)
@@ -175,7 +182,7 @@ def dkey_dvalue_kernel(
     dv = tl.zeros([BLOCK_N, BLOCK_DV], tl.float32)
     seed = tl.load(inputs.seed) if FORM.DROPOUT_ROUNDS > 0 else 0
     edges = edges_of(start_n, len_q, mirrored(sequence.bounds), BLOCK_N, BLOCK_M, FORM)
-    for g in range(0, sizes.group):
+    for g in range(first_g, end_g):
         h = head_kv.h * sizes.group + g
         q_ptrs = tile_ptrs(q_ptr + h * strides.q.h, offs_m, strides.q.row, strides.q.d, FORM.BLOCK_D)
         dout_ptrs = tile_ptrs(dout_ptr + h * strides.dout.h, offs_m, strides.dout.row, strides.dout.d, FORM.BLOCK_DV)
@@ -201,11 +208,12 @@ def dkey_dvalue_kernel(
         exists = (offs_n < len_k)[:, None]
         dk, dv = tl.where(exists, dk, 0.0), tl.where(exists, dv, 0.0)
         len_k = sizes.len_k
+    h_out = head_kv.h * num_splits + split
     if WANTED.DK:
-        dk_ptr += first_element(strides.dk, b, head_kv.h, sequence.first_k)
+        dk_ptr += first_element(strides.dk, b, h_out, sequence.first_k)
         dk_ptrs = tile_ptrs(dk_ptr, offs_n, strides.dk.row, strides.dk.d, FORM.BLOCK_D)
         store_tile(dk_ptrs, dk * factors.scale, offs_n, len_k, FORM.HEAD_DIM, FORM.BLOCK_D)
     if WANTED.DV:
-        dv_ptr += first_element(strides.dv, b, head_kv.h, sequence.first_k)
+        dv_ptr += first_element(strides.dv, b, h_out, sequence.first_k)
         dv_ptrs = tile_ptrs(dv_ptr, offs_n, strides.dv.row, strides.dv.d, FORM.BLOCK_DV)
         store_tile(dv_ptrs, dv, offs_n, len_k, FORM.HEAD_DIM_V, FORM.BLOCK_DV)
