@@ -35,7 +35,7 @@ SPLIT = {
         Case("one key head", (40, 70), (16, 24), heads=(5, 1), mask="holes", options={"deterministic": True}),
         [1, 3, 1000],
     ),
-    "one key head, one kernel": ("dkey_dvalue", Case("one key head", (40, 70), heads=(5, 1), dtype=torch.float16), [6]),
+    "one key head, one kernel": ("dkey_dvalue", Case("one key head", (40, 70), heads=(5, 1), dtype=torch.float16), [4]),
 }
 
 

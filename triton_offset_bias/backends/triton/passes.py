@@ -236,7 +236,7 @@ def _launch_dbias(call: Call, dout: Tensor, rows: Rows) -> Tensor:
         named = {"FORM": plan.form, "LOOPS": loops, "BLOCK": block, **config.options}
         return Launch(dbias_kernel, programs * splits, numbers, named)
 
-    launch = plan.launch((dbias_kernel, dout.stride()), make)
+    launch = plan.launch((dbias_kernel, splits, dout.stride()), make)
     launch(call.is_aligned, call.inputs, dout, rows, parts)
     parts = parts[0] if splits == 1 else parts.sum(0)
     doffsets = parts.new_zeros(bias_batch, bias_heads, distances + 1, block)
