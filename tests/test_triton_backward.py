@@ -24,7 +24,7 @@ CASES = [
     Case("tiles fill the lengths", (128, 256), columns=41, through_lse=True),
     Case("causal, grouped heads", (140, 140), heads=(4, 2), columns=61, options={"is_causal": True}),
     Case("a window, holes, odd head dims", (130, 140), (24, 40), mask="holes", options={"window_size": (50, 20)}),
-    Case("keys that a mask leaves out see large biases", (70, 70), mask="left padding", columns=5),
+    Case("the last keys do not fill a tile, large biases", (70, 70), mask="left padding", columns=5),
     Case("zero beyond, one row for all heads", (130, 90), bias="1N", columns=31, options={"beyond": "zero"}),
     Case("a table for each sequence", (70, 150), bias="BHN", columns=91),
     Case("no table", (130, 150), bias=None, options={"is_causal": True}),
@@ -48,6 +48,7 @@ def launched(monkeypatch):
     return names
 
 
+@pytest.mark.usefixtures("poisoned_memory")
 @pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.reason)
 def test_both_ways_have_the_gradients_of_the_oracle(monkeypatch, launched, case, way):

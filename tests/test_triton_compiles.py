@@ -31,7 +31,9 @@ pytestmark = pytest.mark.skipif(
 )
 HEAD = {"HEAD_DIM_V": 80, "BLOCK_DV": 128}
 PLAIN = PrepareForm(
-    **{"HAS_BIAS": True, "HAS_CONSTANTS": False, "IS_ZERO_BEYOND": False}, **HEAD, HAS_DLSE=True, SPLIT_LSE=False
+    **{"HAS_BIAS": True, "HAS_CONSTANTS": False, "IS_ZERO_BEYOND": False, "HEAD_DIM": 48, "BLOCK_D": 64},
+    **HEAD,
+    **{"HAS_DLSE": True, "SPLIT_LSE": False},
 )
 SPLIT = PLAIN._replace(HAS_CONSTANTS=True, IS_ZERO_BEYOND=True, HAS_DLSE=False, SPLIT_LSE=True)
 FORMS = {
@@ -55,8 +57,8 @@ def test_a_small_kernel_compiles_for_every_target(name, target):
     of_rows = ("*fp32", "*fp32", "*fp32")
     strides = Strides("i32", "i32", "i32", "i32")
     tuples = {"rows": Rows(*of_rows), "parts": Parts(*of_rows), "outputs": Outputs("*bf16", *of_rows)}
-    tuples |= {"results": Results("*bf16", "*bf16", *of_rows, "*bf16"), "out_strides": strides}
-    tuples |= {"strides": ResultStrides(strides, strides, strides)}
+    tuples |= {"results": Results("*bf16", "*bf16", *of_rows, "*bf16", "*fp32"), "out_strides": strides}
+    tuples |= {"strides": ResultStrides(*[strides] * len(ResultStrides._fields))}
     for dtype, integer in (("bf16", "i32"), ("fp64", "i64"))[: 2 if name.startswith(("prepare", "fold")) else 1]:
         tuples["table"] = Table(f"*{dtype}", *of_rows)
         signature = {parameter.name: integer if parameter.name == "first" else "i32" for parameter in kernel.params}

@@ -197,12 +197,16 @@ PACKAGE = mutants_in("triton_offset_bias", {
         ("a resized image keeps its corners", "test_resized_tables.py", "swin_and_timm",
          'mode="bicubic", align_corners=False)\n        return',
          'mode="bicubic", align_corners=True)\n        return'),
-        ("rows are as far apart as the window is high", "test_public_biases.py", "swin",
-         "rows[:, None] * (2 * self.width - 1)",
-         "rows[:, None] * (2 * self.height - 1)"),
+    ],
+    "modules/window_positions.py": [
+        ("rows are as far apart as the window is wide", "test_public_biases.py", "swin",
+         "positions[:, None] * (2 * size - 1)",
+         "positions[:, None] * size"),
+    ],
+    "modules/windowed_bias.py": [
         ("the table is a view of the parameter", "test_modules.py", "no_view",
-         ".T.clone(memory_format=torch.contiguous_format)",
-         ".T"),
+         "numbers.clone(memory_format=torch.contiguous_format)",
+         "numbers"),
     ],
     "integrations/transformers/t5.py": [
         ("encoders' tables begin at offset 0", "integrations/test_transformers_seq2seq.py", "gradient and t5",
