@@ -181,6 +181,7 @@ class Variant:
             OWN_KEY_POSITIONS=False,
             IS_PACKED=False,
             HAS_LENGTHS=False,
+            IS_CAUSAL_BY_INDEX=False,
             DROPOUT_ROUNDS=0,
             SPLIT_LSE=self.dtype == torch.float32,
             USE_ASM=self.device.backend == "cuda",

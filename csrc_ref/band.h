@@ -24,10 +24,12 @@ struct Band {
   int64_t query_start, min_offset, max_offset;
   int len_q, len_k;
 
-  // The band of sequence b. If tensors give the positions, the band holds all pairs.
+  // The band of sequence b. If tensors give the positions, the band holds all pairs that their indices allow.
   Band(const tob_problem &p, int64_t b)
       : query_start(p.sequences[b].query_start),
-        min_offset(p.query_positions ? -kUnlimited : p.min_offset),
+        min_offset(!p.query_positions     ? p.min_offset
+                   : p.is_causal_by_index ? 0
+                                          : -kUnlimited),
         max_offset(p.query_positions ? kUnlimited : p.max_offset),
         len_q(int(p.sequences[b].len_q)),
         len_k(int(p.sequences[b].len_k)) {}

@@ -12,6 +12,7 @@ template <class Real> struct GatheredTile {
   const Int *query_positions, *key_positions;
   const Real *table;
   Int first, last_column, min_offset, max_offset;
+  Int ahead;  // the number of keys of the tile that its row 0 may attend to, less one, as far as indices go
 
   // The columns of the table that belong to some offsets.
   TOB_INLINE typename Simd<Real>::IntVec columns_of(typename Simd<Real>::IntVec offsets) const {
@@ -34,8 +35,10 @@ template <class Real> struct GatheredTile {
     const auto offsets = offsets_of(row, column), columns = columns_of(offsets);
     typename Lanes::Vec values;
     for (int lane = 0; lane < Lanes::kLanes; ++lane) values[lane] = table[columns[lane]];
+    typename Simd<Real>::IntVec columns_ahead;
+    for (int lane = 0; lane < Lanes::kLanes; ++lane) columns_ahead[lane] = column + lane - row;
     const typename Lanes::Vec forbidden = Lanes::broadcast(-std::numeric_limits<Real>::infinity());
-    return (offsets < min_offset) | (offsets > max_offset) ? forbidden : values;
+    return (offsets < min_offset) | (offsets > max_offset) | (columns_ahead > ahead) ? forbidden : values;
   }
 };
 
@@ -69,7 +72,8 @@ template <class Real> class GatheredBias {
             saturated(p_.bias_first),
             saturated(p_.bias ? p_.bias_columns - 1 : 0),
             saturated(p_.min_offset),
-            saturated(p_.max_offset)};
+            saturated(p_.max_offset),
+            saturated(p_.is_causal_by_index ? p_.sequences[b].query_start + query - key : Band::kUnlimited)};
   }
 
  private:

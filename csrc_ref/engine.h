@@ -67,9 +67,11 @@ typedef struct {
   const uint8_t *key_mask;
   /* NULL, or the positions of the len_q queries and of the len_k keys of each sequence. The positions of sequence b
      begin at element b * position_stride_q or b * position_stride_k. A pair's offset is then the query's position minus
-     the key's. Its magnitude must be below TOB_MAX_SPREAD. query_start is not read. */
+     the key's. Its magnitude must be below TOB_MAX_SPREAD. query_start is read only if is_causal_by_index is not 0:
+     query i then attends to no key behind query_start + i. */
   const int32_t *query_positions, *key_positions;
   int64_t position_stride_q, position_stride_k;
+  int64_t is_causal_by_index;
   /* If has_dropout is not 0, weights are dropped whose random number, as dropout.h makes it from the seed, is at most
      largest_dropped. The kept ones are multiplied by kept_scale. */
   int64_t has_dropout;

@@ -73,6 +73,7 @@ inline constexpr tob_layout_entry kLayout[] = {
     TOB_FIELD(tob_problem, key_positions),
     TOB_FIELD(tob_problem, position_stride_q),
     TOB_FIELD(tob_problem, position_stride_k),
+    TOB_FIELD(tob_problem, is_causal_by_index),
     TOB_FIELD(tob_problem, has_dropout),
     TOB_FIELD(tob_problem, seed),
     TOB_FIELD(tob_problem, largest_dropped),

@@ -54,10 +54,13 @@ def attended_pairs(
     window_size: tuple[int, int],
     key_padding_mask: Tensor | None,
     key_lengths: Tensor | None = None,
+    causal_by: str = "position",
 ) -> Tensor:
     """True for pairs that are attended to, (1 or B, Lq, Lk) bool."""
     attended = torch.ones_like(offsets, dtype=torch.bool)
-    if is_causal:
+    if is_causal and causal_by == "index":
+        attended &= attended.tril(offsets.shape[2] - offsets.shape[1])
+    elif is_causal:
         attended &= offsets >= 0
     left, right = window_size
     if left != -1:
@@ -89,6 +92,7 @@ def oracle(
     query_positions: Tensor | None = None,
     key_positions: Tensor | None = None,
     key_lengths: Tensor | None = None,
+    causal_by: str = "position",
     factors: Tensor | None = None,
 ) -> Results:
     """The results in `dtype`; the gradients as well when `dout` is given. `factors` is dropout's Z, (B, H, Lq, Lk)."""
@@ -97,7 +101,7 @@ def oracle(
     q, k, v = (x.to(dtype) for x in (q, k, v))
     k, v = (x.repeat_interleave(group, dim=1) for x in (k, v))
     offsets = pair_offsets(q.shape[2], k.shape[2], query_start, query_positions, key_positions, key_lengths)
-    attended = attended_pairs(offsets, is_causal, window_size, key_padding_mask, key_lengths).unsqueeze(1)
+    attended = attended_pairs(offsets, is_causal, window_size, key_padding_mask, key_lengths, causal_by).unsqueeze(1)
     scores = scale * (q @ k.mT)
     table = None if bias is None else _Table(bias, offsets, bias_origin, beyond, q.shape[:2])
     if table is not None:

@@ -132,7 +132,8 @@ def placements(draw, batch: int, len_q: int, len_k: int) -> dict:
         shape = draw(st.sampled_from([(length,), (batch, length)]))
         dtype = draw(st.sampled_from([torch.int64, torch.int32, torch.int8, torch.uint8]))
         positions[name] = torch.randint(0, draw(st.integers(1, 120)), shape).to(dtype)
-    return positions
+    is_by_index = draw(st.booleans())
+    return positions | ({"is_causal": True, "causal_by": "index"} if is_by_index else {})
 
 
 @st.composite

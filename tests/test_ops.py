@@ -173,6 +173,7 @@ def _operator_arguments(requires_grad: bool) -> dict:
         "min_offset": -3,
         "max_offset": 2**62,
         "bias_origin": 18,
+        "is_causal_by_index": False,
         "beyond": "clamp",
         "deterministic": False,
         "backend": "cpp",

@@ -19,8 +19,13 @@ def _shuffled(batch: int, length: int, seed: int) -> torch.Tensor:
     return torch.stack([torch.randperm(2 * length, generator=draw)[:length] - length // 2 for _ in range(batch)])
 
 
+def _swapped(positions: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    return {"query_positions": positions["key_positions"], "key_positions": positions["query_positions"]}
+
+
 SHARED = {"query_positions": _gaps(13, 0), "key_positions": _gaps(17, 1)}
 EACH = {"query_positions": _shuffled(2, 13, 2), "key_positions": _shuffled(2, 17, 3)}
+BY_INDEX = {"is_causal": True, "causal_by": "index"}
 # A few positions each, 35 years apart in milliseconds.
 CLUSTERS = {name: x % 5 * 2**40 + x % 3 for name, x in EACH.items()}
 CASES = [
@@ -55,6 +60,41 @@ CASES = [
         "unsigned bytes, whose difference must not wrap",
         (13, 17),
         options={**{name: x.to(torch.uint8) for name, x in SHARED.items()}, "is_causal": True},
+    ),
+    Case(
+        "one bucket of time for several events, causal by index",
+        (13, 17),
+        columns=7,
+        through_lse=True,
+        options={**{name: x // 4 for name, x in SHARED.items()}, **BY_INDEX},
+    ),
+    Case(
+        "by index, no table, positions for each sequence, padding",
+        (13, 17),
+        bias=None,
+        mask="holes",
+        options={**EACH, **BY_INDEX},
+    ),
+    Case("by index, more queries than keys", (17, 13), options={**_swapped(EACH), **BY_INDEX}),
+    Case(
+        "by index, across tiles, a window of positions, grouped heads, deterministic",
+        (150, 170),
+        heads=(4, 2),
+        columns=31,
+        through_lse=True,
+        options={
+            "query_positions": _gaps(150, 4) // 5,
+            "key_positions": _gaps(170, 5) // 5,
+            "window_size": (40, 30),
+            "deterministic": True,
+            **BY_INDEX,
+        },
+    ),
+    Case(
+        "by index, few queries",
+        (3, 300),
+        columns=9,
+        options={**{"query_positions": _gaps(3, 6), "key_positions": _gaps(300, 7) // 3}, **BY_INDEX},
     ),
     Case("one column for all offsets", (13, 17), columns=1, options=EACH),
     Case("clusters far apart", (13, 17), columns=9, options=CLUSTERS),
@@ -197,3 +237,43 @@ def test_the_gradient_at_equal_positions_sums_over_all_pairs():
     dbias = results_of(call, "reference").dbias
     assert dbias[:, [0, 1, 3, 4]].count_nonzero() == 0
     torch.testing.assert_close(dbias[:, 2], call.dlse.sum((0, 2)))
+
+
+def test_events_in_one_bucket_of_time_do_not_see_later_events(backend):
+    """By position the first event of a bucket sees the last. By index its output does not depend on the last."""
+    (query, key, value), bias = torch.randn(3, 1, 2, 6, 8), torch.randn(2, 5)
+    hours = torch.tensor([3, 3, 3, 4, 4, 9])
+    options = {"is_causal": True, "query_positions": hours, "key_positions": hours, "backend": backend}
+    changed = value.clone()
+    changed[:, :, 2] += 1.0
+    for causal_by, sees in (("position", [0, 1, 2, 3, 4, 5]), ("index", [2, 3, 4, 5])):
+        outs = [offset_bias_attention(query, key, x, bias, causal_by=causal_by, **options) for x in (value, changed)]
+        assert (outs[0] != outs[1]).any(-1).any(1)[0].nonzero().flatten().tolist() == sees
+    by_order = offset_bias_attention(query, key, value, bias, is_causal=True, backend=backend)
+    without = offset_bias_attention(query, key, value, bias, is_causal=True, causal_by="index", backend=backend)
+    assert torch.equal(by_order, without)
+
+
+@pytest.mark.parametrize("mask", [None, torch.tensor([[True, True, False, True], [False, True, True, True]])])
+def test_beyond_error_looks_only_at_pairs_that_indices_allow(backend, mask):
+    """Query 0 attends to keys 0 and 1 only, whatever the other positions are."""
+    query, key = torch.randn(2, 1, 3, 8), torch.randn(2, 1, 4, 8)
+    options = {"is_causal": True, "causal_by": "index", "beyond": "error", "backend": backend, "key_padding_mask": mask}
+    options |= {"query_positions": torch.tensor([0, 5, 5]), "key_positions": torch.tensor([0, 1, 5, 5])}
+    offset_bias_attention(query, key, key, torch.randn(1, 11), **options)  # offsets from -1 to 5 are attended to
+    with pytest.raises(ValueError, match=r"offsets -3 to 3, but offsets (-1|0) to 5 are attended to"):
+        offset_bias_attention(query, key, key, torch.randn(1, 7), **options)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"causal_by": "time"}, "`causal_by` must be one of 'position', 'index', got 'time'"),
+        ({"causal_by": "index"}, "`causal_by` must be 'position' where `is_causal` is False, got 'index'"),
+    ],
+)
+def test_a_causality_that_means_nothing_is_an_error(options, message):
+    """It is refused without positions, too."""
+    query = torch.randn(1, 1, 3, 8)
+    with pytest.raises(ValueError, match=message):
+        offset_bias_attention(query, query, query, None, **options)

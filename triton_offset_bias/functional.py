@@ -22,6 +22,7 @@ class _PaddedOptions(_SharedOptions, total=False):
     query_positions: Tensor | None
     key_positions: Tensor | None
     key_lengths: Tensor | None
+    causal_by: str
 
 
 @overload
@@ -57,6 +58,7 @@ def offset_bias_attention(
     query_positions: Tensor | None = None,
     key_positions: Tensor | None = None,
     key_lengths: Tensor | None = None,
+    causal_by: str = "position",
     deterministic: bool | None = None,
     return_lse: bool = False,
     backend: str = "auto",
@@ -101,6 +103,10 @@ def offset_bias_attention(
             may hold any numbers, NaN included. Their gradients are 0. A GPU call does not wait for the lengths. A
             length out of range then counts as the nearest length in range. ``beyond="error"`` is checked as if every
             sequence had Lk keys. `key_lengths` cannot be combined with `query_start` or positions.
+        causal_by: the numbers that `is_causal` compares. "position": the positions, so tokens with one position see
+            each other. "index": the places in the tensors, whatever the positions are; query i attends to the keys up
+            to ``Lk - Lq + i``. Use it where several tokens share a position, such as events in one bucket of time: by
+            position the earlier of them would see the later ones. Both are the same without positions.
         deterministic: whether repeated runs give bitwise equal gradients. None follows
             ``torch.are_deterministic_algorithms_enabled()``. The CPU engine is always deterministic. On a GPU,
             determinism costs two more matrix products in the backward pass. Without it the table's gradient may
@@ -136,6 +142,7 @@ def offset_bias_attention(
         query_positions=query_positions,
         key_positions=key_positions,
         key_lengths=key_lengths,
+        causal_by=causal_by,
         options={
             "dropout_p": dropout_p,
             "is_causal": is_causal,

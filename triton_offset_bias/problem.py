@@ -16,6 +16,9 @@ class Problem(NamedTuple):
     `ops` makes the operators' schema from the fields: their names, order and types are the operators' arguments. The
     tensors of `DIFFERENTIABLE` come first, then the other tensors, then all other values.
 
+    With `is_causal_by_index`, which only a problem with positions has, query i attends to no key behind index
+    ``query_start + i``, whatever the positions are.
+
     With `cu_seqlens_q` and `cu_seqlens_k` the sequences are packed along the length, and the tensors' batch size is 1.
     The last query of each sequence lies on its last key, whatever `query_start` says. Only a `bias` may have a batch
     axis then. `query_starts` places the queries of each packed sequence otherwise.
@@ -41,6 +44,7 @@ class Problem(NamedTuple):
     query_start: int
     min_offset: int
     max_offset: int
+    is_causal_by_index: bool
     bias_origin: int
     beyond: str
     deterministic: bool

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 BEYOND = ("clamp", "zero", "error")
+CAUSAL_BY = ("position", "index")
 
 # Offsets are bounded by tensor lengths, so this is out of reach and still far from the ends of int64.
 UNLIMITED = 2**61
@@ -30,6 +31,14 @@ def attended_interval(is_causal: bool, window_size: tuple[int, int]) -> tuple[in
     min_offset = -UNLIMITED if right < 0 else -right
     max_offset = UNLIMITED if left < 0 else left
     return (max(min_offset, 0) if is_causal else min_offset), max_offset
+
+
+def attended_interval_by(
+    is_causal: bool, causal_by: str, window_size: tuple[int, int], has_positions: bool
+) -> tuple[int, int, bool]:
+    """`attended_interval`, and whether causality goes by the indices, from which only positions differ."""
+    is_by_index = is_causal and causal_by == "index" and has_positions
+    return *attended_interval(is_causal and not is_by_index, window_size), is_by_index
 
 
 def per_offset(bias: Tensor, lo: int, hi: int, origin: int) -> Tensor:
@@ -126,6 +135,32 @@ def attended_extremes_of_positions(
     lowest = queries.gather(-1, first.clamp(max=queries.shape[-1] - 1)) - keys
     highest = queries.gather(-1, last.clamp(min=0)) - keys
     return int(lowest[used].min()), int(highest[used].max())
+
+
+def attended_extremes_by_index(
+    query_positions: Tensor,
+    key_positions: Tensor,
+    key_padding_mask: Tensor | None,
+    query_start: int,
+    min_offset: int,
+    max_offset: int,
+) -> tuple[int, int] | None:
+    """`attended_extremes_of_positions` where query i attends to no key behind index query_start + i.
+
+    Looks at the pairs of one query after the other, in O(Lk) memory.
+    """
+    extremes: list[int] = []
+    for i in range(query_positions.shape[-1]):
+        last = min(query_start + i + 1, key_positions.shape[-1])
+        if last <= 0:
+            continue
+        offsets = query_positions[..., i : i + 1] - key_positions[..., :last]
+        used = (offsets >= min_offset) & (offsets <= max_offset)
+        if key_padding_mask is not None:
+            used = used & key_padding_mask[:, :last]
+        found = offsets.expand(used.shape)[used]
+        extremes += [int(x) for x in found.aminmax()] if found.numel() else []
+    return (min(extremes), max(extremes)) if extremes else None
 
 
 def extended(bias: Tensor, origin: int, beyond: str) -> tuple[Tensor, int]:

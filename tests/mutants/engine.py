@@ -77,6 +77,9 @@ ENGINE = mutants_in("csrc_ref", {
          "inside(-p.max_offset + 1), end"),
     ],
     "bias_gathered.h": [
+        ("by index a query sees one key of the future", "test_positions.py", "cpp and index",
+         "(columns_ahead > ahead)",
+         "(columns_ahead > ahead + 1)"),
         ("the sign of an offset between given positions", "test_positions.py", "cpp and plain",
          "IntVec columns = offsets - first",
          "IntVec columns = first - offsets"),

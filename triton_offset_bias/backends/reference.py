@@ -175,6 +175,9 @@ def _existing(problem: Problem) -> Tensor:
 def _attended(problem: Problem, offsets: Tensor) -> Tensor:
     attended = (offsets >= problem.min_offset) & (offsets <= problem.max_offset)
     attended = (attended if attended.dim() == 3 else attended.unsqueeze(0)).unsqueeze(1)  # (1 or B, 1, Lq, Lk)
+    if problem.is_causal_by_index:
+        last_keys = torch.arange(problem.query.shape[2], device=offsets.device) + problem.query_start
+        attended = attended & (torch.arange(problem.key.shape[2], device=offsets.device) <= last_keys.unsqueeze(-1))
     if problem.key_padding_mask is not None:
         attended = attended & problem.key_padding_mask[:, None, None, :]
     if problem.key_lengths is not None:

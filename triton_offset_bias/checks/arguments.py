@@ -71,6 +71,15 @@ def _read(name: str, value: int | Tensor) -> int:
     return int(value.item())
 
 
+def checked_causal_by(causal_by: str, is_causal: bool) -> str:
+    """Returns `causal_by`, or raises if it is unknown or has no meaning."""
+    if causal_by not in table.CAUSAL_BY:
+        raise ValueError(f"`causal_by` must be one of {', '.join(map(repr, table.CAUSAL_BY))}, got {causal_by!r}")
+    if causal_by == "index" and not is_causal:
+        raise ValueError("`causal_by` must be 'position' where `is_causal` is False, got 'index'")
+    return causal_by
+
+
 def check_offset_range(min_offset: int, max_offset: int) -> None:
     """Raises ValueError unless the range of offsets, both ends included, has at least one."""
     if checked_int("max_offset", max_offset) < checked_int("min_offset", min_offset):

@@ -10,6 +10,7 @@ from triton_offset_bias.autocast import has_autocast
 from triton_offset_bias.checks.arguments import (
     check_flag,
     checked_beyond,
+    checked_causal_by,
     checked_deterministic,
     checked_dropout,
     checked_int,
@@ -53,6 +54,7 @@ def checked_attention(
     query_positions: Tensor | None,
     key_positions: Tensor | None,
     key_lengths: Tensor | None,
+    causal_by: str = "position",
     options: Options,
 ) -> Problem:
     """Checks every argument of `offset_bias_attention` and fills in the defaults.
@@ -79,6 +81,7 @@ def checked_attention(
         query_positions=query_positions,
         key_positions=key_positions,
         key_lengths=key_lengths,
+        causal_by=causal_by,
         query_start=len_k - len_q if query_start is None else checked_int("query_start", query_start),
         max_seqlen_q=len_q,
         max_seqlen_k=len_k,
@@ -143,13 +146,19 @@ def _checked_problem(
     key_lengths: Tensor | None = None,
     cu_seqlens_q: Tensor | None = None,
     cu_seqlens_k: Tensor | None = None,
+    causal_by: str = "position",
     query_start: int,
     max_seqlen_q: int,
     max_seqlen_k: int,
     options: Options,
 ) -> Problem:
     check_flag("is_causal", options["is_causal"])
-    min_offset, max_offset = table.attended_interval(options["is_causal"], checked_window(options["window_size"]))
+    min_offset, max_offset, is_causal_by_index = table.attended_interval_by(
+        options["is_causal"],
+        checked_causal_by(causal_by, options["is_causal"]),
+        checked_window(options["window_size"]),
+        query_positions is not None,
+    )
     bias_origin = options["bias_origin"]
     default_origin = table.default_origin(1 if bias is None else bias.shape[-1])
     dropout_p = checked_dropout(options["dropout_p"])
@@ -171,6 +180,7 @@ def _checked_problem(
         query_start=query_start,
         min_offset=min_offset,
         max_offset=max_offset,
+        is_causal_by_index=is_causal_by_index,
         bias_origin=default_origin if bias_origin is None else checked_int("bias_origin", bias_origin),
         beyond=checked_beyond(options["beyond"]),
         deterministic=checked_deterministic(options["deterministic"]),

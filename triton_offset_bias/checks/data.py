@@ -146,9 +146,10 @@ def _attended_extremes(problem: Problem) -> tuple[int, int] | None:
         highest = min(max((high for _, high in reaches), default=-1), limits[1])
         return (lowest, highest) if lowest <= highest else None
     if problem.query_positions is not None and problem.key_positions is not None:
-        return table.attended_extremes_of_positions(
-            problem.query_positions.long(), problem.key_positions.long(), problem.key_padding_mask, *limits
-        )
+        placed_pairs = problem.query_positions.long(), problem.key_positions.long(), problem.key_padding_mask
+        if problem.is_causal_by_index:
+            return table.attended_extremes_by_index(*placed_pairs, problem.query_start, *limits)
+        return table.attended_extremes_of_positions(*placed_pairs, *limits)
     if problem.key_padding_mask is None or problem.key_lengths is not None:
         return None
     return table.attended_extremes(problem.key_padding_mask, problem.query.shape[2], problem.query_start, *limits)

@@ -136,7 +136,7 @@ def offset_bias_attention(
         checking.check_plain(query=query, key=key, value=value, bias=bias, **masks)
         problem = checked_attention(
             query, key, value, bias, query_start=None if query_positions is None else query_start,
-            **masks, key_lengths=None, options=_clamped(options),
+            **masks, key_lengths=None, causal_by="position", options=_clamped(options),
         )  # fmt: skip
         whole = checking.checked_lengths(lengths, query, key, world)
         start = whole[1] - whole[0] if query_start is None else checked_int("query_start", query_start)

@@ -152,6 +152,7 @@ class _Call:
             bias_first,
             *(_address(mask), _address(placed.query_positions), _address(placed.key_positions)),
             *(_stride_between(placed.query_positions), _stride_between(placed.key_positions)),
+            problem.is_causal_by_index,
             is_dropping,
             0 if problem.seed is None else int(problem.seed) % 2**64,
             dropout.largest_dropped(problem.dropout_p) if is_dropping else 0,

@@ -54,7 +54,7 @@ def placed(problem: Problem) -> Placed:
     if problem.query_positions is None:
         return Placed(alike, len_k, None, None)
     starts = _contiguous_starts(problem)
-    if starts is None:
+    if starts is None or problem.is_causal_by_index:
         return Placed(alike, len_k, *_narrowed(problem))
     alike[4::5] = array("q", starts)
     return Placed(alike, len_k, None, None)

@@ -22,7 +22,7 @@ STRUCTS = {
         "q dtype num_threads batch heads_q heads_kv len_q len_k dim dim_v min_offset max_offset, d scale,"
         "tob_tensor query key value, P sequences, q row_stride_b row_stride_h,"
         "P bias, q bias_batch bias_heads bias_columns bias_first,"
-        "P key_mask query_positions key_positions, q position_stride_q position_stride_k,"
+        "P key_mask query_positions key_positions, q position_stride_q position_stride_k is_causal_by_index,"
         "q has_dropout, Q seed, I largest_dropped, d kept_scale,"
         "q dropout_query dropout_key dropout_head dropout_heads, q is_part"
     ),

@@ -39,7 +39,8 @@ def forward(
     call = Call(problem, out, lse, row_max, row_sum, plan=plan_of(problem, is_part=is_part))
     plan, outputs = call.plan, Outputs(out, row_max, row_sum, lse)
     prepare_forward(call, outputs)
-    if problem.seed is None and configs.is_decode(plan.group * plan.len_q, plan.len_k):
+    is_plain = problem.seed is None and not problem.is_causal_by_index
+    if is_plain and configs.is_decode(plan.group * plan.len_q, plan.len_k):
         _launch_decode(call, outputs)
     elif hopper.is_chosen(call, out):
         hopper.launch_forward(call, outputs)

@@ -103,6 +103,7 @@ class Plan:
             HAS_POSITIONS=self.has_positions,
             OWN_QUERY_POSITIONS=_are_own(problem.query_positions),
             OWN_KEY_POSITIONS=_are_own(problem.key_positions),
+            IS_CAUSAL_BY_INDEX=problem.is_causal_by_index,
             IS_PACKED=self.is_packed,
             HAS_LENGTHS=problem.key_lengths is not None,
             DROPOUT_ROUNDS=0 if problem.seed is None else dropout.ROUNDS,

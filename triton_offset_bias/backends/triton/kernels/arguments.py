@@ -200,6 +200,7 @@ class Form(NamedTuple):
     HAS_POSITIONS: Any
     OWN_QUERY_POSITIONS: Any  # whether every sequence has positions of its own
     OWN_KEY_POSITIONS: Any
+    IS_CAUSAL_BY_INDEX: Any  # whether causality goes by the rows in the tensors, where positions differ from them
     IS_PACKED: Any
     HAS_LENGTHS: Any  # whether every sequence has its own number of keys, its last query on the last of them
     DROPOUT_ROUNDS: Any  # of Philox; 0 without dropout
@@ -273,6 +274,7 @@ class KeyTiles(NamedTuple):
     mask_ptr: Any
     positions_ptr: Any
     length: Any
+    query_start: Any  # the last key that query 0 may attend to, as far as rows go
 
 
 class QueryTiles(NamedTuple):
@@ -308,6 +310,7 @@ class KeyBlock(NamedTuple):
     keep: Any  # (BLOCK_N,) bool: which of them exist and are no padding
     rows: Any  # (BLOCK_N,) int64: minus the positions, or minus the distances from the key at `start`
     start: Any
+    query_start: Any  # see `KeyTiles`
 
 
 class StripGradient(NamedTuple):

@@ -45,6 +45,7 @@ from triton_offset_bias.backends.triton.kernels.scores import (
     shift_in_strip,
     slope_weights,
     strip_of_head,
+    with_causality_by_index,
 )
 from triton_offset_bias.backends.triton.kernels.tiles import (
     add_tile,
@@ -91,8 +92,10 @@ def sweep_queries(
         shift = start_m - block.start
         if FORM.HAS_BIAS and not EVEN_M:
             shift = shift_in_strip(shift, scoring.bounds)
+        keys = block.start + tl.arange(0, BLOCK_N)[:, None]
+        keep = with_causality_by_index(block.keep[:, None], block.query_start + offs_m[None, :], keys, FORM)
         s = score_tile(
-            block.k, q.T, scoring, shift, block.rows, columns, block.keep[:, None], FORM, IS_NEAR, HAS_KEEP
+            block.k, q.T, scoring, shift, block.rows, columns, keep, FORM, IS_NEAR, HAS_KEEP
         )  # (BLOCK_N, BLOCK_M)
         p = probabilities(s, unit, bias, stats.lse[None, :], stats.log_sum[None, :], FORM, IS_NEAR)
         z = 1.0
@@ -140,7 +143,7 @@ def dkey_dvalue_kernel(
     It adds the block's parts of dQ and dbias to `sums`, if they are WANTED. For dbias BLOCK_N must be a multiple of
     BLOCK_M, see `next_diagonals`. What keys beyond the last would add must be masked; without a rest there are none.
     """
-    HAS_KEEP: tl.constexpr = FORM.HAS_MASK or (LOOPS.REST and (WANTED.DQ or WANTED.DBIAS))
+    HAS_KEEP: tl.constexpr = FORM.HAS_MASK or FORM.IS_CAUSAL_BY_INDEX or (LOOPS.REST and (WANTED.DQ or WANTED.DBIAS))
     BLOCK_D: tl.constexpr = FORM.BLOCK_D
     BLOCK_DV: tl.constexpr = FORM.BLOCK_DV
     sizes, bounds = counted(
@@ -177,7 +180,7 @@ def dkey_dvalue_kernel(
     rows = -tl.arange(0, BLOCK_N).to(tl.int64)
     if FORM.HAS_POSITIONS:
         rows = -position_rows(key_positions(inputs, b, sizes, FORM), offs_n, len_k)
-    block = KeyBlock(k, v, keep, rows, start_n)
+    block = KeyBlock(k, v, keep, rows, start_n, sizes.len_k - sizes.len_q)
     dk = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
     dv = tl.zeros([BLOCK_N, BLOCK_DV], tl.float32)
     seed = tl.load(inputs.seed) if FORM.DROPOUT_ROUNDS > 0 else 0

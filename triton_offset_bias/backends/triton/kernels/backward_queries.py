@@ -47,6 +47,7 @@ from triton_offset_bias.backends.triton.kernels.scores import (
     slope_weights,
     strip_of_head,
     table_columns,
+    with_causality_by_index,
 )
 from triton_offset_bias.backends.triton.kernels.tiles import (
     add_nonzero,
@@ -101,6 +102,7 @@ def sweep_keys(
     """
     IS_NEAR: tl.constexpr = PART != FAR_LEFT and PART != FAR_RIGHT
     EVEN_N: tl.constexpr = PART != REST
+    HAS_KEEP: tl.constexpr = FORM.HAS_MASK or FORM.IS_CAUSAL_BY_INDEX or not EVEN_N
     columns = -tl.arange(0, BLOCK).to(tl.int64)
     unit = score_unit(scoring.scale_log2, FORM, IS_NEAR)
     bias = far_bias(scoring, far_offset(scoring.bounds, PART), FORM, IS_NEAR)  # bits
@@ -117,10 +119,12 @@ def sweep_keys(
         v_ptrs = keys.v_ptrs + step * keys.stride_v
         v = load_tile(v_ptrs, offs_n, keys.length, EVEN_N, FORM.HEAD_DIM_V, FORM.BLOCK_DV)  # (BLOCK, BLOCK_DV)
         keep = kept_keys(keys.mask_ptr, offs_n, keys.length, FORM.HAS_MASK)[None, :]
+        last_keys = keys.query_start + block.start + tl.arange(0, BLOCK)[:, None]
+        keep = with_causality_by_index(keep, last_keys, offs_n[None, :], FORM)
         if FORM.HAS_POSITIONS:
             columns = -position_rows(keys.positions_ptr, offs_n, keys.length)
         s = score_tile(
-            block.q, k.T, scoring, shift, block.rows, columns, keep, FORM, IS_NEAR, FORM.HAS_MASK or not EVEN_N
+            block.q, k.T, scoring, shift, block.rows, columns, keep, FORM, IS_NEAR, HAS_KEEP
         )  # (BLOCK, BLOCK)
         p = probabilities(s, unit, bias, block.stats.lse[:, None], block.stats.log_sum[:, None], FORM, IS_NEAR)
         dp = product(block.dout, v.T, None, FORM.PRECISION)

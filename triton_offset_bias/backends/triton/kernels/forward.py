@@ -34,6 +34,7 @@ from triton_offset_bias.backends.triton.kernels.scores import (
     score_unit,
     scoring_of,
     shift_in_strip,
+    with_causality_by_index,
 )
 from triton_offset_bias.backends.triton.kernels.tiles import (
     first_element,
@@ -57,6 +58,7 @@ def attend(
     """
     IS_NEAR: tl.constexpr = PART != FAR_LEFT and PART != FAR_RIGHT
     EVEN_N: tl.constexpr = PART != REST
+    HAS_KEEP: tl.constexpr = FORM.HAS_MASK or FORM.IS_CAUSAL_BY_INDEX or not EVEN_N
     columns = -tl.arange(0, BLOCK_N).to(tl.int64)
     unit = score_unit(scoring.scale_log2, FORM, IS_NEAR)
     bias = far_bias(scoring, far_offset(scoring.bounds, PART), FORM, IS_NEAR)  # bits
@@ -67,14 +69,14 @@ def attend(
         k_ptrs = keys.k_ptrs + step * keys.stride_k
         k = load_tile(k_ptrs, offs_n, keys.length, EVEN_N, FORM.HEAD_DIM, FORM.BLOCK_D)  # (BLOCK_N, BLOCK_D)
         keep = kept_keys(keys.mask_ptr, offs_n, keys.length, FORM.HAS_MASK)[None, :]
+        last_keys = keys.query_start + start_m + tl.arange(0, BLOCK_M)[:, None]
+        keep = with_causality_by_index(keep, last_keys, offs_n[None, :], FORM)
         if FORM.HAS_POSITIONS:
             columns = -position_rows(keys.positions_ptr, offs_n, keys.length)
         shift = start_m - start_n
         if FORM.HAS_BIAS and not EVEN_N:
             shift = shift_in_strip(shift, scoring.bounds)
-        s = score_tile(
-            q, k.T, scoring, shift, rows, columns, keep, FORM, IS_NEAR, FORM.HAS_MASK or not EVEN_N
-        )  # (BLOCK_M, BLOCK_N)
+        s = score_tile(q, k.T, scoring, shift, rows, columns, keep, FORM, IS_NEAR, HAS_KEEP)  # (BLOCK_M, BLOCK_N)
         p, m_new = weights(s, m_i, unit, bias, FORM, IS_NEAR)
         alpha = tl.math.exp2(m_i - m_new)
         l_i = l_i * alpha + tl.sum(p, 1)

@@ -225,6 +225,7 @@ def key_tiles(inputs, sizes, sequence, length, b, h_kv, offs_n, strides, FORM: t
         of_sequence(inputs.key_mask, b * sizes.len_k, FORM.HAS_MASK),
         key_positions(inputs, b, sizes, FORM),
         length,
+        sizes.len_k - sizes.len_q,
     )
 
 
@@ -235,6 +236,15 @@ def kept_keys(key_mask_ptr, offs_n, len_k, HAS_MASK: tl.constexpr):
         return tl.load(key_mask_ptr + offs_n, mask=offs_n < len_k, other=0) != 0
     else:
         return offs_n < len_k
+
+
+@triton.jit
+def with_causality_by_index(keep, last_keys, keys, FORM: tl.constexpr):
+    """The pairs of `keep` that indices allow: a query attends to no key behind its last. All broadcast to the tile."""
+    if FORM.IS_CAUSAL_BY_INDEX:
+        return keep & (keys <= last_keys)
+    else:
+        return keep
 
 
 @triton.jit
