@@ -180,7 +180,7 @@ class Factors(NamedTuple):
 # told not to, which it can be for arguments but not for members of tuples. No load is wider for knowing these integers.
 INTEGERS = [
     *(name for fields in (Sizes, Bounds) for name in fields._fields if name != "group"),
-    *("largest_dropped", "batch", "num_splits", "bias_heads", "first_distance", "num_distances"),
+    *("largest_dropped", "batch", "num_splits", "num_parts", "bias_heads", "first_distance", "num_distances"),
     *("stride_b", "stride_h", "stride_n", "stride_row", "num_columns", "width", "first", "begin", "end"),
     *("sums_width", "strip_programs", "rows_cleaned", "rows_zeroed", "copy_stride"),
 ]

@@ -32,16 +32,16 @@ def dbias_kernel(
     num_heads, len_q, len_k, rows_q, rows_k,
     zero, band_lo, band_hi, near_lo, near_hi,
     factors, largest_dropped,
-    batch, table_rows, first_distance, num_distances, num_splits,
+    batch, table_rows, first_distance, num_distances, num_parts,
     FORM: tl.constexpr, LOOPS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """One split of a diagonal of tiles of one row of the table: the sums along its diagonals, in a fixed order.
+    """One part of a diagonal of tiles of one row of the table: the sums along its diagonals, in a fixed order.
 
     The tiles lie `distance` blocks from the strip's offset 0; distances count from first_distance. Where sequences
     have lengths of their own, tiles begin up to BLOCK - 1 rows above the first query, so that one distance is one
     diagonal in all of them.
-    parts, (num_splits, *table_rows, num_distances, 2, BLOCK): first the sums of the BLOCK offsets before the
-    diagonal's, then the sums of the BLOCK offsets from the diagonal's on. A split has a share of each sequence's tiles.
+    parts, (num_parts, *table_rows, num_distances, 2, BLOCK): first the sums of the BLOCK offsets before the
+    diagonal's, then the sums of the BLOCK offsets from the diagonal's on. A part has a share of each sequence's tiles.
     Of LOOPS only REST counts: without it lengths are multiples of 16.
     """
     sizes, bounds = counted(
@@ -49,7 +49,7 @@ def dbias_kernel(
     )
     distance = first_distance + tl.program_id(0) % num_distances
     bias_row = tl.program_id(0) // num_distances % (table_rows.b * table_rows.h)
-    split = tl.program_id(0) // num_distances // (table_rows.b * table_rows.h)
+    part = tl.program_id(0) // num_distances // (table_rows.b * table_rows.h)
     first_b = bias_row // table_rows.h  # 0 if all sequences share the table; so with heads
     first_h = bias_row % table_rows.h
     num_h = sizes.num_heads // table_rows.h
@@ -75,8 +75,8 @@ def dbias_kernel(
         if (shift + first + BLOCK - 1 < bounds.band_lo) | (shift + first - BLOCK + 1 > bounds.band_hi):
             tiles = 0
         tiles = tl.maximum(tiles, 0)
-        share = tl.cdiv(num_h * tiles, num_splits)
-        for i in range(split * share, tl.minimum((split + 1) * share, num_h * tiles)):
+        share = tl.cdiv(num_h * tiles, num_parts)
+        for i in range(part * share, tl.minimum((part + 1) * share, num_h * tiles)):
             h = (first_h + i // tiles).to(tl.int64)
             h_kv = h // sizes.group
             start_m = (first_m + i % tiles) * BLOCK - above

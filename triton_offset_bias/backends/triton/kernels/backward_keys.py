@@ -132,13 +132,13 @@ def dkey_dvalue_kernel(
     inputs, dout_ptr, row_ptrs, dk_ptr, dv_ptr, sums, strides,
     num_heads, len_q, len_k, rows_q, rows_k,
     zero, band_lo, band_hi, near_lo, near_hi,
-    factors, largest_dropped, num_splits,
+    factors, largest_dropped, num_parts,
     FORM: tl.constexpr, LOOPS: tl.constexpr, WANTED: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """Writes dK and dV of a block of keys of one key head, from one split of the query heads that share it.
+    """Writes dK and dV of a block of keys of one key head, from one part of the query heads that share it.
 
-    With several splits dK and dV have num_splits heads for each key head: parts, whose sum they are.
+    With several parts dK and dV have num_parts heads for each key head: parts, whose sum they are.
 
     It adds the block's parts of dQ and dbias to `sums`, if they are WANTED. For dbias BLOCK_N must be a multiple of
     BLOCK_M, see `next_diagonals`. What keys beyond the last would add must be masked; without a rest there are none.
@@ -151,12 +151,12 @@ def dkey_dvalue_kernel(
     )
     num_blocks = tl.cdiv(sizes.len_k, BLOCK_N)
     start_n = tl.program_id(0) % num_blocks * BLOCK_N
-    split = tl.program_id(0) // num_blocks % num_splits
-    head_kv = head_of(tl.program_id(0) // num_blocks // num_splits, sizes.num_heads // sizes.group)
-    share = tl.cdiv(sizes.group, num_splits)
+    part = tl.program_id(0) // num_blocks % num_parts
+    head_kv = head_of(tl.program_id(0) // num_blocks // num_parts, sizes.num_heads // sizes.group)
+    share = tl.cdiv(sizes.group, num_parts)
     first_g, end_g = 0, 1
     if FORM.GROUP > 1:
-        first_g, end_g = split * share, tl.minimum((split + 1) * share, sizes.group)
+        first_g, end_g = part * share, tl.minimum((part + 1) * share, sizes.group)
     b = head_kv.b
     offs_n = start_n + tl.arange(0, BLOCK_N)
     offs_m = tl.arange(0, BLOCK_M)
@@ -211,7 +211,7 @@ def dkey_dvalue_kernel(
         exists = (offs_n < len_k)[:, None]
         dk, dv = tl.where(exists, dk, 0.0), tl.where(exists, dv, 0.0)
         len_k = sizes.len_k
-    h_out = head_kv.h * num_splits + split
+    h_out = head_kv.h * num_parts + part
     if WANTED.DK:
         dk_ptr += first_element(strides.dk, b, h_out, sequence.first_k)
         dk_ptrs = tile_ptrs(dk_ptr, offs_n, strides.dk.row, strides.dk.d, FORM.BLOCK_D)
