@@ -10,6 +10,7 @@ SHIPPED_TRITONS := $(patsubst %,$(VENV)/triton-%,3.7.1 3.8.0)  # by torch 2.13 a
 OLDEST_TRANSFORMERS := $(VENV)/transformers-5.15.0
 TIMM := $(VENV)/timm-1.0.31
 PTXEMU ?= $(wildcard ../shared/tools/ptxemu)
+EMULATED ?= 80 90
 
 .DEFAULT_GOAL := help
 .PHONY: help setup demo test test-interpreted test-emulated test-gpu test-oldest-transformers test-timm test-sanitized test-mutations compile-kernels gpu-static gpu-report lint fmt bench plots ci clean
@@ -28,9 +29,9 @@ test: $(INSTALLED)  ## run the tests
 test-interpreted: $(INSTALLED)  ## run the tests on the GPU kernels in Triton's interpreter (no GPU needed)
 	TRITON_INTERPRET=1 $(RUN) -m pytest -n auto -k triton $(OPTIONS)
 
-test-emulated: $(INSTALLED)  ## run the compiled GPU kernels in a PTX emulator (PTXEMU=its folder; no GPU needed)
+test-emulated: $(INSTALLED)  ## run the compiled GPU kernels in a PTX emulator (PTXEMU=its folder, EMULATED="80 90"; no GPU needed)
 	@if test -z "$(PTXEMU)"; then echo "make test-emulated needs PTXEMU=FOLDER, the PTX emulator's; nothing was run"; else \
-	for arch in 80 90; do PTXEMU=$(PTXEMU) PTXEMU_ARCH=$$arch $(RUN) -m pytest tests/test_emulated.py tests/test_triton_precision.py tests/test_triton_one_key.py $(OPTIONS) || exit 1; done; fi
+	for arch in $(EMULATED); do PTXEMU=$(PTXEMU) PTXEMU_ARCH=$$arch $(RUN) -m pytest tests/test_emulated.py tests/test_triton_precision.py tests/test_triton_one_key.py $(OPTIONS) || exit 1; done; fi
 
 test-gpu: $(INSTALLED)  ## run the tests on CUDA tensors (SANITIZER="compute-sanitizer --tool memcheck" checks memory as well)
 	TESTS_REQUIRE_ALL=1 TEST_DEVICE=cuda $(SANITIZER) $(RUN) -m pytest $(OPTIONS)
@@ -47,9 +48,8 @@ test-sanitized: $(INSTALLED)  ## run the engine's tests under address, undefined
 test-mutations: $(INSTALLED)  ## plant mistakes one at a time and show that the tests see each
 	$(RUN) tests/mutations.py $(OPTIONS)
 
-compile-kernels: $(INSTALLED) $(OLDEST_TRITON)  ## compile the GPU kernels for every target, newest and oldest Triton, within a budget of registers and spills
-	$(RUN) -m bench.compile_kernels $(OPTIONS)
-	PYTHONPATH=$(OLDEST_TRITON) $(RUN) -m bench.compile_kernels $(OPTIONS)
+compile-kernels: $(INSTALLED) $(OLDEST_TRITON) $(SHIPPED_TRITONS)  ## compile the GPU kernels for every target on every Triton that torch ships, within a budget of registers and spills
+	for triton in "" $(OLDEST_TRITON) $(SHIPPED_TRITONS); do PYTHONPATH=$$triton $(RUN) -m bench.compile_kernels $(OPTIONS) || exit 1; done
 
 gpu-static: $(INSTALLED) $(SHIPPED_TRITONS)  ## model the GPU kernels' cycles from their compiled code (needs sassmeter, see --help)
 	for triton in $(SHIPPED_TRITONS); do PYTHONPATH=$$triton $(RUN) -m bench.gpu_static $(OPTIONS) || exit 1; done

@@ -41,12 +41,16 @@ def main(arguments: list[str] | None = None) -> None:
         "--jobs", type=int, default=os.cpu_count(), help="processes at work (default: one for each core)"
     )
     parser.add_argument(
+        "--main", action="store_true", help="compile the main forms alone: bfloat16, plain, masked and packed"
+    )
+    parser.add_argument(
         "--update", action="store_true", help="write these targets' budget instead of comparing with it"
     )
     options = parser.parse_args(arguments)
     if triton.__version__ not in VARIANTS:
         raise SystemExit(f"Triton must be one of {', '.join(VARIANTS)}, which have a budget; got {triton.__version__}")
-    variants = [variant for target in options.target for variant in VARIANTS[triton.__version__](target)]
+    forms = main_variants if options.main else VARIANTS[triton.__version__]
+    variants = [variant for target in options.target for variant in forms(target)]
     with ProcessPoolExecutor(options.jobs) as pool:
         compiled = pool.map(_row, variants)
         rows = pd.DataFrame(list(tqdm(compiled, total=len(variants), desc="compiling", unit="kernel")))
@@ -54,7 +58,10 @@ def main(arguments: list[str] | None = None) -> None:
     failures = _over_shared_memory(rows) + _serialised(rows)
     budget = pd.read_csv(BUDGET) if BUDGET.exists() else rows.iloc[:0]
     if options.update:
-        kept = budget[(budget["triton"] != triton.__version__) | ~budget["target"].isin(options.target)]
+        is_other = (budget["triton"] != triton.__version__) | ~budget["target"].isin(options.target)
+        if options.main:
+            is_other |= ~budget.set_index(KEY).index.isin(rows.set_index(KEY).index)
+        kept = budget[is_other]
         pd.concat([kept, rows]).convert_dtypes().sort_values(KEY).to_csv(BUDGET, index=False)
     else:
         failures += _over_budget(rows, budget)

@@ -33,7 +33,8 @@ from bench.rows import ROOT
 mpl.use("Agg")
 TARGETS = ("sm_80", "sm_90")
 HEAD_DIMS = (64, 128)
-PASSES = {"forward": ("forward",), "backward": ("dquery", "dkey_dvalue")}
+ONE_KERNEL, TWO_KERNELS = "backward", "backward, two kernels"
+PASSES = {"forward": ("forward",), ONE_KERNEL: ("backward",), TWO_KERNELS: ("dquery", "dkey_dvalue")}
 LENGTH, CLAMP = 1024, 128  # of the executed counts
 WHOLE_LENGTH = 8192
 SHOWN = "3.8.0"  # what torch 2.14 ships
@@ -78,6 +79,9 @@ def _variants() -> Iterator[tuple[str, Variant]]:
             for kernel in ("forward", "dquery", "dkey_dvalue"):
                 yield "floor", Variant(kernel, target, torch.bfloat16, head_dim, "none")
                 yield "clamped", Variant(kernel, target, torch.bfloat16, head_dim, "clamped")
+            whole = {"IS_WHOLE": True}
+            yield "floor", Variant("dkey_dvalue", target, torch.bfloat16, head_dim, "none", whole)
+            yield "clamped", Variant("dkey_dvalue", target, torch.bfloat16, head_dim, "clamped", whole)
             naive = {"DBIAS": "elements"}
             yield "naive", Variant("dquery", target, torch.bfloat16, head_dim, "clamped", naive)
 
@@ -96,7 +100,8 @@ def _modelled(kind: str, variant: Variant) -> list[dict[str, Any]]:
     for tiles, index in found.items():
         values = {f"modelled cycles, {name}": loops[index]["cyc"][pipe] for pipe, name in PIPES.items()}
         values["spills in the loop"] = loops[index]["cnt"].get("spill", 0)
-        rows += [_row(variant.target, variant.kernel, variant.head_dim, tiles, *value) for value in values.items()]
+        kernel = "backward" if variant.is_whole else variant.kernel
+        rows += [_row(variant.target, kernel, variant.head_dim, tiles, *value) for value in values.items()]
     return rows
 
 
@@ -146,6 +151,17 @@ def docs_tables(table: pd.DataFrame) -> str:
                 lines.append(_docs_line(version, f"{name}, {tile}", cells))
             cells = ([whole[(*column, name, metric)] for metric in metrics] for column in columns)
             lines.append(_docs_line(version, f"{name}, whole pass", cells))
+        for tile in ("floor", "near", "far"):
+            total = summary(rows).total
+            cells = (
+                [
+                    total[(*column, ONE_KERNEL, metric, tile)] / total[(*column, TWO_KERNELS, metric, tile)]
+                    for metric in metrics
+                ]
+                for column in columns
+            )
+            name = "without a bias" if tile == "floor" else tile
+            lines.append(_docs_line(version, f"one kernel over two, {name}", cells))
     return "\n".join([*lines, ""])
 
 
@@ -186,7 +202,8 @@ def whole_pass(table: pd.DataFrame) -> pd.DataFrame:
 
 def _mean_cycles(cost: pd.Series, kernel: str, target: str, head_dim: int) -> float:
     """Mean cycles of a kernel's tiles, weighed by the share of near tiles."""
-    config = Variant(kernel, target, torch.bfloat16, head_dim).launch
+    changes, kernel = ({"IS_WHOLE": True}, "dkey_dvalue") if kernel == "backward" else ({}, kernel)
+    config = Variant(kernel, target, torch.bfloat16, head_dim, changes=changes).launch
     rows, columns = torch.arange(0, WHOLE_LENGTH, config.block_m), torch.arange(0, WHOLE_LENGTH, config.block_n)
     shift = rows[:, None] - columns[None, :]
     is_near = (shift + config.block_m - 1 > -CLAMP) & (shift - (config.block_n - 1) < CLAMP)

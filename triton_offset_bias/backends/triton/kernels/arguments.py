@@ -72,7 +72,10 @@ class Parts(NamedTuple):
 
 
 class Rows(NamedTuple):
-    """Three float32 of every row, which `prepare_kernel` writes: pointers to (B, H, `row_stride`), or one block's."""
+    """Three float32 numbers of every row, which `prepare_kernel` writes.
+
+    They are pointers to (B, H, `row_stride`), or the values of one block of rows.
+    """
 
     lse: Any  # bits; without the log of the sum where SPLIT_LSE
     log_sum: Any  # bits

@@ -35,7 +35,7 @@ def dbias_kernel(
     batch, table_rows, first_distance, num_distances, num_parts,
     FORM: tl.constexpr, LOOPS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """One part of a diagonal of tiles of one row of the table: the sums along its diagonals, in a fixed order.
+    """Writes the sums along the diagonals of one part of a diagonal of tiles, for one row of the table, in one order.
 
     The tiles lie `distance` blocks from the strip's offset 0; distances count from first_distance. Where sequences
     have lengths of their own, tiles begin up to BLOCK - 1 rows above the first query, so that one distance is one

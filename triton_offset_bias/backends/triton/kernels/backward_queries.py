@@ -6,8 +6,9 @@
 
 Z is dropout's factor, or 1 without dropout. Two kernels share FlashAttention-2's (Dao 2023, arXiv:2307.08691) algorithm
 2: here a program has a block of queries (dQ and dbias); in `backward_keys` it has a block of keys (dK and dV). So
-programs share dbias alone. `prepare` runs before both. The sums of dbias are atomic. Deterministic sums come
-from a third kernel, in which a program has a diagonal of tiles (`backward_bias`).
+programs share dbias alone, whose sums are atomic. Deterministic sums come from a third kernel, in which a program has a
+diagonal of tiles (`backward_bias`). On some devices `backward_keys` computes all gradients, and this kernel does not run
+for most calls. `prepare` runs before all of them.
 """
 
 import triton
@@ -166,7 +167,9 @@ def dquery_kernel(
     FORM: tl.constexpr, LOOPS: tl.constexpr, HAS_DQ: tl.constexpr, DBIAS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """dQ of a block of queries of one head, and the block's part of dbias. Tensors are as in `forward_kernel`.
+    """Writes dQ of a block of queries of one head, and adds the block's part of dbias to the strip's gradient.
+
+    Tensors are as in `forward_kernel`.
 
     DBIAS: "none" | "diagonals", BLOCK atomic adds for a near tile | "elements", one for every near score | "fixed", one
     for every near score, of int64 that count steps of 1 / fixed_unit: their sum does not depend on the order.

@@ -32,7 +32,10 @@ def decode_kernel(
     factors, batch, num_splits,
     FORM: tl.constexpr, LOOPS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """All queries of one key head against one split of its keys, without dropout. Tensors as in `forward_kernel`."""
+    """Writes the results of all queries of one key head with one split of its keys, without dropout.
+
+    Tensors are as in `forward_kernel`.
+    """
     BLOCK_DV: tl.constexpr = FORM.BLOCK_DV
     sizes = Sizes(num_heads, FORM.GROUP, len_q, len_k, rows_q, rows_k)
     bounds = Bounds(zero, band_lo, band_hi, near_lo, near_hi)
@@ -83,7 +86,7 @@ def combine_kernel(
     num_heads, len_q, rows_q, batch, num_splits,
     HEAD_DIM_V: tl.constexpr, BLOCK_DV: tl.constexpr, IS_PACKED: tl.constexpr, BLOCK_S: tl.constexpr,
 ):  # fmt: skip
-    """The results of one query of one head, combined from its splits. Tensors are as in `decode_kernel`."""
+    """Combines the splits of one query of one head, and writes its results. Tensors are as in `decode_kernel`."""
     i = tl.program_id(0) % len_q
     head = head_of(tl.program_id(0) // len_q, num_heads)
     first_q, seq_q = sequence_rows(cu_seqlens_q_ptr, head.b, len_q, rows_q, IS_PACKED)

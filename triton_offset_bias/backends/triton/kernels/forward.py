@@ -131,7 +131,7 @@ def forward_kernel(
     factors, largest_dropped,
     FORM: tl.constexpr, LOOPS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """Output and row statistics of a block of queries of one head.
+    """Writes output and row statistics of a block of queries of one head.
 
     B is 1 for packed tensors; their rows hold sequences of up to len_q queries and len_k keys. With causal attention
     the queries with the most keys start first.
