@@ -121,6 +121,8 @@ def device_types() -> tuple[str, ...]:
 @torch.compiler.assume_constant_result
 def multiprocessors(device: torch.device) -> int:
     """The least number of programs that run side by side on a device."""
+    if interprets():
+        return 4  # more would make no program faster
     if device.type != "cuda":
         return 108  # an A100's number, where there is no device
     return torch.cuda.get_device_properties(device).multi_processor_count
