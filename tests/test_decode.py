@@ -3,6 +3,7 @@
 import pytest
 import torch
 from cases import Case, assert_matches_oracle, build, results_of
+from conftest import AVAILABLE
 from oracle import Results
 
 from triton_offset_bias import offset_bias_attention
@@ -23,7 +24,6 @@ def _cache_positions(len_q: int, len_k: int) -> dict:
 CASES = [
     Case("one query", (1, 1500), through_lse=True),
     Case("one query, long beyond the table", (1, 1700), batch=1, heads=(4, 4), columns=65),
-    Case("many heads and keys: tasks of the largest size", (1, 2100), (8, 8), batch=4, heads=(16, 16), columns=65),
     Case("one query, no bias beyond the table", (1, 1500), columns=65, options={"beyond": "zero"}),
     Case("one query, no table", (1, 1500), bias=None),
     Case("grouped heads, causal", (4, 1500), batch=1, heads=(8, 2), columns=201, options={"is_causal": True}),
@@ -59,6 +59,13 @@ def test_a_decoding_step_is_as_accurate_as_plain_pytorch(backend, case):
     """The results are the output, the log-sum-exp and the gradients."""
     call = build(case)
     assert_matches_oracle(call, results_of(call, backend))
+
+
+@pytest.mark.skipif("cpp" not in AVAILABLE, reason="the engine is not built")
+def test_many_heads_and_keys_make_the_engines_tasks_of_the_largest_size():
+    """A task has as many keys as its threads leave it."""
+    call = build(Case("tasks", (1, 2100), (8, 8), batch=4, heads=(16, 16), columns=65))
+    assert_matches_oracle(call, results_of(call, "cpp"))
 
 
 @pytest.mark.parametrize(("length", "chunk"), [(50, 1), (250, 7), (600, 96)])

@@ -34,7 +34,7 @@ class Plan:
     """Everything that launches for a problem need but its tensors, so that it serves each call of the same layout.
 
     Attributes:
-        query_factor: factor on the queries: the sign of the scale, since kernels need a positive scale; 0 for a scale of 0.
+        query_factor: the sign of the scale, a factor on the queries, since kernels need a positive scale; or 0.
         block_d: the larger of the padded head dims.
         integers: the members of `Sizes` but the group, and of `Bounds`, which kernels take one by one.
         factors: see `Factors`.

@@ -7,8 +7,8 @@
 Z is dropout's factor, or 1 without dropout. Two kernels share FlashAttention-2's (Dao 2023, arXiv:2307.08691) algorithm
 2: here a program has a block of queries (dQ and dbias); in `backward_keys` it has a block of keys (dK and dV). So
 programs share dbias alone, whose sums are atomic. Deterministic sums come from a third kernel, in which a program has a
-diagonal of tiles (`backward_bias`). On some devices `backward_keys` computes all gradients, and this kernel does not run
-for most calls. `prepare` runs before all of them.
+diagonal of tiles (`backward_bias`). On some devices `backward_keys` computes all gradients of most calls, and this
+kernel does not run. `prepare` runs before all of them.
 """
 
 import triton
