@@ -18,7 +18,7 @@ from torch.utils.checkpoint import checkpoint
 from triton_offset_bias import distributed, offset_bias_attention, offset_bias_attention_varlen
 from triton_offset_bias.distributed import travel
 from triton_offset_bias.distributed.world import METHODS
-from triton_offset_bias.modules import KerpleBias, OffsetBias
+from triton_offset_bias.modules import KerpleBias, OffsetBias, OffsetBiasAttention
 
 pytestmark = [pytest.mark.cpu_only, pytest.mark.needs_engine]
 LENGTH, WIDTH, HEADS = 48, 24, 6
@@ -151,7 +151,37 @@ MOST_SENT = {
 OPTIONS = {"full": {}, "causal": {"is_causal": True}, "window": {"is_causal": True, "window_size": (16, -1)}}
 
 
+def _check_two_dimensions() -> None:
+    """Two groups of two ranks: groups have different sequences, the ranks of a group have parts of them."""
+    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("data", "context"))
+    torch.manual_seed(4)
+    bias = OffsetBias(4, LENGTH, bidirectional=False)
+    model = nn.Sequential(*(OffsetBiasAttention(16, 4, bias, is_causal=True) for _ in range(2)))
+    nn.init.normal_(bias.weight)
+    x = torch.randn(4, LENGTH, 16)
+    expected = model(x)
+    expected.square().mean().backward()
+    for method, wrapper in itertools.product(METHODS, ("ddp", "fsdp2")):
+        spread = copy.deepcopy(model)
+        for parameter in spread.parameters():
+            parameter.grad = None
+        assert distributed.parallelize_context(spread, mesh["context"], layout="zigzag", method=method) == 2
+        wrapped = DistributedDataParallel(spread) if wrapper == "ddp" else fully_shard(
+            spread, mesh=mesh._flatten("all")
+        )  # fmt: skip
+        part = distributed.shard(x.chunk(2)[mesh.get_local_rank("data")], 1, mesh["context"], "zigzag")
+        wrapped(part).square().mean().backward()
+        got = dict(wrapped.named_parameters())
+        for name, parameter in model.named_parameters():
+            gradient = got[f"module.{name}" if wrapper == "ddp" else name].grad
+            gradient = gradient.full_tensor() if isinstance(gradient, DTensor) else gradient
+            torch.testing.assert_close(gradient, parameter.grad)
+    with pytest.raises(ValueError, match="`model` must hold an OffsetBiasAttention, got Linear"):
+        distributed.parallelize_context(nn.Linear(2, 2))
+
+
 def _bytes(rank: int, world: int) -> None:
+    _check_two_dimensions()
     length = 128
     *inputs, table, _ = (x[..., :4, :] if x.dim() == 2 else x[:, :4] for x in _whole(length))
     unit = 2 * inputs[0].numel() * 4
@@ -169,6 +199,6 @@ def _bytes(rank: int, world: int) -> None:
             assert got <= allowed * 1.02, (name, method, layout, (sent / unit).tolist())
 
 
-def test_only_what_is_reached_is_sent(tmp_path: Path) -> None:
-    """Windows send the halo alone. A later span goes only to ranks that reach it."""
+def test_four_ranks_train_on_two_dimensions_and_send_only_what_is_reached(tmp_path: Path) -> None:
+    """Data parallelism x context parallelism. Windows send the halo alone; a later span goes to ranks that reach it."""
     run_ranks(_bytes, 4, tmp_path)

@@ -1,5 +1,7 @@
 """Self-attention with any position bias of this package."""
 
+from collections.abc import Callable
+
 from torch import Tensor, nn
 
 from triton_offset_bias.checks.arguments import check_flag, check_tensor, checked_count, checked_dropout, shape
@@ -59,6 +61,9 @@ class OffsetBiasAttention(nn.Module):
         self.is_causal = is_causal
         self.dropout_p = checked_dropout(dropout_p)
         self.bias = bias
+        # `distributed.parallelize_context` changes these two.
+        self._attend: Callable[..., Tensor] = offset_bias_attention
+        self._ranks = 1  # that hold an equal part of each sequence
         self.q_proj = nn.Linear(embed_dim, embed_dim)
         self.k_proj = nn.Linear(embed_dim, num_kv_heads * self.head_dim)
         self.v_proj = nn.Linear(embed_dim, num_kv_heads * self.head_dim)
@@ -83,10 +88,10 @@ class OffsetBiasAttention(nn.Module):
             raise ValueError(
                 f"`x` must have shape (batch, length, embed_dim={self.q_proj.in_features}), got shape {shape(x)}"
             )
-        length = x.shape[1]
+        length = x.shape[1] * self._ranks
         min_offset = 0 if self.is_causal else 1 - length
         bias = None if self.bias is None or length == 0 else self.bias(min_offset, length - 1)
-        out = offset_bias_attention(
+        out = self._attend(
             self._split_heads("q_proj", x),
             self._split_heads("k_proj", x),
             self._split_heads("v_proj", x),
