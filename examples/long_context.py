@@ -222,7 +222,7 @@ def parse_args() -> argparse.Namespace:
     add("--fsdp", action="store_true", help="shard parameters by FSDP (default: copy them by DDP)")
     add("--length", type=int, default=8192, help="bytes of a long sequence (default: 8192)")
     add("--short-length", type=int, default=512, help="bytes of a short sequence (default: 512)")
-    add("--budget", type=int, default=112, help="MiB that a process may take above its model (default: 112)")
+    add("--budget", type=int, default=100, help="MiB that a process may take above its model (default: 100)")
     add("--steps", type=int, help="steps of each short training (default: 100; with --quick: 5)")
     add("--long-steps", type=int, help="steps of the long training (default: 60; with --quick: 2)")
     add("--seed", type=int, default=0, help="seed of the initial values and of the order of the text (default: 0)")
