@@ -1,22 +1,16 @@
 """The public functions: `offset_bias_attention` of a sequence that is spread over ranks, and its packed form."""
 
-from collections.abc import Callable
 from typing import Literal, overload
 
-import torch
 from torch import Tensor
 from typing_extensions import Unpack  # comes with torch; typing's from Python 3.11 on
 
 from triton_offset_bias.checks.arguments import check_flag, checked_int
 from triton_offset_bias.checks.call import Options, checked_attention, checked_varlen, with_autocast
 from triton_offset_bias.distributed import checking
-from triton_offset_bias.distributed.agreement import agree
-from triton_offset_bias.distributed.attention import Attention
-from triton_offset_bias.distributed.call import Call
-from triton_offset_bias.distributed.plan import Layout, Plan, plan_of
-from triton_offset_bias.distributed.sharding import in_order
-from triton_offset_bias.distributed.spans import Span, check_layout, size_of
-from triton_offset_bias.distributed.world import Group, World, broadcast, gathered, world_of
+from triton_offset_bias.distributed.calling import attend, plan_for
+from triton_offset_bias.distributed.plan import Plan
+from triton_offset_bias.distributed.world import Group, World
 from triton_offset_bias.problem import Problem
 
 
@@ -140,10 +134,10 @@ def offset_bias_attention(
         )  # fmt: skip
         whole = checking.checked_lengths(lengths, query, key, world)
         start = whole[1] - whole[0] if query_start is None else checked_int("query_start", query_start)
-        return problem, _plan(problem, world, layout, whole, start, None)
+        return problem, plan_for(problem, world, layout, whole, start, None)
 
     check_flag("return_lse", return_lse)
-    return _attend((query, key, value, bias), check, (group, method), backend, beyond, return_lse)
+    return attend((query, key, value, bias), check, (group, method), backend, beyond, return_lse)
 
 
 @overload
@@ -231,11 +225,11 @@ def offset_bias_attention_varlen(
             options=_clamped(options),
         )  # fmt: skip
         bounds = checking.checked_bounds(cu_seqlens_q, cu_seqlens_k, (max_seqlen_q, max_seqlen_k))
-        return problem, _plan(problem, world, layout, (bounds[0][-1], bounds[1][-1]), 0, bounds)
+        return problem, plan_for(problem, world, layout, (bounds[0][-1], bounds[1][-1]), 0, bounds)
 
     check_flag("return_lse", return_lse)
     tensors = _as_padded(query), _as_padded(key), _as_padded(value), bias
-    results = _attend(tensors, check, (group, method), backend, beyond, return_lse)
+    results = attend(tensors, check, (group, method), backend, beyond, return_lse)
     if isinstance(results, Tensor):
         return results.squeeze(0).transpose(0, 1)
     out, lse = results
@@ -250,107 +244,3 @@ def _as_padded(x: Tensor) -> Tensor:
 def _clamped(options: Options) -> Options:
     """The options of parts: `beyond="error"` is asked of the whole."""
     return {**options, "beyond": "clamp"} if options["beyond"] == "error" else options
-
-
-def _plan(
-    problem: Problem,
-    world: World,
-    layout: str,
-    lengths: tuple[int, int],
-    start: int,
-    bounds: tuple[tuple[int, ...], tuple[int, ...]] | None,
-) -> Plan:
-    """The plan of a call that this rank has checked, and whose tensors fit it."""
-    check_layout(layout)
-    plan = plan_of(
-        Layout(
-            lengths=lengths,
-            ring=world.ring.size,
-            heads=world.heads.size,
-            name=layout,
-            start=start,
-            min_offset=problem.min_offset,
-            max_offset=problem.max_offset,
-            bounds=bounds,
-            has_positions=problem.query_positions is not None,
-        )
-    )
-    checking.check_parts(problem.query, problem.key, plan, world)
-    return plan
-
-
-@torch.compiler.disable
-def _attend(
-    tensors: tuple[Tensor, Tensor, Tensor, Tensor | None],
-    check: Callable[[World], tuple[Problem, Plan]],
-    ways: tuple[Group, str],
-    backend: str,
-    beyond: str,
-    returns_lse: bool,
-) -> Tensor | tuple[Tensor, Tensor]:
-    """Checks a call on all ranks, and makes it. Compiled code breaks its graph here: messages are in no graph."""
-    group, method = ways
-    checking.check_method(method)
-    world = world_of(group, method)
-    failure: Exception | None = None
-    arguments: dict[str, object] = {}
-    try:
-        problem, plan = check(world)
-        chosen = checking.checked_backend(problem, plan, world, backend)
-        arguments = _arguments(problem, plan, method, chosen, beyond)
-    except (TypeError, ValueError, NotImplementedError) as error:
-        failure = error
-    device = tensors[0].device if isinstance(tensors[0], Tensor) else torch.device("cpu")
-    agree(arguments, failure, world, device)
-    sizes = [[size_of(spans) for spans in side] for side in plan.parts]
-    mask, positions = problem.key_padding_mask, None
-    if mask is not None:
-        mask = in_order(gathered(mask.to(torch.uint8), sizes[1], world), plan.parts[1]).bool()
-    if problem.query_positions is not None and problem.key_positions is not None:
-        sides = zip((problem.query_positions, problem.key_positions), sizes, plan.parts, strict=True)
-        query_positions, key_positions = (in_order(gathered(x.long(), n, world), held) for x, n, held in sides)
-        positions = query_positions, key_positions
-    if beyond == "error" and problem.bias is not None:
-        checking.check_reach(problem, plan, mask, positions, problem.bias.shape[-1])
-    if problem.seed is not None:
-        broadcast(problem.seed, world)
-    here = None if positions is None else _cut(positions[0], plan.queries[world.ring.rank])
-    none = tensors[0].new_empty(0)  # the call would keep its tensors as long as the graph lives
-    call = Call(
-        problem=problem._replace(query=none, key=none, value=none, bias=None, query_positions=here),
-        plan=plan,
-        world=world,
-        method="ring" if method == "ring" else "gather",
-        backend=chosen,
-        key_padding_mask=mask,
-        key_positions=None if positions is None else positions[1],
-        heads=(problem.query.shape[1], problem.key.shape[1]),
-        returns_lse=returns_lse,
-    )
-    results: Tensor | tuple[Tensor, Tensor] = Attention.apply(*tensors, call)
-    return results
-
-
-def _cut(x: Tensor, spans: list[Span]) -> Tensor:
-    return torch.cat([x[..., span.start : span.stop] for span in spans] or [x[..., :0]], -1)
-
-
-def _arguments(problem: Problem, plan: Plan, method: str, backend: str, beyond: str) -> dict[str, object]:
-    """The arguments that must be equal on all ranks, by their public names."""
-    layout = plan.layout
-    names = ("scale", "dropout_p", "bias_origin", "deterministic")
-    return {
-        "method": method,
-        "backend": backend,
-        "layout": layout.name,
-        "lengths": layout.lengths,
-        **{name: checking.described(getattr(problem, name)) for name in ("query", "key", "value")},
-        "bias": None if problem.bias is None else (problem.bias.shape[-1], checking.described(problem.bias)),
-        "query_start": layout.start,
-        "window_size and is_causal": (layout.min_offset, layout.max_offset),
-        "cu_seqlens_q": None if layout.bounds is None else layout.bounds[0],
-        "cu_seqlens_k": None if layout.bounds is None else layout.bounds[1],
-        "beyond": beyond,
-        **{name: getattr(problem, name) for name in names},
-        **{name: getattr(problem, name) is not None for name in ("key_padding_mask", "query_positions")},
-    }
