@@ -8,7 +8,7 @@
 #pragma once
 
 #include "dbias.h"
-#include "products.h"
+#include "query_rows.h"
 #include "tiles.h"
 
 namespace tob {
@@ -30,14 +30,14 @@ template <class Products> class Backward {
            const tob_tensor &output_gradient, const void *lse_gradient, const tob_tensor &query_gradient,
            const tob_tensor &key_gradient, const tob_tensor &value_gradient, void *bias_gradient)
       : p(problem),
-        out(output),
-        dout(output_gradient),
-        dquery(query_gradient),
+        query_tensors{output,
+                      output_gradient,
+                      query_gradient,
+                      static_cast<const Real *>(stats.row_max),
+                      static_cast<const Real *>(stats.row_sum),
+                      static_cast<const Real *>(lse_gradient)},
         dkey(key_gradient),
         dvalue(value_gradient),
-        row_max(static_cast<const Real *>(stats.row_max)),
-        row_sum(static_cast<const Real *>(stats.row_sum)),
-        dlse(static_cast<const Real *>(lse_gradient)),
         dbias(static_cast<Real *>(bias_gradient)) {}
 
   void run() {
@@ -57,7 +57,7 @@ template <class Products> class Backward {
           }},
          {row_blocks + 1, [&](int64_t head, int64_t task, int) {
             if (task == 0) sum_dbias(head, head_order);
-            else write_dquery(head_of(head, (task - 1) % group), int((task - 1) / group) * kQueries);
+            else query_rows.write_dquery(head_of(head, (task - 1) % group), int((task - 1) / group) * kQueries, before);
           }}});
     if (dbias) dbias_sums.write(dbias);
   }
@@ -72,11 +72,6 @@ template <class Products> class Backward {
         dvalue[kMaxKeys * (kMaxDim + kPanelWidth)];  // row-major, to be scaled
     TilePair tiles;
     KeptWeights<kQueries, kMaxKeys> kept;
-  };
-
-  // A query head, and its place in the scratch memory.
-  struct Head {
-    int64_t slot, b, h;
   };
 
   // Query head g of the query heads that share a key head. head is b * heads_kv + h.
@@ -101,33 +96,11 @@ template <class Products> class Backward {
     return round_up(count, kPanelWidth);
   }
 
-  // Pass 1: packs queries and dO as factors, and copies row_max, 1 / row_sum, delta and dlse. A row that attends to
-  // nothing gets P = 0, dO = 0, delta = 0 and dlse = 0, whatever dO and dlse are there: a loss may have no finite slope
-  // at an output of 0 and lse = -inf. Rows past the end get the same.
+  // Pass 1: a block of queries, and at the first block what a head begins with.
   void prepare(const Head &head, int first) {
-    const tob_sequence &s = p.sequences[head.b];
     if (dbias_sums.needed() && first == 0) dbias_sums.begin_head(head.slot);
     if (first == 0) bias_tiles.make(head.slot, head.b, head.h);
-    if (first >= s.len_q) return;
-    const int64_t base = head.slot * rows_padded + first, source = first_row(head) + first;
-    const int count = std::min(kQueries, int(s.len_q) - first), rows = round_up(count, Products::kTile);
-    const Matrix q = matrix_of(p.query, p.dtype, int(p.dim), head.b, head.h, s.first_query);
-    const Matrix o = matrix_of(out, p.dtype, int(p.dim_v), head.b, head.h, s.first_query);
-    const Matrix g = matrix_of(dout, p.dtype, int(p.dim_v), head.b, head.h, s.first_query);
-    query_factors.pack(head.slot, q, first, count, rows, scale.query);
-    dout_factors.pack(head.slot, g, first, count, rows, Real(1));
-    if (dquery.data) std::fill_n(dquery_acc.get() + base * chunks * kPanelWidth, rows * chunks * kPanelWidth, Real(0));
-    Real *const deltas = delta.get() + base;
-    Products::dots(o, g, dout_factors, head.slot, first, count, deltas);
-    for (int r = 0; r < rows; ++r) {
-      const Real sum = r < count ? row_sum[source + r] : Real(0);
-      const bool empty = sum == 0;
-      max.get()[base + r] = empty ? std::numeric_limits<Real>::infinity() : row_max[source + r];
-      inverse_sum.get()[base + r] = empty ? Real(0) : 1 / sum;
-      if (empty) deltas[r] = 0;
-      if (dlse) row_dlse.get()[base + r] = empty ? Real(0) : dlse[source + r];
-      if (empty && r < count) dout_factors.clear(head.slot, first + r);
-    }
+    query_rows.prepare(head, first);
   }
 
   // Pass 2: one block of keys with all queries that attend to it, of every query head that shares the keys.
@@ -193,7 +166,7 @@ template <class Products> class Backward {
       fill_rows(c, head, first, row, std::min(kRows, rows - row), used);
       if constexpr (Products::kKeptRows == kRows) add_dbias(c, head, first, row, kRows);
       t.tiles.pack(row, std::min(kRows, rows - row), round_up(c.count, kPanelWidth), dvalue.data, dkey.data,
-                   dquery.data);
+                   needs_dquery());
     }
   }
 
@@ -217,20 +190,21 @@ template <class Products> class Backward {
     clear_outside(probs, kTileStride, rows, columns, width);
     clear_outside(dscores, kTileStride, rows, columns, width);
     if (columns.empty()) return;
-    const int64_t base = head.slot * rows_padded + query;
+    const int64_t base = query_rows.index(head, query);
     const bool biased = p.bias || !band.covers(query, query + rows, c.first + columns.begin, c.first + columns.end);
     const GatheredTile<Real> gathered_tile = gathered.from(head.b, head.h, query, c.first);
     const ScoreTerms<Real> terms{
         scale.products, biased && !bias_tiles.present() ? strips.at(head.b, head.h, c.first - query) : nullptr,
         gathered.present() ? &gathered_tile : nullptr, mask.present() ? mask.at(head.b) + c.first : nullptr,
         biased ? bias_tiles.at(head.slot, query, c.first) : nullptr};
-    Products::scores(query_factors.left(head.slot, query), query_factors.panel_stride, t.key_columns, chunks, probs,
-                     kTileStride, terms, rows, columns, c.count);
+    Products::scores(query_rows.queries.left(head.slot, query), query_rows.queries.panel_stride, t.key_columns, chunks,
+                     probs, kTileStride, terms, rows, columns, c.count);
     const auto prob = [&](const Real *x, Vec maximum, Vec factor) {
       return factor * Lanes::exp2(Products::scaled(Lanes::load(x), scale.scores) - maximum);
     };
     for (int r = 0; r < rows; ++r) {
-      const Vec maximum = Lanes::broadcast(max.get()[base + r]), factor = Lanes::broadcast(inverse_sum.get()[base + r]);
+      const Vec maximum = Lanes::broadcast(query_rows.max.get()[base + r]),
+                factor = Lanes::broadcast(query_rows.inverse_sum.get()[base + r]);
       for (int j = columns.begin; j < columns.end; j += kPanelWidth) {
         Real *x = probs + r * kTileStride + j;
         Lanes::store(x, prob(x, maximum, factor));
@@ -238,14 +212,14 @@ template <class Products> class Backward {
       }
     }
     const auto kept = [&](int r, int column) { return t.kept.at(query + r, c.first + column); };
-    const DscoreTerms<Real> dterms{delta.get() + base, row_dlse.get() + base, kept_scale};
+    const DscoreTerms<Real> dterms{query_rows.delta.get() + base, query_rows.dlse.get() + base, kept_scale};
     const auto make_dscores = [&](auto is_dropped, auto has_dlse) {
       Products::template dscores<decltype(is_dropped)::value, decltype(has_dlse)::value>(
-          dout_factors.left(head.slot, query), dout_factors.panel_stride, t.value_columns, chunks_v, dterms, probs,
-          dscores, kTileStride, rows, columns, kept);
+          query_rows.douts.left(head.slot, query), query_rows.douts.panel_stride, t.value_columns, chunks_v, dterms,
+          probs, dscores, kTileStride, rows, columns, kept);
     };
     const auto make_with = [&](auto is_dropped) {
-      dlse ? make_dscores(is_dropped, std::true_type()) : make_dscores(is_dropped, std::false_type());
+      query_tensors.dlse ? make_dscores(is_dropped, std::true_type()) : make_dscores(is_dropped, std::false_type());
     };
     if (needs_dscores()) p.has_dropout ? make_with(std::true_type()) : make_with(std::false_type());
     if (p.has_dropout) drop(probs, kTileStride, rows, columns, kept);
@@ -263,26 +237,15 @@ template <class Products> class Backward {
       return band.keys_of(first + r, first + r + count).clip(c.first, c.first + c.count).shift(-c.first);
     };
     if (dvalue.data)
-      Products::accumulate_columns(t.tiles.transposed_probs(), kTileStride, dout_factors, head.slot, first, t.dvalue,
-                                   padded_keys, chunks_v, query_range);
+      Products::accumulate_columns(t.tiles.transposed_probs(), kTileStride, query_rows.douts, head.slot, first,
+                                   t.dvalue, padded_keys, chunks_v, query_range);
     if (dkey.data)
-      Products::accumulate_columns(t.tiles.transposed_dscores(), kTileStride, query_factors, head.slot, first, t.dkey,
-                                   padded_keys, chunks, query_range);
-    if (dquery.data)
-      Products::template accumulate<false>(t.tiles.dscores_factor(), kTileStride, t.key_factor,
-                                           int64_t(task_keys) / kPerCell * kPanelWidth,
-                                           dquery_acc.get() + (head.slot * rows_padded + first) * chunks * kPanelWidth,
-                                           chunks * kPanelWidth, rows, chunks, nullptr, key_range);
-  }
-
-  // Pass 3: writes dQ.
-  void write_dquery(const Head &head, int first) const {
-    if (!dquery.data) return;
-    const tob_sequence &s = p.sequences[head.b];
-    if (first >= s.len_q) return;
-    write_rows(result_matrix(p, dquery, int(p.dim), head.b, head.h, s.first_query), first,
-               std::min(kQueries, int(s.len_q) - first), before, Real(p.scale),
-               dquery_acc.get() + (head.slot * rows_padded + first) * chunks * kPanelWidth, chunks * kPanelWidth);
+      Products::accumulate_columns(t.tiles.transposed_dscores(), kTileStride, query_rows.queries, head.slot, first,
+                                   t.dkey, padded_keys, chunks, query_range);
+    if (needs_dquery())
+      Products::template accumulate<false>(
+          t.tiles.dscores_factor(), kTileStride, t.key_factor, int64_t(task_keys) / kPerCell * kPanelWidth,
+          query_rows.dquery_at(head, first), chunks * kPanelWidth, rows, chunks, nullptr, key_range);
   }
 
   // Pass 3: adds the head's sums of dbias to its row of the table. Heads follow one another, as they may share the row.
@@ -296,15 +259,12 @@ template <class Products> class Backward {
     order.finish(head, 0);
   }
 
-  // The index of a head's first query in row_max, row_sum and dlse.
-  int64_t first_row(const Head &head) const {
-    return head.b * p.row_stride_b + head.h * p.row_stride_h + p.sequences[head.b].first_query;
-  }
-  bool needs_dscores() const { return dquery.data || dkey.data || dbias; }
+  bool needs_dquery() const { return query_tensors.dquery.data; }
+  bool needs_dscores() const { return needs_dquery() || dkey.data || dbias; }
 
   const tob_problem &p;
-  const tob_tensor &out, &dout, &dquery, &dkey, &dvalue;
-  const Real *row_max, *row_sum, *dlse;
+  const QueryTensors<Real> query_tensors;
+  const tob_tensor &dkey, &dvalue;
   Real *dbias;
   // Members are initialised in this order, so each may read only the members above it.
   const std::vector<Band> bands = bands_of(p);
@@ -319,18 +279,13 @@ template <class Products> class Backward {
   const int task_keys = keys_per_task();                                   // keys in a task
   const int64_t key_blocks = (p.len_k + task_keys - 1) / task_keys;        // tasks for each key head
   const int64_t query_tiles = (p.len_q + kQueries - 1) / kQueries;
-  const int rows_padded = round_up(int(p.len_q), kRows);
   const int64_t group = p.heads_kv ? p.heads_q / p.heads_kv : 1;  // query heads for each key head
   const int64_t heads = p.batch * p.heads_kv;                     // key heads
   const Schedule schedule{heads, 3, key_blocks, p.num_threads};
   const int64_t slots = schedule.slots, slots_q = slots * group;  // heads at work
   const typename Products::BiasTiles bias_tiles{p, strips, slots_q};
   const Scale<Real, Operand> scale{p.scale, bias_tiles.present()};
-  const typename Products::Factors query_factors{slots_q, rows_padded, int(p.dim)},
-      dout_factors{slots_q, rows_padded, int(p.dim_v)};
-  const Scratch<Real> dquery_acc{dquery.data ? slots_q * rows_padded * chunks * kPanelWidth : 0};
-  const Scratch<Real> max{slots_q * rows_padded}, inverse_sum{slots_q * rows_padded}, delta{slots_q * rows_padded};
-  const Scratch<Real> row_dlse{dlse ? slots_q * rows_padded : 0};
+  const QueryRows<Products> query_rows{p, query_tensors, slots_q, scale.query};
   const DbiasSums<Real> dbias_sums{p, dbias != nullptr, p.num_threads, slots_q};
 };
 

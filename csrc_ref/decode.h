@@ -254,7 +254,7 @@ template <class Real, class Operand> class Decode {
     }
   }
 
-  // Adds the partial results of a head up, in the place of the first, and writes the head's rows.
+  // Adds the partial results of a head to the first of them, and writes the head's rows.
   void combine(int64_t b, int64_t h) const {
     const int len_q = int(p.sequences[b].len_q);
     for (int row = 0; row < int(group) * len_q; ++row) {

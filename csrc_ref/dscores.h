@@ -6,7 +6,7 @@
 
 namespace tob {
 
-// What turns a tile of dO V^T into dS. Row 0 is the tile's first.
+// The terms that make dS of a tile of dO V^T. Row 0 is the tile's first row.
 template <class Real> struct DscoreTerms {
   const Real *delta, *dlse;
   Real kept_scale;

@@ -72,8 +72,8 @@ typedef struct {
   const int32_t *query_positions, *key_positions;
   int64_t position_stride_q, position_stride_k;
   int64_t is_causal_by_index;
-  /* If has_dropout is not 0, weights are dropped whose random number, as dropout.h makes it from the seed, is at most
-     largest_dropped. The kept ones are multiplied by kept_scale. */
+  /* dropout.h makes a random number for each weight from the seed. If has_dropout is not 0, a weight is dropped if its
+     number is at most largest_dropped. Otherwise the weight is multiplied by kept_scale. */
   int64_t has_dropout;
   uint64_t seed;
   uint32_t largest_dropped;

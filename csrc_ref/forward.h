@@ -71,7 +71,7 @@ template <class Products> class Forward {
     return round_up(count, kRows);
   }
 
-  // Pass 1: packs keys, transposed, and values as right factors. head is b * heads_kv + h.
+  // Pass 1: packs keys and values as right factors. Keys are transposed. The head's number is b * heads_kv + h.
   void pack(int64_t head, int first) {
     const int64_t b = head / p.heads_kv, h = head % p.heads_kv;
     const tob_sequence &s = p.sequences[b];

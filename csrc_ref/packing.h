@@ -12,8 +12,8 @@ inline constexpr int kMaxDim = TOB_MAX_DIM;
 // The cells that hold as many operands as a panel has columns.
 template <class Real, class Operand> inline constexpr int kChunkCells = kPanel<Real> / kOperandsPerCell<Real, Operand>;
 
-// A[r][k] = m[first + r][k], at out[k / kPanel][r][k % kPanel], for `count` rows; up to `padded` they are 0.
-// out + panel_stride is the next panel. Reals are multiplied with `factor`.
+// Packs rows of m as a left factor A: A[r][k] = m[first + r][k] lies at out[k / kPanel][r][k % kPanel]. Rows from
+// `count` to `padded` are 0. The next panel begins at out + panel_stride. Reals are multiplied with `factor`.
 template <class Operand, class Real>
 void pack_left(const Matrix &m, int64_t first, int count, int padded, Real factor, Real *out, int64_t panel_stride) {
   constexpr int kPanelWidth = kPanel<Real>, kChunk = kChunkCells<Real, Operand>,
@@ -42,8 +42,8 @@ void pack_left(const Matrix &m, int64_t first, int count, int padded, Real facto
     std::fill_n(out + d / kPanelWidth * panel_stride + count * kChunk, (padded - count) * kChunk, Real(0));
 }
 
-// B[k][c] = m[first + k][c], at out[c / kPanel][k][c % kPanel] where k counts cells, for `count` rows; up to `padded`
-// they are 0. out + panel_stride is the next panel.
+// Packs rows of m as a right factor B: B[k][c] = m[first + k][c] lies at out[c / kPanel][k][c % kPanel], where k counts
+// cells. Rows from `count` to `padded` are 0. The next panel begins at out + panel_stride.
 template <class Operand, class Real>
 void pack_right(const Matrix &m, int64_t first, int count, int padded, Real *out, int64_t panel_stride) {
   if constexpr (std::is_same_v<Operand, Real>) {
@@ -66,7 +66,8 @@ void pack_right(const Matrix &m, int64_t first, int count, int padded, Real *out
   }
 }
 
-// One panel of B[k][c] = m[first + c][k], at out[k][c] where k counts cells. Columns from `count` on are 0.
+// Packs rows of m as one panel of a right factor B, transposed: B[k][c] = m[first + c][k] lies at out[k][c], where k
+// counts cells. Columns from `count` on are 0.
 template <class Operand, class Real> void pack_right_transposed(const Matrix &m, int64_t first, int count, Real *out) {
   using Lanes = Simd<Real>;
   constexpr int kPanelWidth = kPanel<Real>, W = Lanes::kLanes, kPerCell = kOperandsPerCell<Real, Operand>;
@@ -77,7 +78,7 @@ template <class Operand, class Real> void pack_right_transposed(const Matrix &m,
         typename Lanes::Vec square[W];
         for (int e = 0; e < W; ++e) {
           const auto *cells = from + (i + e) * stride + k * kPerCell;
-          prefetch(cells, kPanelWidth, stride);  // the next panel's
+          prefetch(cells, kPanelWidth, stride);  // for the next panel
           square[e] = load_cells<Operand, Real>(cells);
         }
         Lanes::transpose(square);

@@ -20,7 +20,8 @@ template <class Real, class Operand> struct Scale {
   Real query, products, scores, dkey;
 };
 
-// What turns a tile of products into scores: scale * Q K^T + bias + mask. Row 0 and column 0 are the tile's corner.
+// The terms that make scores of a tile of products: S = scale * Q K^T + bias + mask. Row 0 and column 0 are the tile's
+// corner.
 template <class Real> struct ScoreTerms {
   Real scale;                          // of the products
   const Real *strip;                   // strip[column - row], or null: no bias, and the whole tile is inside the band

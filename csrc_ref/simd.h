@@ -59,7 +59,7 @@ template <class Real> struct Simd {
   static TOB_INLINE Vec load(const Real *p) { return *reinterpret_cast<const Unaligned *>(p); }
   static TOB_INLINE void store(Real *p, Vec v) { *reinterpret_cast<Unaligned *>(p) = v; }
   static TOB_INLINE Vec broadcast(Real x) { return x - Vec{}; }
-  // The same of *p, without arithmetic: *p may hold any bits.
+  // Broadcasts *p without arithmetic, because *p may hold any bits.
   static TOB_INLINE Vec broadcast_bits(const Real *p) {
     typename Traits::Int bits;
     std::memcpy(&bits, p, sizeof bits);
@@ -104,8 +104,8 @@ template <class Real> struct Simd {
     return each[0];
   }
 
-  // The same for several vectors, in place. Each step is done for all vectors before the next step: a step waits for
-  // the step before it, and processors do not look far enough ahead to start another vector's step meanwhile.
+  // Replaces each vector x by 2^x. All vectors take a step before any vector takes the next step, because a vector's
+  // step waits for its last step. Processors do not look far enough ahead to start another vector's step meanwhile.
   template <int kCount> static TOB_INLINE void exp2(Vec (&x)[kCount]) {
 #if defined(__AVX512DQ__) && TOB_VECTOR_BYTES == 64
     if constexpr (std::is_same_v<Real, float>) {

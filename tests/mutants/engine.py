@@ -24,12 +24,6 @@ ENGINE = mutants_in("csrc_ref", {
          "head % p.heads_kv + block % group * p.heads_kv"),
     ],
     "backward.h": [
-        ("the log-sum-exp's gradient has the wrong sign", "test_attention.py", "cpp and primes",
-         "empty ? Real(0) : dlse[source + r]",
-         "empty ? Real(0) : -dlse[source + r]"),
-        ("an empty row's dO gets through", "test_empty_rows.py", "cpp and takes_no_part",
-         "if (empty && r < count)",
-         "if (false)"),
         ("dK is not scaled", "test_attention.py", "cpp and primes",
          "c.count, before, scale.dkey,",
          "c.count, before, Real(1),"),
@@ -44,6 +38,14 @@ ENGINE = mutants_in("csrc_ref", {
          "count) < 8 * p.num_threads) count /= 2"),
         ("a head's sums of dbias are not cleared", "test_attention.py", "cpp and 96",
          "if (dbias_sums.needed() && first == 0)",
+         "if (false)"),
+    ],
+    "query_rows.h": [
+        ("the log-sum-exp's gradient has the wrong sign", "test_attention.py", "cpp and primes",
+         "empty ? Real(0) : tensors.dlse[source + r]",
+         "empty ? Real(0) : -tensors.dlse[source + r]"),
+        ("an empty row's dO gets through", "test_empty_rows.py", "cpp and takes_no_part",
+         "if (empty && r < count)",
          "if (false)"),
     ],
     "outputs.h": [
