@@ -38,7 +38,8 @@ template <class Real> struct GatheredTile {
     typename Simd<Real>::IntVec columns_ahead;
     for (int lane = 0; lane < Lanes::kLanes; ++lane) columns_ahead[lane] = column + lane - row;
     const typename Lanes::Vec forbidden = Lanes::broadcast(-std::numeric_limits<Real>::infinity());
-    return (offsets < min_offset) | (offsets > max_offset) | (columns_ahead > ahead) ? forbidden : values;
+    const auto outside = (offsets < min_offset) | (offsets > max_offset) | (columns_ahead > ahead);
+    return outside ? forbidden : values;
   }
 };
 

@@ -12,7 +12,7 @@ template <class Real> TOB_INLINE typename Simd<Real>::Vec in_bits(typename Simd<
   using Lanes = Simd<Real>;
   const typename Lanes::Vec largest = Lanes::broadcast(std::numeric_limits<Real>::max()), bits = nats * Real(kLog2E);
   const typename Lanes::Vec clamped = bits > largest ? largest : bits < -largest ? -largest : bits;
-  return (nats > largest) | (nats < -largest) ? nats : clamped;
+  return ((nats > largest) | (nats < -largest)) ? nats : clamped;
 }
 
 // The row of the table, and of its gradient, that a sequence and a head use; 0 without a table.

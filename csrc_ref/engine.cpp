@@ -52,11 +52,20 @@ template <class Run> int guarded(const tob_problem &problem, Run run) {
 }
 
 #if defined(__x86_64__)
-// Whether the processor multiplies bfloat16 numbers in tiles. Not every compiler knows these features by name.
-[[maybe_unused]] bool has_amx() {
+// A leaf of the processor's description of itself. Not every compiler knows the features below by name.
+struct CpuId {
+  unsigned eax = 0, ebx = 0, ecx = 0, edx = 0;
+  explicit CpuId(unsigned leaf, unsigned part = 0) { __get_cpuid_count(leaf, part, &eax, &ebx, &ecx, &edx); }
+};
+
+bool has_f16c() { return CpuId(1).ecx >> 29 & 1; }
+// Whether vectors of AVX-512 multiply bfloat16 numbers. Part 0 says which parts of the leaf there are.
+bool has_avx512_bf16() { return CpuId(7).eax >= 1 && (CpuId(7, 1).eax >> 5 & 1); }
+// Whether the processor multiplies bfloat16 numbers in tiles.
+bool has_amx() {
   constexpr unsigned kBFloat16 = 1u << 22, kTiles = 1u << 24;
-  unsigned eax, ebx, ecx, edx;
-  return __get_cpuid_count(7, 0, &eax, &ebx, &ecx, &edx) && (edx & kBFloat16) && (edx & kTiles);
+  const unsigned found = CpuId(7).edx;
+  return (found & kBFloat16) && (found & kTiles);
 }
 #endif
 
@@ -87,11 +96,9 @@ const char *tob_widest_build(void) {
 #if defined(__x86_64__)
   const bool has_avx512 = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                           __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
-#if defined(__clang__) || __GNUC__ >= 11  // older ones do not know the name
-  if (has_avx512 && __builtin_cpu_supports("avx512bf16")) return has_amx() ? "amx" : "avx512_bf16";
-#endif
+  if (has_avx512 && has_avx512_bf16()) return has_amx() ? "amx" : "avx512_bf16";
   if (has_avx512) return "avx512";
-  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c")) return "avx2";
+  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && has_f16c()) return "avx2";
 #endif
   return "portable";
 }

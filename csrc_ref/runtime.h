@@ -80,6 +80,21 @@ class OrderedSteps {
   std::unique_ptr<std::atomic<int64_t>[]> done_;
 };
 
+#if defined(__clang__) && defined(__linux__)
+extern "C" void GOMP_parallel(void (*run)(void *), void *data, unsigned num_threads, unsigned flags);
+#endif
+
+// Calls body() on up to `threads` threads at once, by the OpenMP runtime of the process. On Linux torch brings GCC's
+// runtime, which lacks the functions that Clang's pragma calls. LLVM's runtime has GCC's function, too.
+template <class Body> void run_parallel(int threads, Body body) {
+#if defined(__clang__) && defined(__linux__)
+  GOMP_parallel([](void *data) { (*static_cast<Body *>(data))(); }, &body, unsigned(std::max(threads, 1)), 0);
+#else
+#pragma omp parallel num_threads(threads) if (threads > 1)
+  body();
+#endif
+}
+
 // One pass over a head, as calls of run(head, task, thread) for the tasks [0, tasks). There is at least one task.
 struct Stage {
   int64_t tasks;
@@ -132,8 +147,7 @@ void run_stages(int64_t heads, const Schedule &schedule, int64_t num_threads, st
   const int64_t total = batches.empty() ? 0 : batches.back().end, threads = std::min(num_threads, total);
   const auto finished = zero_counters(heads * count);
   std::atomic<int64_t> next{0};
-#pragma omp parallel num_threads(int(threads)) if (threads > 1)
-  {
+  run_parallel(int(threads), [&] {
     const FlushDenormals flush;
     [[maybe_unused]] const Session session{};
     const int thread = omp_get_thread_num();
@@ -147,7 +161,7 @@ void run_stages(int64_t heads, const Schedule &schedule, int64_t num_threads, st
       stages[stage].run(head, i - begin, thread);
       finished[head * count + stage].fetch_add(1, std::memory_order_release);
     }
-  }
+  });
 }
 
 }  // namespace tob

@@ -61,7 +61,7 @@ template <class Real, class Operand, int kQueries, int kKeys, int kKeptRows> cla
   }
 
   alignas(64) Real probs_[kKeptRows * kStride], dscores_[(kKeptRows + 1) * kStride];
-  alignas(64) Real cells_[kPerCell == 1 ? 1 : 3][kPerCell == 1 ? 1 : kQueries * kStride];
+  alignas(64) Real cells_[3][kPerCell == 1 ? 1 : kQueries * kStride];
 };
 
 }  // namespace tob

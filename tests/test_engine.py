@@ -227,6 +227,16 @@ def test_products_of_bfloat16_numbers_are_right_where_no_instruction_multiplies_
     assert _passed("bitwise or denormals", ["engine"], **environment) > 5
 
 
+@needs_linux
+@pytest.mark.skipif(shutil.which("clang++") is None, reason="Clang is not installed")
+def test_an_engine_that_clang_compiled_runs_on_the_openmp_runtime_of_torch(tmp_path, monkeypatch):
+    """On Linux torch brings GCC's runtime. Clang's OpenMP pragmas call functions that it does not have."""
+    monkeypatch.setenv("CXX", "clang++")
+    compile_engine("avx512_bf16", tmp_path)
+    environment = {cpp.BUILD_VARIABLE: "portable", cpp.FOLDER_VARIABLE: str(tmp_path)}
+    assert _passed("bitwise or denormals", ["engine"], **environment) > 5
+
+
 def test_an_unknown_build_is_a_reason_against_the_engine_and_auto_takes_the_reference():
     """The error names the variable, its allowed values and the given one. No other build is loaded instead."""
     code = """
