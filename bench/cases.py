@@ -1,6 +1,6 @@
 """The cases of the benchmark: named shapes, the suites that use them, and the tensors of a shape."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -53,20 +53,28 @@ class Case:
         """Bytes of all keys and values."""
         return 2 * self.batch * self.heads * self.length * self.head_dim * getattr(torch, self.dtype).itemsize
 
-    def flops(self, mode: str) -> float:
-        """Floating point operations of the matmuls: 4 D for each attended pair forward, 10 D backward."""
+    @property
+    def pairs(self) -> float:
+        """Attended pairs of query and key."""
         positions = np.arange(self.length - self.queries, self.length)
         last = positions if self.is_causal else np.full_like(positions, self.length - 1)
         first = np.zeros_like(positions)
         if self.window >= 0:
             first, last = np.maximum(positions - self.window, 0), np.minimum(positions + self.window, last)
-        pairs = self.batch * self.heads * float((last - first + 1).sum())
-        return {FORWARD: 4, BACKWARD: 10, BOTH: 14}[mode] * pairs * self.head_dim
+        return self.batch * self.heads * float((last - first + 1).sum())
+
+    def flops(self, mode: str) -> float:
+        """Floating point operations of the matmuls: 4 D for each attended pair forward, 10 D backward."""
+        return {FORWARD: 4, BACKWARD: 10, BOTH: 14}[mode] * self.pairs * self.head_dim
+
+    def powers(self, mode: str) -> float:
+        """Powers of 2: one for each attended pair in each pass."""
+        return {FORWARD: 1, BACKWARD: 1, BOTH: 2}[mode] * self.pairs
 
 
-def _both_masks(name: str, batch: int, heads: int, length: int) -> list[Case]:
-    plain = Case(name, batch, heads, length)
-    return [plain, Case(f"{name}_causal", batch, heads, length, is_causal=True)]
+def _both_masks(name: str, batch: int, heads: int, length: int, dtype: str = "float32") -> list[Case]:
+    plain = Case(name, batch, heads, length, dtype=dtype)
+    return [plain, replace(plain, name=f"{name}_causal", is_causal=True)]
 
 
 GPU_TOKENS, GPU_MODEL_DIM = 16384, 2048  # of all sequences together, and of all heads together
@@ -99,7 +107,15 @@ CASES = {
         Case("b8h8_l256", 8, 8, 256),
         *_both_masks("h1_l2048", 1, 1, 2048),  # one head: threads must share it
         *_both_masks("h3_l512", 1, 3, 512),  # heads that two threads cannot share evenly
+        Case("b32h12_l128", 32, 12, 128),  # an encoder's
+        Case("b192h4_l49", 192, 4, 49, 32),  # Swin's windows
         Case("h8_l512_bf16", 1, 8, 512, dtype="bfloat16"),
+        *_both_masks("h8_l1024_bf16", 1, 8, 1024, "bfloat16"),
+        Case("h8_l2048_bf16", 1, 8, 2048, dtype="bfloat16"),
+        Case("h8_l1024_d128_bf16", 1, 8, 1024, 128, "bfloat16"),
+        Case("b8h8_l128_bf16", 8, 8, 128, dtype="bfloat16"),
+        Case("b64h4_l49_bf16", 64, 4, 49, 32, "bfloat16"),
+        Case("b32h12_l128_bf16", 32, 12, 128, dtype="bfloat16"),
         Case("h1_l8192_w128", 1, 1, 8192, window=128),
         Case("h8_cache32k", 1, 8, 32768, is_causal=True, decoded=1),
         Case("h8_cache32k_d128", 1, 8, 32768, 128, is_causal=True, decoded=1),
@@ -127,12 +143,30 @@ def _with_causal(*names: str) -> tuple[str, ...]:
 SUITES = {
     "speed": Suite(
         "time of every provider and its ratio to ours",
-        (*_with_causal("h8_l1024"), "b8h8_l64", *_with_causal("b8h8_l128"), "b8h8_l256", "h8_l512_bf16"),
+        (
+            *_with_causal("h8_l1024", "h8_l1024_bf16"),
+            *("b8h8_l64", *_with_causal("b8h8_l128"), "b8h8_l256", "h8_l512_bf16"),
+        ),
         (FORWARD, BOTH),
         (
             *("ours", "ours_no_bias", "sdpa_no_bias", "sdpa_index", "sdpa_strided", "sdpa_strided_copy"),
             *("t5_eager", "t5_compiled", "flex_compiled"),
         ),
+    ),
+    "plain": Suite(
+        "time of ours with a bias, and its ratio to SDPA without one",
+        (
+            *("h8_l2048", "b32h12_l128", "b192h4_l49", "h8_l512_bf16", *_with_causal("h8_l1024_bf16")),
+            *("h8_l2048_bf16", "h8_l1024_d128_bf16", "b8h8_l128_bf16", "b64h4_l49_bf16", "b32h12_l128_bf16"),
+        ),
+        (FORWARD, BOTH),
+        ("ours", "ours_vectors", "sdpa_no_bias"),
+    ),
+    "floors": Suite(
+        "rate as a fraction of the processor's peak, and floors of the time as a fraction of the time",
+        (*_with_causal("h8_l1024", "h8_l1024_bf16"), "h8_l2048", "h8_l2048_bf16"),
+        (FORWARD, BOTH),
+        ("ours",),
     ),
     "gemm": Suite(
         "rate of floating point operations as a fraction of a large matmul's",
@@ -176,6 +210,8 @@ SUITES = {
 # What --quick keeps of the suites above; it leaves out the compiled providers as well.
 QUICK_CASES = {
     "speed": _with_causal("h8_l1024"),
+    "plain": ("b192h4_l49", "h8_l1024_bf16"),
+    "floors": ("h8_l1024", "h8_l1024_bf16"),
     "gemm": _with_causal("h8_l2048"),
     "threads": ("h8_l1024", "h1_l2048_causal"),
     "decode": ("h8_cache32k",),

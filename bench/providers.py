@@ -6,10 +6,12 @@ call, because the table changes in training. `sdpa_index` is written as models w
 pairs. The other peers put -inf into the table instead, which is faster.
 """
 
+import ctypes
 import os
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import torch
@@ -20,8 +22,16 @@ from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex
 
 from bench.cases import FORWARD, MODES, Inputs
 from triton_offset_bias import offset_bias_attention
+from triton_offset_bias.backends import cpp
+from triton_offset_bias.backends.cpp import library
+
+VECTORS = "avx512_bf16"
 
 Run = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]  # q, k, v, table -> out
+
+
+class AbsentError(RuntimeError):
+    """A provider cannot run on this machine, and need not."""
 
 
 @dataclass(frozen=True)
@@ -59,6 +69,32 @@ def ours_no_bias(inputs: Inputs) -> Run:
     return lambda q, k, v, _: offset_bias_attention(q, k, v, None, **_band(inputs))
 
 
+def ours_vectors(inputs: Inputs) -> Run:
+    """This package by the engine's build avx512_bf16 where another one is loaded: vectors instead of AMX tiles."""
+    if cpp.BUILD == VECTORS or VECTORS not in cpp.RUNNABLE:
+        raise AbsentError(f"it compares {VECTORS} with another build, got {cpp.BUILD} of {', '.join(cpp.RUNNABLE)}")
+    return ours(inputs)
+
+
+@contextmanager
+def _vectors() -> Iterator[None]:
+    with _variable(cpp.BUILD_VARIABLE, VECTORS):
+        other = _loaded(VECTORS)
+    loaded, cpp._ENGINE = cpp._ENGINE, other
+    try:
+        yield
+    finally:
+        cpp._ENGINE = loaded
+
+
+@cache
+def _loaded(build: str) -> ctypes.CDLL:
+    engine = library.load()
+    if engine.library is None:
+        raise RuntimeError(f"{build}: {engine.reason}")
+    return engine.library
+
+
 def ours_atomics(inputs: Inputs) -> Run:
     """This package's GPU kernels with an atomic add for every score, as compilers generate them."""
     return lambda q, k, v, table: offset_bias_attention(q, k, v, table, **_band(inputs), backend="triton")
@@ -90,12 +126,16 @@ def _hopper_kernels() -> AbstractContextManager:
 
 @contextmanager
 def _variable(name: str, value: str) -> Iterator[None]:
-    """Sets an environment variable, and removes it."""
+    """Sets an environment variable, and gives it its old value back."""
+    before = os.environ.get(name)
     os.environ[name] = value
     try:
         yield
     finally:
-        del os.environ[name]
+        if before is None:
+            del os.environ[name]
+        else:
+            os.environ[name] = before
 
 
 def flash_attn(inputs: Inputs) -> Run:
@@ -249,6 +289,7 @@ def _compile(function: Callable) -> Callable:
 PROVIDERS = {
     "ours": Provider("ours", ours),
     "ours_no_bias": Provider("ours, no bias", ours_no_bias, uses_table=False),
+    "ours_vectors": Provider("ours, avx512_bf16", ours_vectors, context=_vectors),
     "ours_atomics": Provider(
         "ours, atomic per score",
         ours_atomics,

@@ -43,6 +43,8 @@ class Row:
     date: str
 
 
+# What /proc/cpuinfo calls instructions that multiply bfloat16 numbers; other processors are named as torch names them.
+CAPABILITIES = {"amx_bf16": "AMX", "avx512_bf16": "AVX512_BF16"}
 FIELDS = tuple(field.name for field in fields(Row))
 
 
@@ -119,7 +121,9 @@ def _processor() -> str:
     info = Path("/proc/cpuinfo")
     lines = info.read_text().splitlines() if info.exists() else []
     names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return f"{names[0] if names else platform.machine()} {torch.backends.cpu.get_cpu_capability()}"
+    flags = next((line.split() for line in lines if line.startswith("flags")), [])
+    known = next((name for flag, name in CAPABILITIES.items() if flag in flags), None)
+    return f"{names[0] if names else platform.machine()} {known or torch.backends.cpu.get_cpu_capability()}"
 
 
 def _version(package: str) -> str:

@@ -9,8 +9,9 @@ from torch._functorch import config as functorch_config
 from tqdm import tqdm
 
 from bench.cases import BACKWARD, FORWARD, Case, Inputs, make_inputs
+from bench.floors import Floors
 from bench.memory import measure_growth
-from bench.providers import PROVIDERS, Run
+from bench.providers import PROVIDERS, AbsentError, Run
 from bench.rows import Row, RowMaker
 from bench.steps import Checker, Step, make_step
 from bench.timing import Effort, Task, interleave, sampler_for
@@ -92,6 +93,29 @@ def _sgemm(size: int, device: str) -> Step:
     return Step(lambda _: torch.mm(a, b, out=out))
 
 
+def _floors(plan: Plan, mode: str, steps: dict[str, Step], maker: RowMaker) -> Iterator[Row]:
+    """Rows of the share of the processor's peak, and of the share of the floors: products at the peak, then powers.
+
+    The peak and the rate of powers are measured beside the attention.
+    """
+    try:
+        floors = Floors(plan.case.dtype)
+    except RuntimeError as error:
+        tqdm.write(f"{_about(plan, mode)}: the floors are absent: {error}")
+        return
+    tasks = {name: Task(step, plan.threads) for name, step in steps.items()}
+    tasks |= {"peak": Task(floors.products, plan.threads), "powers": Task(floors.powers, plan.threads)}
+    seconds = interleave(tasks, sampler_for(plan.device, plan.threads), plan.effort, _about(plan, mode))
+    peak, powers = floors.operations / seconds.pop("peak"), floors.count / seconds.pop("powers")
+    yield maker.make(plan.case, "peak", mode, "rate", "GFLOP/s", peak / 1e9, plan.threads)
+    yield maker.make(plan.case, "powers", mode, "powers", "G/s", powers / 1e9, plan.threads)
+    for name, values in seconds.items():
+        products = plan.case.flops(mode) / peak
+        yield maker.make(plan.case, name, mode, "peak_fraction", "1", products / values, plan.threads)
+        floor = products + plan.case.powers(mode) / powers
+        yield maker.make(plan.case, name, mode, "floor_fraction", "1", floor / values, plan.threads)
+
+
 def _threads(plan: Plan, mode: str, steps: dict[str, Step], maker: RowMaker) -> Iterator[Row]:
     """Rows of the speed-up by threads. sgemm runs beside it as a measure of the machine.
 
@@ -132,6 +156,8 @@ def _window(plan: Plan, mode: str, steps: dict[str, Step], maker: RowMaker) -> I
 
 _MEASURES = {
     "speed": _speed,
+    "plain": _speed,
+    "floors": _floors,
     "gemm": _gemm,
     "threads": _threads,
     "decode": _decode,
@@ -169,7 +195,7 @@ def _checked_runs(plan: Plan, inputs: Inputs) -> dict[str, Run]:
                 checker.check(provider, run, needs_gradients=any(mode != FORWARD for mode in modes))
             runs[name] = run
         except Exception as error:
-            if name.startswith("ours"):
+            if name.startswith("ours") and not isinstance(error, AbsentError):
                 raise
             _say_absent(plan, name, "every mode", str(error).strip().partition("\n")[0])
         if plan.device != "cpu":
