@@ -13,7 +13,9 @@ import contextlib
 import os
 import queue
 import re
+import resource
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -28,7 +30,7 @@ from mutants import ENGINE, KERNELS, PACKAGE, ROOT, Mutant, misplaced, planted
 from tqdm import tqdm
 
 LEFT_OUT = shutil.ignore_patterns(".*", "build", "dist", "out", "images", "*.egg-info", "__pycache__", "*.so")
-TIME_LIMIT = 300  # seconds
+CPU_LIMIT, TIME_LIMIT = 300, 3600  # seconds: of a process at work, which hangs beyond, and of a busy machine
 SEEN = ("seen", "crashes", "hangs")
 
 
@@ -90,9 +92,14 @@ class Copy:
         start = time.monotonic()
         try:
             done = subprocess.run(
-                command, cwd=self.folder, env=environment, capture_output=True, text=True, timeout=TIME_LIMIT
+                command,
+                **{"cwd": self.folder, "env": environment, "capture_output": True, "text": True},
+                preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_CPU, (CPU_LIMIT, CPU_LIMIT + 10)),
+                timeout=TIME_LIMIT,
             )
         except subprocess.TimeoutExpired:
+            return Outcome("DOES NOT END", time.monotonic() - start, f"{file} -k {wanted!r}")
+        if done.returncode == -signal.SIGXCPU:
             return Outcome("hangs", time.monotonic() - start, f"{file} -k {wanted!r}")
         failed = re.search(r"^FAILED .*?::(.*?)( - .*)?$", done.stdout, re.MULTILINE)
         verdict = {0: "NOT SEEN", 1: "seen"}.get(done.returncode, "crashes" if done.returncode < 0 else "DOES NOT RUN")

@@ -1,5 +1,7 @@
 """The small kernels compile for every target, without a GPU; `make compile-kernels` does so with those of attention."""
 
+import sys
+
 import pytest
 
 triton = pytest.importorskip("triton", reason="Triton is not installed")
@@ -46,6 +48,20 @@ FORMS = {
 }
 OF_TABLES = ("bias_ptr", "dbias_ptr")
 FLOATS = ("unit", "limit")
+
+
+def test_no_kernel_takes_more_than_25_arguments_and_no_helper_more_than_15():
+    """What belongs together travels as one tuple."""
+    functions = {
+        x.__name__: len(x.params)
+        for name, module in sys.modules.items()
+        if name.startswith("triton_offset_bias.backends.triton.kernels.")
+        for x in vars(module).values()
+        if isinstance(x, triton.JITFunction)
+    }
+    assert len(functions) > 40
+    too_long = {x: n for x, n in functions.items() if n > (25 if x.endswith("_kernel") else 15)}
+    assert too_long == {}
 
 
 @pytest.mark.parametrize("target", TARGETS)
