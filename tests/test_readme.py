@@ -9,6 +9,8 @@ import pytest
 from bare import skip_without
 from conftest import AVAILABLE
 
+from triton_offset_bias import dispatch
+
 ROOT = Path(__file__).parents[1]
 NEEDS_FUSED = pytest.mark.skipif(AVAILABLE == ["reference"], reason="no fused backend is available here")
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -28,8 +30,9 @@ def code_blocks(language: str) -> list:
 
 
 @pytest.mark.parametrize("code", code_blocks("python"))
-def test_a_python_block_runs_and_its_assertions_hold(code: str) -> None:
-    """Each block is a complete program, and asserts what it claims."""
+def test_a_python_block_runs_and_its_assertions_hold(monkeypatch, code: str) -> None:
+    """Each block is a complete program, and asserts what it claims. Nothing was warned of before."""
+    monkeypatch.setattr(dispatch, "_shown", set())
     exec(compile(code, "<readme>", "exec"), {"__name__": "__readme__"})
 
 
