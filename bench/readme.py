@@ -1,6 +1,9 @@
-"""The numbers of README.md and docs/speed.md, from a CSV: ``python -m bench.readme FILE``.
+"""The numbers of README.md and docs/speed.md, from CSVs of `python -m bench`, one for each processor.
 
-Tests hold both pages to them.
+    python -m bench.readme [--write] [CSV ...]
+
+It prints them, or with --write puts them into the pages, between the lines that mark their places. Tests hold both
+pages to them.
 """
 
 import argparse
@@ -9,32 +12,33 @@ from pathlib import Path
 
 import pandas as pd
 
-from bench.cases import BACKWARD, BOTH, FORWARD
+from bench.cases import BACKWARD, BOTH, CASES, FORWARD
 from bench.report import median, read_results
+from bench.rows import ROOT
 
+RESULTS = "bench/results/cpu-*.csv"
+BEGIN, END = "<!-- from python -m bench.readme -->", "<!-- end -->"
 PEERS = {
     "sdpa_index": "SDPA with the dense bias `bias[:, index]`, as models build it",
     "sdpa_strided": "SDPA with the bias as a strided view of the table, keys reversed",
     "t5_compiled": "T5-style attention, compiled by `torch.compile`",
     "sdpa_no_bias": "SDPA without any bias",
 }
-COLUMNS = {
-    "forward": ("h8_l1024", FORWARD),
-    "forward, causal": ("h8_l1024_causal", FORWARD),
-    "forward + backward": ("h8_l1024", BOTH),
-    "forward + backward, causal": ("h8_l1024_causal", BOTH),
-}
+PASSES = {"forward": FORWARD, "forward + backward": BOTH}
+DTYPES = {"float32": "", "bfloat16": "_bf16"}  # and the end of a case's name
 SHORT_PEERS = ("sdpa_index", "sdpa_no_bias")
 SHORT_COLUMNS = {f"L={length}": (f"b8h8_l{length}", BOTH) for length in (64, 128, 256)}
-
+PLAIN_CASES = (
+    *("h8_l2048", "b32h12_l128", "b192h4_l49", "h8_l512_bf16", "h8_l1024_bf16", "h8_l2048_bf16", "h8_l1024_d128_bf16"),
+    *("b8h8_l128_bf16", "b64h4_l49_bf16", "b32h12_l128_bf16"),
+)
+FLOOR_CASES = ("h8_l1024", "h8_l1024_causal", "h8_l2048", "h8_l1024_bf16", "h8_l1024_bf16_causal", "h8_l2048_bf16")
 
 # The case, mode, metric and provider of every number in the sentences.
 NUMBERS = {
     "forward_rate": ("h8_l2048", FORWARD, "gemm_fraction", "ours"),
     "backward_rate": ("h8_l2048", BACKWARD, "gemm_fraction", "ours"),
     "sgemm": ("h8_l2048", FORWARD, "rate", "sgemm"),
-    "bf16": ("h8_l512_bf16", BOTH, "ratio", "sdpa_no_bias"),
-    "bf16_compiled": ("h8_l512_bf16", BOTH, "ratio", "t5_compiled"),
     "memory": ("h8_l4096", BOTH, "memory", "ours"),
     "dense_memory": ("h8_l4096", BOTH, "memory", "sdpa_strided"),
     "window": ("h1_l8192_w128", BOTH, "window_speedup", "ours"),
@@ -43,25 +47,16 @@ NUMBERS = {
     "cache_bf16": ("h8_cache32k_bf16", FORWARD, "copy_fraction", "ours"),
 }
 WORTH = """\
-The table says how many times longer other ways take than this package. They ran on one thread of an {processor}, in
-float32, with batch size 1, 8 heads, head dim 64 and length 1024.
+The tables say how many times longer other ways take than this package. They ran on one thread of the named processor,
+with batch size 1, 8 heads, head dim 64 and length 1024.
 
-{table}
-
-A training step at length 4096 takes {memory:.1f} MiB in addition to its inputs.
+{tables}
+A training step at length 4096 in float32 takes {memory:.1f} MiB in addition to its inputs.
 The SDPA with a bias that takes least memory takes {dense_memory:.0f} MiB.
 """
 SENTENCES = """\
-Forward + backward of short sequences, in float32, with B=8, H=8, D=64:
-
-{short_table}
-
-More figures of one thread of the same processor, in float32 unless said otherwise:
-
 * **Arithmetic.** At L=2048 the package does {forward_rate:.2f} (forward) and {backward_rate:.2f} (backward) times as
   many floating point operations a second as torch's sgemm, which does {sgemm:.0f} GFLOP/s.
-* **bfloat16.** At L=512, forward + backward, SDPA without a bias takes {bf16:.2f} times as long as the package.
-  T5-style attention, compiled, takes {bf16_compiled:.2f} times as long.
 * **Memory.** A training step at L=4096 takes {memory:.1f} MiB in addition to its inputs. The SDPA with a bias that
   takes least memory takes {dense_memory:.0f} MiB.
 * **Windows.** With a window of 128 keys on each side, a training step at L=8192 is {window:.1f} times faster than
@@ -71,37 +66,104 @@ More figures of one thread of the same processor, in float32 unless said otherwi
 """
 
 
-def worth(results: pd.DataFrame) -> str:
-    """The README's part: one table and two sentences, from medians with one thread.
+def worth(all_results: list[pd.DataFrame]) -> str:
+    """The README's part: a table for each processor, and two sentences of the last one, from medians with one thread.
 
     Raises:
-        ValueError: the results lack one of the numbers.
+        ValueError: the results lack one of the sentences' numbers.
     """
-    return WORTH.format(processor=_processor(results), table=_table(results, PEERS, COLUMNS), **_numbers(results))
+    tables = [f"{_processor(results)}:\n\n{_peers_table(results, '')}\n" for results in all_results]
+    return WORTH.format(tables="\n".join(tables), **_numbers(all_results[-1]))
 
 
-def paragraphs(results: pd.DataFrame) -> str:
-    """The part of docs/speed.md, from medians with one thread.
+def paragraphs(all_results: list[pd.DataFrame]) -> str:
+    """The part of docs/speed.md: a section for each processor, from medians with one thread.
 
     Raises:
-        ValueError: the results lack one of the numbers.
+        ValueError: the results lack one of the sentences' numbers.
     """
-    heading = (
-        f"How many times longer other ways take, on one thread of an {_processor(results)}, in float32, with B=1, H=8, "
-        "D=64, L=1024:"
-    )
-    short_table = _table(results, SHORT_PEERS, SHORT_COLUMNS)
-    sentences = SENTENCES.format(short_table=short_table, **_numbers(results))
-    return f"{heading}\n\n{_table(results, PEERS, COLUMNS)}\n\n{sentences}"
+    return "\n".join(_section(results) for results in all_results)
+
+
+def _section(results: pd.DataFrame) -> str:
+    processor = _processor(results)
+    parts = [
+        f"### {processor}",
+        "How many times longer other ways take with one thread, with B=1, H=8, D=64, L=1024:",
+        _peers_table(results, ""),
+        "The same under causality:",
+        _peers_table(results, "_causal"),
+        "Forward + backward of short sequences, in float32, with B=8, H=8, D=64:",
+        _table(results, SHORT_PEERS, SHORT_COLUMNS),
+    ]
+    if plain := _plain_table(results):
+        parts += ["How many times longer SDPA without any bias takes than this package with one:", plain]
+    if floors := _floors_table(results):
+        parts += [
+            "Share of the processor's peak, and share of the floors, which are the time of the products at the peak plus "
+            "the time of the powers of 2 alone:",
+            floors,
+        ]
+    parts += [
+        f"More figures of one thread of the {processor}, in float32 unless said otherwise:",
+        SENTENCES.format(**_numbers(results)),
+    ]
+    return "\n\n".join(parts)
+
+
+def _peers_table(results: pd.DataFrame, mask: str) -> str:
+    """Ratios by pass and dtype. Dtypes without any measurement are left out."""
+    columns = {
+        f"{name}, {dtype}": (f"h8_l1024{end}{mask}", mode)
+        for name, mode in PASSES.items()
+        for dtype, end in DTYPES.items()
+        if not results[results.case == f"h8_l1024{end}{mask}"].empty
+    }
+    return _table(results, PEERS, columns)
+
+
+def _plain_table(results: pd.DataFrame) -> str:
+    lines = ["| B, H, L, D, dtype | forward | forward + backward |", "|---|---|---|"]
+    for name in PLAIN_CASES:
+        ratios = [_text(median(results, "ratio", name, "sdpa_no_bias", mode)) for mode in PASSES.values()]
+        if set(ratios) != {"-"}:
+            lines.append(f"| {_shape(name)} | {' | '.join(ratios)} |")
+    return "\n".join(lines) if len(lines) > 2 else ""
+
+
+def _floors_table(results: pd.DataFrame) -> str:
+    lines = [
+        "| B, H, L, D, dtype | peak, GFLOP/s | forward: of peak | of floors | both passes: of peak | of floors |",
+        "|---|---|---|---|---|---|",
+    ]
+    for name in FLOOR_CASES:
+        peak = median(results, "rate", name, "peak", FORWARD)
+        shares = [
+            _text(median(results, metric, name, "ours", mode))
+            for mode in PASSES.values()
+            for metric in ("peak_fraction", "floor_fraction")
+        ]
+        if not pd.isna(peak):
+            lines.append(f"| {_shape(name)} | {peak:.0f} | {' | '.join(shares)} |")
+    return "\n".join(lines) if len(lines) > 2 else ""
+
+
+def _shape(name: str) -> str:
+    case = CASES[name]
+    return f"{case.batch}, {case.heads}, {case.length}, {case.head_dim}, {case.dtype}{', causal' * case.is_causal}"
 
 
 def _table(results: pd.DataFrame, peers: Iterable[str], columns: dict[str, tuple[str, str]]) -> str:
     """A row for each peer: its time over the package's, in each case and mode."""
     lines = [f"| | {' | '.join(columns)} |", f"|{'---|' * (1 + len(columns))}"]
     for peer in peers:
-        ratios = [f"{_value(results, *column, 'ratio', peer):.2f}" for column in columns.values()]
+        ratios = [_text(median(results, "ratio", case, peer, mode)) for case, mode in columns.values()]
         lines.append(f"| {PEERS[peer]} | {' | '.join(ratios)} |")
     return "\n".join(lines)
+
+
+def _text(value: float) -> str:
+    return "-" if pd.isna(value) else f"{value:.2f}"
 
 
 def _numbers(results: pd.DataFrame) -> dict[str, float]:
@@ -116,13 +178,32 @@ def _value(results: pd.DataFrame, case: str, mode: str, metric: str, provider: s
 
 
 def _processor(results: pd.DataFrame) -> str:
-    """The processor's name, such as "AMD EPYC (AVX512)"."""
+    """The processor's name, such as "AMD EPYC (AVX512_BF16)"."""
     name, _, capability = results.device.iloc[0].partition(", ")[0].removeprefix("cpu ").rpartition(" ")
     return f"{name} ({capability})"
 
 
+def main() -> None:
+    """Prints both parts, or writes them."""
+    parser = argparse.ArgumentParser(
+        "python -m bench.readme", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("csv", type=Path, nargs="*", help=f"CSVs of `python -m bench` (default: {RESULTS})")
+    parser.add_argument("--write", action="store_true", help="write README.md and docs/speed.md instead of printing")
+    options = parser.parse_args()
+    shown = [read_results(path) for path in options.csv or published()]
+    for page, part in (("README.md", worth(shown)), ("docs/speed.md", paragraphs(shown))):
+        if options.write:
+            text = (ROOT / page).read_text()
+            before, after = text.index(BEGIN) + len(BEGIN), text.index(END)
+            (ROOT / page).write_text(f"{text[:before]}\n{part}{text[after:]}")
+        print(f"wrote {page}" if options.write else f"{page}:\n\n{part}")
+
+
+def published() -> list[Path]:
+    """The CSVs of the pages, in the order of the processors' names."""
+    return sorted(ROOT.glob(RESULTS))
+
+
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser("python -m bench.readme", description=__doc__)
-    parser.add_argument("csv", type=Path, help="a CSV of `python -m bench`")
-    shown = read_results(parser.parse_args().csv)
-    print(f"README.md:\n\n{worth(shown)}\ndocs/speed.md:\n\n{paragraphs(shown)}", end="")
+    main()
