@@ -51,64 +51,65 @@ The tables say how many times longer other ways take than this package. They ran
 with batch size 1, 8 heads, head dim 64 and length 1024.
 
 {tables}
+"""
+MEMORY = """\
 A training step at length 4096 in float32 takes {memory:.1f} MiB in addition to its inputs.
 The SDPA with a bias that takes least memory takes {dense_memory:.0f} MiB.
 """
-SENTENCES = """\
+SENTENCES = (
+    """\
 * **Arithmetic.** At L=2048 the package does {forward_rate:.2f} (forward) and {backward_rate:.2f} (backward) times as
   many floating point operations a second as torch's sgemm, which does {sgemm:.0f} GFLOP/s.
+""",
+    """\
 * **Memory.** A training step at L=4096 takes {memory:.1f} MiB in addition to its inputs. The SDPA with a bias that
   takes least memory takes {dense_memory:.0f} MiB.
+""",
+    """\
 * **Windows.** With a window of 128 keys on each side, a training step at L=8192 is {window:.1f} times faster than
   without a window.
+""",
+    """\
 * **Decoding.** One query reads a cache of 32768 keys at {cache:.2f} of the rate at which the machine copies memory
   (bytes read and written, per second). With D=128 the fraction is {cache_d128:.2f}, in bfloat16 {cache_bf16:.2f}.
-"""
+""",
+)
 
 
 def worth(all_results: list[pd.DataFrame]) -> str:
-    """The README's part: a table for each processor, and two sentences of the last one, from medians with one thread.
-
-    Raises:
-        ValueError: the results lack one of the sentences' numbers.
-    """
-    tables = [f"{_processor(results)}:\n\n{_peers_table(results, '')}\n" for results in all_results]
-    return WORTH.format(tables="\n".join(tables), **_numbers(all_results[-1]))
+    """The README's part: a table for each processor, and the memory where it was measured last."""
+    tables = "\n".join(f"{_processor(results)}:\n\n{_peers_table(results, '')}\n" for results in all_results)
+    memory = [text for results in all_results if (text := _sentence(MEMORY, results))]
+    return WORTH.format(tables=tables) + "".join(memory[-1:])
 
 
 def paragraphs(all_results: list[pd.DataFrame]) -> str:
     """The part of docs/speed.md: a section for each processor, from medians with one thread.
 
-    Raises:
-        ValueError: the results lack one of the sentences' numbers.
+    What a processor's results lack is left out.
     """
     return "\n".join(_section(results) for results in all_results)
 
 
 def _section(results: pd.DataFrame) -> str:
     processor = _processor(results)
-    parts = [
-        f"### {processor}",
-        "How many times longer other ways take with one thread, with B=1, H=8, D=64, L=1024:",
-        _peers_table(results, ""),
-        "The same under causality:",
-        _peers_table(results, "_causal"),
-        "Forward + backward of short sequences, in float32, with B=8, H=8, D=64:",
-        _table(results, SHORT_PEERS, SHORT_COLUMNS),
-    ]
-    if plain := _plain_table(results):
-        parts += ["How many times longer SDPA without any bias takes than this package with one:", plain]
-    if floors := _floors_table(results):
-        parts += [
-            "Share of the processor's peak, and share of the floors, which are the time of the products at the peak plus "
-            "the time of the powers of 2 alone:",
-            floors,
-        ]
-    parts += [
-        f"More figures of one thread of the {processor}, in float32 unless said otherwise:",
-        SENTENCES.format(**_numbers(results)),
-    ]
-    return "\n\n".join(parts)
+    tables = {
+        "How many times longer other ways take with one thread, with B=1, H=8, D=64, L=1024:": _peers_table(
+            results, ""
+        ),
+        "The same under causality:": _peers_table(results, "_causal"),
+        "Forward + backward of short sequences, in float32, with B=8, H=8, D=64:": _table(
+            results, SHORT_PEERS, SHORT_COLUMNS
+        ),
+        "How many times longer SDPA without any bias takes than this package with one:": _plain_table(results),
+        "Share of the processor's peak, and share of the floors, which are the time of the products at the peak plus "
+        "the time of the powers of 2 alone:": _floors_table(results),
+        f"More figures of one thread of the {processor}, in float32 unless said otherwise:": "".join(
+            _sentence(sentence, results) for sentence in SENTENCES
+        ).rstrip(),
+    }
+    parts = [part for title, text in tables.items() if text for part in (title, text)]
+    return "\n\n".join([f"### {processor}", *parts]) + "\n"
 
 
 def _peers_table(results: pd.DataFrame, mask: str) -> str:
@@ -154,27 +155,29 @@ def _shape(name: str) -> str:
 
 
 def _table(results: pd.DataFrame, peers: Iterable[str], columns: dict[str, tuple[str, str]]) -> str:
-    """A row for each peer: its time over the package's, in each case and mode."""
+    """A row for each peer that was measured: its time over the package's, in each case and mode."""
     lines = [f"| | {' | '.join(columns)} |", f"|{'---|' * (1 + len(columns))}"]
     for peer in peers:
         ratios = [_text(median(results, "ratio", case, peer, mode)) for case, mode in columns.values()]
-        lines.append(f"| {PEERS[peer]} | {' | '.join(ratios)} |")
-    return "\n".join(lines)
+        if set(ratios) - {"-"}:
+            lines.append(f"| {PEERS[peer]} | {' | '.join(ratios)} |")
+    return "\n".join(lines) if len(lines) > 2 else ""
 
 
 def _text(value: float) -> str:
     return "-" if pd.isna(value) else f"{value:.2f}"
 
 
-def _numbers(results: pd.DataFrame) -> dict[str, float]:
-    return {name: _value(results, *number) for name, number in NUMBERS.items()}
-
-
-def _value(results: pd.DataFrame, case: str, mode: str, metric: str, provider: str) -> float:
-    found = median(results, metric, case, provider, mode)
-    if pd.isna(found):
-        raise ValueError(f"the results lack the {metric} of {provider}, {mode}, {case}")
-    return found
+def _sentence(text: str, results: pd.DataFrame) -> str:
+    """The text with its numbers; empty if one of them was not measured."""
+    numbers = {
+        name: median(results, metric, case, provider, mode) for name, (case, mode, metric, provider) in NUMBERS.items()
+    }
+    return (
+        ""
+        if any(f"{{{name}:" in text and pd.isna(value) for name, value in numbers.items())
+        else text.format(**numbers)
+    )
 
 
 def _processor(results: pd.DataFrame) -> str:

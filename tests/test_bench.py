@@ -1,6 +1,7 @@
 """Tests of the benchmark: its measurements are right and complete, and are drawn."""
 
 import re
+import shutil
 from contextlib import nullcontext
 from dataclasses import replace
 
@@ -8,15 +9,19 @@ import numpy as np
 import pytest
 import torch
 
+from bench import floors as floors_module
+from bench import readme
 from bench.__main__ import main, make_parser, plans_of
 from bench.cases import BACKWARD, BOTH, CASES, FORWARD, GPU_CASES, MODES, SUITES, Case, make_inputs
+from bench.floors import Floors
 from bench.plots import draw_throughput
-from bench.providers import PROVIDERS
-from bench.report import read_results, requirements
+from bench.providers import PROVIDERS, AbsentError
+from bench.report import amx_requirements, print_requirements, read_results, requirements
 from bench.rows import RowMaker, write_rows
 from bench.steps import Checker, Step, make_step
 from bench.suites import Plan, measure
 from bench.timing import Effort, Task, interleave, sampler_for
+from triton_offset_bias.backends import cpp
 
 SMALL = Case("small_c128", 2, 3, 40, 16, clamp=9)
 WITH_TABLE = ("ours", "sdpa_index", "sdpa_strided", "sdpa_strided_copy", "t5_eager")
@@ -110,6 +115,86 @@ def test_a_second_thread_is_measured_for_ours_and_a_matmul_beside_it(tmp_path):
         "speed-up by the second thread, least": (rows[0].p50, 1.7),
         "speed-up by the second thread, least, of sgemm beside it": (rows[1].p50, None),
     }
+
+
+def _interleaved(seconds):
+    """A replacement of `interleave` for tasks whose times are known."""
+    return lambda tasks, *_: {name: np.array([seconds[name]] * 3) for name in tasks}
+
+
+@pytest.mark.cpu_only
+@pytest.mark.needs_engine
+@pytest.mark.skipif(shutil.which("c++") is None, reason="compiles the loops")
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_shares_of_the_floors_are_those_of_products_and_powers(monkeypatch, dtype):
+    """The floor is the time of the products at the peak, and then of the powers. The loops do what they say."""
+    floors = Floors(dtype)
+    for step in (floors.products, floors.powers):
+        step.timed(step.before())
+    assert floors.operations % floors_module.STEPS[dtype] == 0
+    assert floors.operations >= 2 * 12 * 4 * floors_module.STEPS[dtype]  # 12 vectors of 4 numbers or more
+    assert floors.count >= 64 * 4 * floors_module.STEPS["powers"]
+    monkeypatch.setattr("bench.suites.interleave", _interleaved({"ours": 8.0, "peak": 0.5, "powers": 0.25}))
+    case = replace(SMALL, dtype=dtype)
+    plan = Plan("floors", case, (FORWARD, BOTH), ("ours",), "cpu", 1, Effort(3, 1.0))
+    found = {(row.provider, row.mode, row.metric): row.p50 for row in measure(plan, RowMaker("cpu"))}
+    for mode, passes in ((FORWARD, 1), (BOTH, 2)):
+        products = case.flops(mode) / (floors.operations / 0.5)
+        powers = passes * 2 * 3 * 40 * 40 / (floors.count / 0.25)
+        assert found["peak", mode, "rate"] == pytest.approx(floors.operations / 0.5 / 1e9, rel=1e-4)
+        assert found["ours", mode, "peak_fraction"] == pytest.approx(products / 8, rel=1e-4)
+        assert found["ours", mode, "floor_fraction"] == pytest.approx((products + powers) / 8, rel=1e-4)
+
+
+def _results(tmp_path, monkeypatch, processor, rows):
+    """Results of a processor, from (case, provider, mode, metric, value)."""
+    monkeypatch.setattr("bench.rows._processor", lambda: processor)
+    maker = RowMaker("cpu")
+    made = [maker.make(CASES[case], *names, "x", np.array([value]), 1) for case, *names, value in rows]
+    write_rows(tmp_path / "out.csv", made, keep_others=False)
+    return read_results(tmp_path / "out.csv")
+
+
+def test_processors_with_amx_have_requirements_of_their_own(tmp_path, monkeypatch, capsys):
+    """A figure is the ratio of the times. Other processors do not see these requirements."""
+    case = "h8_l1024_bf16"
+    times = {"ours": 2.0, "ours_vectors": 9.0, "sdpa_no_bias": 5.4}
+    rows = [(case, name, mode, "time", value) for name, value in times.items() for mode in (FORWARD, BOTH)]
+    results = _results(tmp_path, monkeypatch, "Intel Xeon AMX", rows)
+    ratios = {one.what: one.value(results) for one in amx_requirements() if one.case == case}
+    assert list(ratios.values()) == pytest.approx([4.5, 4.5, 2.7, 2.7])
+    print_requirements(results)
+    lines = [line.split() for line in capsys.readouterr().out.splitlines() if f" {case} " in line]
+    assert [line[-1] for line in lines] == ["NO", "NO", "yes", "yes"]
+    assert [line[-3] for line in lines] == ["5.2", "5.2", "1.4", "2.5"]
+    print_requirements(_results(tmp_path, monkeypatch, "AMD EPYC AVX512_BF16", rows))
+    assert f" {case} " not in capsys.readouterr().out
+
+
+def test_dtypes_that_were_not_measured_have_no_column(tmp_path, monkeypatch):
+    """In a column, a peer that was not measured has a dash, and no row where it was never measured."""
+    rows = [("h8_l1024", "sdpa_no_bias", mode, "ratio", value) for mode, value in ((FORWARD, 1.25), (BOTH, 1.5))]
+    table = readme._peers_table(_results(tmp_path, monkeypatch, "AMD EPYC AVX2", rows), "")
+    header, _, *lines = table.splitlines()
+    assert header == "| | forward, float32 | forward + backward, float32 |"
+    assert lines == ["| SDPA without any bias | 1.25 | 1.50 |"]
+    rows.append(("h8_l1024_bf16", "sdpa_no_bias", BOTH, "ratio", 2.0))
+    table = readme._peers_table(_results(tmp_path, monkeypatch, "AMD EPYC AVX512_BF16", rows), "")
+    assert table.splitlines()[-1] == "| SDPA without any bias | 1.25 | - | 1.50 | 2.00 |"
+
+
+def test_another_build_is_measured_only_where_there_are_two(monkeypatch):
+    """The provider calls the build avx512_bf16, and gives the loaded build back. Elsewhere it is absent."""
+    inputs = make_inputs(SMALL, "cpu")
+    monkeypatch.setattr(cpp, "BUILD", "avx512_bf16")
+    with pytest.raises(AbsentError, match="it compares avx512_bf16 with another build, got avx512_bf16"):
+        PROVIDERS["ours_vectors"].prepare(inputs)
+    loaded, other = object(), object()
+    monkeypatch.setattr(cpp, "_ENGINE", loaded)
+    monkeypatch.setattr("bench.providers._loaded", lambda build: other)
+    with PROVIDERS["ours_vectors"].context():
+        assert cpp._ENGINE is other
+    assert cpp._ENGINE is loaded
 
 
 def test_what_is_measured_survives_an_error(monkeypatch, tmp_path):
