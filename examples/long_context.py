@@ -12,12 +12,14 @@ by DDP, or sharded by FSDP with `--fsdp`. With `--data-parallel N`, N groups of 
 """
 
 import argparse
+import contextlib
 import os
 import resource
 import statistics
 import subprocess
 import sys
 import sysconfig
+from collections.abc import Iterator
 from datetime import timedelta
 from pathlib import Path
 
@@ -103,10 +105,17 @@ def train(
     return losses
 
 
-def limit_memory(budget: int) -> None:
-    """Limits this process to `budget` MiB of data above what it has now."""
-    size = int((status_mib("VmData") + budget) * 2**20)
-    resource.setrlimit(resource.RLIMIT_DATA, (size, size))
+@contextlib.contextmanager
+def limited_memory(budget: int) -> Iterator[None]:
+    """A context in which this process has at most `budget` MiB of data above what it has now; 0 is no limit."""
+    before = resource.getrlimit(resource.RLIMIT_DATA)
+    if budget:
+        size = int((status_mib("VmData") + budget) * 2**20)
+        resource.setrlimit(resource.RLIMIT_DATA, (size, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_DATA, before)
 
 
 def status_mib(field: str) -> float:
@@ -119,10 +128,9 @@ def try_alone(text: Tensor, args: argparse.Namespace) -> None:
     """One step at the long length in this process alone, within the budget; ends the process."""
     model = build_model(args, args.length)
     held = status_mib("VmRSS")
-    if args.budget:
-        limit_memory(args.budget)
     try:
-        train(model, text, args.length, 1, None, args, "one process")
+        with limited_memory(args.budget):
+            train(model, text, args.length, 1, None, args, "one process")
     except (RuntimeError, MemoryError) as error:
         if isinstance(error, RuntimeError) and "can't allocate memory" not in str(error):
             raise
@@ -189,8 +197,8 @@ def run(text: Tensor, args: argparse.Namespace) -> None:
     model = build_model(args, args.length)
     spread = wrap(model, mesh, args)
     held = status_mib("VmRSS")
-    limit_memory(args.budget)
-    long = train(spread, text, args.length, args.long_steps, mesh, args, f"{ranks} processes")
+    with limited_memory(args.budget):
+        long = train(spread, text, args.length, args.long_steps, mesh, args, f"{ranks} processes")
     peak = torch.tensor(status_mib("VmHWM") - held)
     dist.all_reduce(peak, dist.ReduceOp.MAX)
     table = model.bias.weight.detach()

@@ -2,6 +2,7 @@
 
 import faulthandler
 import os
+import sys
 from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
@@ -31,3 +32,5 @@ def _rank(rank: int, work: Callable, world: int, store: str, timeout: float, arg
     finally:
         dist.destroy_process_group()
         faulthandler.cancel_dump_traceback_later()
+    sys.stdout.flush()
+    os._exit(0)  # gloo's threads may outlive their group, and a process that ends by itself would then abort
