@@ -3,7 +3,6 @@
 import pytest
 import torch
 from cases import Case, assert_matches_oracle, build, results_of
-from conftest import AVAILABLE
 from oracle import Results
 
 from triton_offset_bias import offset_bias_attention
@@ -61,7 +60,8 @@ def test_a_decoding_step_is_as_accurate_as_plain_pytorch(backend, case):
     assert_matches_oracle(call, results_of(call, backend))
 
 
-@pytest.mark.skipif("cpp" not in AVAILABLE, reason="the engine is not built")
+@pytest.mark.needs_engine
+@pytest.mark.cpu_only
 def test_many_heads_and_keys_make_the_engines_tasks_of_the_largest_size():
     """A task has as many keys as its threads leave it."""
     call = build(Case("tasks", (1, 2100), (8, 8), batch=4, heads=(16, 16), columns=65))
