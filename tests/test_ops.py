@@ -10,6 +10,7 @@ from oracle import Results, oracle
 from tolerance import assert_accurate
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.fx.experimental.proxy_tensor import make_fx
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 from triton_offset_bias import offset_bias_attention, table
@@ -278,3 +279,68 @@ def test_a_graph_whose_lengths_are_constants_serves_no_others():
     for other in (shorter, longer):
         with pytest.raises(ValueError, match="traced for, 9 and 9, got"):
             graph(other)
+
+
+class _Listed(TorchDispatchMode):
+    """Lists the package's operators that it sees."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func.namespace == "triton_offset_bias":
+            self.names.append(func._schema.name.partition("::")[2])
+        return func(*args, **(kwargs or {}))
+
+
+class _Subclass(torch.Tensor):
+    """A tensor like any other, of another type."""
+
+
+def _profiled(run) -> tuple[Results, list[str]]:
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+        results = run()
+    names = [event.name for event in profile.events() if event.name.startswith("triton_offset_bias::")]
+    return results, sorted({name.partition("::")[2] for name in names})
+
+
+def _listed(run) -> tuple[Results, list[str]]:
+    with _Listed() as mode:
+        results = run()
+    return results, mode.names
+
+
+@pytest.mark.parametrize("watch", [_profiled, _listed])
+def test_modes_and_profilers_see_the_operators(backend, watch):
+    """A call of plain tensors goes past the operators only where nobody looks at them. Results are the same bits."""
+    call = build(PADDED)
+
+    def attend(q, k, v, bias):
+        return offset_bias_attention(q, k, v, bias, **call.options, return_lse=True, backend=backend)
+
+    results, names = watch(lambda: _differentiated(attend, call))
+    expected = [] if backend == "reference" else ["attention", "attention_backward"]
+    assert names == expected
+    _assert_same(results, _differentiated(attend, call), rtol=0, atol=0)
+
+
+def test_a_subclass_of_tensor_meets_the_operators(backend, monkeypatch):
+    """`__torch_function__` of a subclass is asked, and results are those of the same numbers in plain tensors."""
+    call, met = build(PADDED), []
+
+    def seen(cls, func, types, args=(), kwargs=None):
+        met.append(getattr(func, "__name__", str(func)))
+        return torch.Tensor.__torch_function__.__func__(cls, func, types, args, kwargs)
+
+    monkeypatch.setattr(_Subclass, "__torch_function__", classmethod(seen))
+
+    def attend(q, k, v, bias):
+        return offset_bias_attention(q, k, v, bias, **call.options, return_lse=True, backend=backend)
+
+    with torch.no_grad():
+        out, lse = attend(call.q.as_subclass(_Subclass), call.k, call.v, call.bias)
+        expected, expected_lse = attend(call.q, call.k, call.v, call.bias)
+    torch.testing.assert_close(out.as_subclass(torch.Tensor), expected, rtol=0, atol=0)
+    torch.testing.assert_close(lse.as_subclass(torch.Tensor), expected_lse, rtol=0, atol=0)
+    assert backend == "reference" or any("attention" in name for name in met)

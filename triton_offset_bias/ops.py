@@ -1,5 +1,11 @@
-"""The operators: schemas, shape functions, and the autograd rule. Only this module knows `torch.library`."""
+"""The operators: schemas, shape functions, and the autograd rule. Only this module knows `torch.library`.
 
+A call of plain tensors goes past the operators, straight to its backend: PyTorch's dispatcher handles 25 arguments
+twice, which takes as long as all launches of a GPU pass. See `_is_direct`.
+"""
+
+import functools
+from collections.abc import Sequence
 from typing import Any, get_type_hints
 
 import torch
@@ -17,6 +23,7 @@ _FIELDS = {name: _SCHEMA_TYPES[annotation] for name, annotation in get_type_hint
 _ARGUMENTS = ", ".join(f"{kind} {name}" for name, kind in (*_FIELDS.items(), ("backend", "str")))
 _GRADIENTS = ", ".join(f"Tensor d{name}" for name in DIFFERENTIABLE)
 _NUM_DIFFERENTIABLE = len(DIFFERENTIABLE)
+_PLAIN_TYPES, _PLAIN_DEVICES = (Tensor, torch.nn.Parameter), ("cpu", "cuda")
 _library = torch.library.Library("triton_offset_bias", "DEF")
 _library.define(f"attention({_ARGUMENTS}) -> (Tensor out, Tensor lse, Tensor row_max, Tensor row_sum)")
 _library.define(
@@ -40,8 +47,40 @@ def attention(problem: Problem, backend: str) -> tuple[Tensor, Tensor]:
             f"backend {backend!r} does not support the transforms of torch.func (vmap, grad, jvp, ...): fold what vmap "
             "maps over into the batch, take gradients by torch.autograd, or use backend='reference'"
         )
-    out, lse, _, _ = _attention_op(*problem, backend)
+    if not _is_direct(problem):
+        out, lse, _, _ = _attention_op(*problem, backend)
+    elif torch.is_grad_enabled() and any(
+        x is not None and x.requires_grad for x in problem.tensors[:_NUM_DIFFERENTIABLE]
+    ):
+        out, lse, _, _ = _recorded_attention(True, *problem, backend)
+    else:
+        out, lse, _, _ = _computed(problem, FUSED_BACKENDS[backend])
     return out, lse
+
+
+def _is_direct(problem: Problem) -> bool:
+    """Whether a checked problem needs no operator: its tensors are plain, and nobody watches or traces operators."""
+    return (
+        all(x is None or type(x) in _PLAIN_TYPES for x in problem.tensors)
+        and problem.query.device.type in _PLAIN_DEVICES
+        and not _is_watched()
+    )
+
+
+def _is_watched() -> bool:
+    """Whether a compiler, a tracer, a mode, forward-mode derivatives or a profiler wants to see the operators.
+
+    A default device is a mode too, but it looks at constructors alone.
+    """
+    has_default_device = torch.utils._device.CURRENT_DEVICE is not None
+    return (
+        torch.compiler.is_compiling()
+        or torch._C._len_torch_dispatch_stack() > 0
+        or torch._C._len_torch_function_stack() > has_default_device
+        or torch._C._get_tracing_state() is not None
+        or torch.autograd.forward_ad._current_level >= 0
+        or torch.autograd.profiler._is_profiler_enabled
+    )
 
 
 def _problem(args) -> tuple[Problem, str]:
@@ -60,8 +99,14 @@ def _served_problem(args) -> tuple[Problem, FusedBackend]:
 
 
 def _forward(*args):
-    """Output, log-sum-exp, and the rows' statistics, (B, H, Lq), which `attention_backward` takes again."""
+    """The operator `attention`, whose tensors may be any: a graph calls it too."""
     problem, backend = _served_problem(args)
+    check_fit(problem)
+    return _computed(problem, backend)
+
+
+def _computed(problem: Problem, backend: FusedBackend) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Output, log-sum-exp, and the rows' statistics, (B, H, Lq), which `attention_backward` takes again."""
     check_data(problem)
     out, lse, row_max, row_sum = outputs = _new_outputs(problem.query, problem.value)
     if out.numel() > 0 and problem.key.shape[2] > 0:
@@ -79,7 +124,7 @@ def _forward_fake(*args):
 
 
 def _backward(dout, dlse, out, row_max, row_sum, needs, *args):
-    """The gradients that are needed, and empty tensors for the others.
+    """The operator `attention_backward`: the gradients that are needed, and empty tensors for the others.
 
     Tensors may have any strides. `out`, `row_max` and `row_sum` come from `attention`. The rows may have attended to
     more keys than this call holds, because P and delta belong to the whole rows. So the keys may be split over several
@@ -96,18 +141,35 @@ def _backward(dout, dlse, out, row_max, row_sum, needs, *args):
     problem, backend = _served_problem(args)
     check_fit(problem)
     check_rows(problem, dout, dlse, out, row_max, row_sum)
+    gradients = _computed_gradients(problem, backend, dout, dlse, out, row_max, row_sum, needs)
+    return tuple(out.new_empty(0) if gradient is None else gradient for gradient in gradients)
+
+
+def _computed_gradients(
+    problem: Problem,
+    backend: FusedBackend,
+    dout: Tensor | None,
+    dlse: Tensor | None,
+    out: Tensor,
+    row_max: Tensor,
+    row_sum: Tensor,
+    needs: Sequence[bool],
+) -> tuple[Tensor | None, ...]:
+    """The gradients, None where they are not needed."""
     dout = torch.zeros_like(out) if dout is None else dout
     dlse = None if dlse is None else dlse.to(row_max.dtype).contiguous()
     row_max, row_sum = row_max.contiguous(), row_sum.contiguous()
-    gradients, needs_dbias = _new_gradients(problem, needs)
+    (dquery, dkey, dvalue), needs_dbias = _new_gradients(problem, needs)
     if out.numel() > 0 and problem.key.shape[2] > 0:
-        dbias = backend.backward(problem, out, row_max, row_sum, dout, dlse, *gradients, needs_dbias)
+        dbias = backend.backward(problem, out, row_max, row_sum, dout, dlse, dquery, dkey, dvalue, needs_dbias)
     else:
-        dbias = problem.bias.new_zeros(problem.bias.shape) if needs_dbias else None
-        for gradient in gradients:
+        dbias = None
+        if problem.bias is not None and needs_dbias:
+            dbias = problem.bias.new_zeros(problem.bias.shape)
+        for gradient in (dquery, dkey, dvalue):
             if gradient is not None:
                 gradient.zero_()
-    return tuple(out.new_empty(0) if gradient is None else gradient for gradient in (*gradients, dbias))
+    return dquery, dkey, dvalue, dbias
 
 
 def _backward_fake(dout, dlse, out, row_max, row_sum, needs, *args):
@@ -145,9 +207,14 @@ class _Attention(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, *args):
-        *inputs, others = args
+        *inputs, (is_direct, others) = args
         arguments = (*inputs, *others)
-        outputs = _below_autograd(_attention_op, arguments)
+        if is_direct:
+            problem, name = _problem(arguments)
+            outputs = _computed(problem, FUSED_BACKENDS[name])
+        else:
+            outputs = _below_autograd(_attention_op, arguments)
+        ctx.is_direct = is_direct
         out, _, row_max, row_sum = outputs
         ctx.save_for_backward(*arguments[:NUM_TENSORS], out, row_max, row_sum)
         ctx.options = arguments[NUM_TENSORS:]
@@ -159,7 +226,12 @@ class _Attention(torch.autograd.Function):
     def backward(ctx, dout, dlse, *_):
         *tensors, out, row_max, row_sum = ctx.saved_tensors
         *needs, _ = ctx.needs_input_grad
-        gradients = _backward_rule(dout, dlse, out, row_max, row_sum, needs, *tensors, *ctx.options)
+        arguments = (*tensors, *ctx.options)
+        if ctx.is_direct and not torch.is_grad_enabled() and not _is_watched():
+            problem, name = _problem(arguments)
+            rows = (dout, dlse, out, row_max, row_sum)
+            return *_computed_gradients(problem, FUSED_BACKENDS[name], *rows, needs), None
+        gradients = _backward_rule(dout, dlse, out, row_max, row_sum, needs, *arguments)
         return *(gradient if need else None for gradient, need in zip(gradients, needs, strict=True)), None
 
 
@@ -204,9 +276,11 @@ def _autograd_rule(op, record):
     return rule
 
 
-_attention_rule = _autograd_rule(
-    _attention_op, lambda *args: _Attention.apply(*args[:_NUM_DIFFERENTIABLE], args[_NUM_DIFFERENTIABLE:])
-)
+def _recorded_attention(is_direct, *args):
+    return _Attention.apply(*args[:_NUM_DIFFERENTIABLE], (is_direct, args[_NUM_DIFFERENTIABLE:]))
+
+
+_attention_rule = _autograd_rule(_attention_op, functools.partial(_recorded_attention, False))
 _backward_rule = _autograd_rule(_attention_backward_op, _AttentionBackward.apply)
 for _name, _implementation, _fake, _rule in (
     ("attention", _forward, _forward_fake, _attention_rule),
