@@ -7,6 +7,8 @@ OPTIONS ?=
 SANITIZER ?=
 OLDEST_TRITON := $(VENV)/triton-3.6.0
 SHIPPED_TRITONS := $(patsubst %,$(VENV)/triton-%,3.7.1 3.8.0)  # by torch 2.13 and 2.14
+TRITON ?=
+TRITON_FOLDER := $(if $(TRITON),$(VENV)/triton-$(TRITON))
 OLDEST_TRANSFORMERS := $(VENV)/transformers-5.15.0
 TIMM := $(VENV)/timm-1.0.31
 PTXEMU ?= $(wildcard ../shared/tools/ptxemu)
@@ -26,12 +28,12 @@ demo: $(INSTALLED)  ## train a small language model on real text, with a table a
 test: $(INSTALLED)  ## run the tests
 	TESTS_REQUIRE_ALL=1 $(RUN) -m pytest $(OPTIONS)
 
-test-interpreted: $(INSTALLED)  ## run the tests on the GPU kernels in Triton's interpreter (no GPU needed)
-	TRITON_INTERPRET=1 $(RUN) -m pytest -n auto -k triton $(OPTIONS)
+test-interpreted: $(INSTALLED) $(TRITON_FOLDER)  ## run the tests on the GPU kernels in Triton's interpreter (TRITON=3.7.1 on that version; no GPU needed)
+	PYTHONPATH=$(TRITON_FOLDER) TRITON_INTERPRET=1 $(RUN) -m pytest -n auto -k triton $(OPTIONS)
 
-test-emulated: $(INSTALLED)  ## run the compiled GPU kernels in a PTX emulator (PTXEMU=its folder, EMULATED="80 90"; no GPU needed)
+test-emulated: $(INSTALLED) $(TRITON_FOLDER)  ## run the compiled GPU kernels in a PTX emulator (PTXEMU=its folder, EMULATED="80 90", TRITON=3.7.1; no GPU needed)
 	@if test -z "$(PTXEMU)"; then echo "make test-emulated needs PTXEMU=FOLDER, the PTX emulator's; nothing was run"; else \
-	for arch in $(EMULATED); do PTXEMU=$(PTXEMU) PTXEMU_ARCH=$$arch $(RUN) -m pytest tests/test_emulated.py tests/test_triton_precision.py tests/test_triton_one_key.py $(OPTIONS) || exit 1; done; fi
+	for arch in $(EMULATED); do PYTHONPATH=$(TRITON_FOLDER) PTXEMU=$(PTXEMU) PTXEMU_ARCH=$$arch $(RUN) -m pytest tests/test_emulated.py tests/test_triton_precision.py tests/test_triton_one_key.py $(OPTIONS) || exit 1; done; fi
 
 test-gpu: $(INSTALLED)  ## run the tests on CUDA tensors (SANITIZER="compute-sanitizer --tool memcheck" checks memory as well)
 	TESTS_REQUIRE_ALL=1 TEST_DEVICE=cuda $(SANITIZER) $(RUN) -m pytest $(OPTIONS)

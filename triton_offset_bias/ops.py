@@ -90,8 +90,8 @@ def _problem(args) -> tuple[Problem, str]:
 
 
 def _served_problem(args) -> tuple[Problem, FusedBackend]:
-    """The problem and its backend, which serves it."""
-    problem, name = _problem(args)
+    """The problem and its backend, which serves it. Operators get tuples as lists."""
+    problem, name = _problem(tuple(x) if isinstance(x, list) else x for x in args)
     backend = FUSED_BACKENDS[name]
     if reasons := backend.unsupported_reasons(problem):
         raise NotImplementedError(f"backend {name!r} does not support this call: {'; '.join(reasons)}")

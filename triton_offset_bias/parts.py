@@ -108,6 +108,9 @@ def _with_piece(problem: Problem, reach: tuple[int, int] | None) -> tuple[Proble
     bias = problem.bias
     if bias is None or problem.query_positions is not None:
         return problem, (0, 0 if bias is None else bias.shape[-1])
+    if reach is not None:  # backends take the reach from the longest lengths, which may be longer
+        longest = max(problem.max_seqlen_q, 1 - reach[0]), max(problem.max_seqlen_k, reach[1] + 1)
+        problem = problem._replace(max_seqlen_q=longest[0], max_seqlen_k=longest[1])
     lowest, highest = problem.reachable_offsets if reach is None else reach
     lowest, highest = max(lowest, problem.min_offset), min(highest, problem.max_offset)
     first, stop = table.columns_seen(bias.shape[-1], problem.bias_origin, lowest, highest)

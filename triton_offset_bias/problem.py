@@ -21,7 +21,8 @@ class Problem(NamedTuple):
 
     With `cu_seqlens_q` and `cu_seqlens_k` the sequences are packed along the length, and the tensors' batch size is 1.
     The last query of each sequence lies on its last key, whatever `query_start` says. Only a `bias` may have a batch
-    axis then. `query_starts` places the queries of each packed sequence otherwise.
+    axis then. `query_starts` places the queries of each packed sequence otherwise; no offset may then lie outside of
+    `reachable_offsets`.
 
     With `key_lengths` sequence b has only its first ``key_lengths[b]`` keys, and its last query lies on the last of
     them. `query_start` is then the position of query 0 in a sequence that has all keys.

@@ -65,6 +65,8 @@ CASES = [
       }.items()),
     _case("float16", dtype=F16, bias_dtype=F32, options=CAUSAL),
     _case("bfloat16 table", dtype=BF16, bias_dtype=BF16, options=CAUSAL),
+    _case("dropout float32", lengths=(33, 50), heads=(4, 2), dtype=F32, bias_dtype=F32,
+          options={"dropout_p": 0.3, **CAUSAL}),
     _case("long bfloat16", lengths=(400, 400), heads=(4, 4), dtype=BF16, bias_dtype=F32, batch=1),
 ]  # fmt: skip
 # These cases run on the reference backend too.
@@ -77,7 +79,7 @@ ON_REFERENCE = {
 }
 
 
-ON_TRITON = {"causal float32", "grouped heads, padding float32", "uneven window bfloat16"}
+ON_TRITON = {"causal float32", "grouped heads, padding float32", "uneven window bfloat16", "dropout float32"}
 
 
 def spread_results(call: Call, attend: Callable, group: Any, layout: str, **others: Any) -> Results:

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
+from conftest import AVAILABLE
 from spread import run_ranks
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
@@ -95,27 +96,40 @@ def _check_same_bits_checkpoint_and_compiler(method: str) -> None:
             assert torch.equal(x, y), (name, method)
 
 
-def _check_packed(method: str, layout: str, tables: bool) -> None:
+def _check_packed(method: str, layout: str, tables: bool, backend: str = "cpp") -> None:
     """Documents of 9, 0, 14, 17 and 8 tokens: outputs and gradients of the packed function in one process."""
+    dtype, atol = (torch.float32, 1e-5) if backend == "triton" else (torch.float64, 1e-12)
     bounds = torch.tensor([0, 9, 9, 23, 40, 48], dtype=torch.int32)
-    q, k, v, table, dout = (x.squeeze(0).transpose(0, 1) if x.dim() == 4 else x for x in _whole())
+    q, k, v, table, dout = ((x.squeeze(0).transpose(0, 1) if x.dim() == 4 else x).to(dtype).double() for x in _whole())
     table = torch.stack([table * (i + 1) for i in range(5)]) if tables else table
     options = {"is_causal": True, "window_size": (11, -1), "return_lse": True}
     leaves = [x.clone().requires_grad_() for x in (q, k, v, table)]
     out, lse = offset_bias_attention_varlen(*leaves, bounds, bounds, 17, 17, **options)
     expected = [out, lse, *torch.autograd.grad((out, lse.sum()), leaves, (dout, torch.ones(()).double()))]
-    mine = [*(distributed.shard(x, 0, layout=layout).requires_grad_() for x in (q, k, v)), table.requires_grad_()]
+    mine = [distributed.shard(x, 0, layout=layout).to(dtype).requires_grad_() for x in (q, k, v)]
+    mine.append(table.detach().to(dtype).requires_grad_())
     out, lse = distributed.offset_bias_attention_varlen(
-        *mine, bounds, bounds, 17, 17, layout=layout, method=method, **options
+        *mine, bounds, bounds, 17, 17, layout=layout, method=method, backend=backend, **options
     )
     gradients = torch.autograd.grad(
-        (out, lse.sum()), mine, (distributed.shard(dout, 0, layout=layout), torch.ones(()).double())
+        (out, lse.sum()), mine, (distributed.shard(dout, 0, layout=layout).to(dtype), torch.ones((), dtype=dtype))
     )
     got = [distributed.unshard(x, dim, LENGTH, layout=layout)
            for x, dim in zip((out, lse, *gradients[:3]), (0, 1, 0, 0, 0), strict=True)]  # fmt: skip
     dist.all_reduce(gradients[3])
     for x, y in zip([*got, gradients[3]], expected, strict=True):
-        torch.testing.assert_close(x, y.detach(), rtol=0, atol=1e-12)
+        torch.testing.assert_close(x, y.detach().to(x.dtype), rtol=0, atol=atol)
+
+
+def _packed_on_triton(rank: int, world: int) -> None:
+    for method, layout in (("ring", "zigzag"), ("gather", "contiguous"), ("all_to_all", "contiguous")):
+        _check_packed(method, layout, tables=True, backend="triton")
+
+
+@pytest.mark.skipif("triton" not in AVAILABLE, reason="TRITON_INTERPRET=1 runs the kernels on CPU tensors")
+def test_triton_kernels_serve_documents_that_are_cut(tmp_path: Path) -> None:
+    """A table for each document, two ranks."""
+    run_ranks(_packed_on_triton, 2, tmp_path)
 
 
 def _training(rank: int, world: int) -> None:

@@ -58,8 +58,6 @@ def _problem_reasons(problem: Problem) -> list[str]:
     """Why this backend cannot serve `problem` on any machine."""
     dtype = problem.query.dtype
     wrong = [] if dtype in _DTYPES else [f"serves float16, bfloat16 and float32, got {dtype}"]
-    unserved = ("query_starts", "dropout_place")
-    wrong += [f"serves no {name}" for name in unserved if getattr(problem, name) is not None]
     if problem.is_causal_by_index and not torch.compiler.is_compiling():
         missed = problem.key.shape[2] - problem.query.shape[2] - problem.query_start
         if missed:

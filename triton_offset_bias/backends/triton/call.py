@@ -40,6 +40,7 @@ class Call:
             _contiguous(problem.cu_seqlens_q),
             _contiguous(problem.cu_seqlens_k),
             _contiguous(problem.key_lengths),
+            _contiguous(problem.query_starts),
             problem.seed,
         )
 

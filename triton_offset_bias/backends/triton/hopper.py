@@ -88,7 +88,7 @@ def _forward_launch(plan: Plan, out: Tensor) -> Launch | TunedLaunch:
     sizes = {"len_q": plan.len_q, "len_k": plan.len_k, "BLOCK_N": configs.HOPPER_KEYS}
     rest = with_rest({"FORM": plan.form, "LOOPS": loops, **sizes}, "len_k").REST
     config = configs.hopper_forward_config(plan.block_d, loops._replace(REST=rest.value))
-    numbers = (plan.layout(out=out), *plan.integers, plan.factors, plan.largest_dropped)
+    numbers = (plan.layout(out=out), *plan.integers, plan.factors, plan.dropout)
     blocks = (plan.batch * plan.num_heads, plan.len_q, "BLOCK_M")
     named = {"FORM": plan.form, "LOOPS": Loops(*constants(loops))}
     return blocked_launch(hopper_forward_kernel, config, blocks, "len_k", numbers, named)

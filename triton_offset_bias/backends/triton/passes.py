@@ -94,7 +94,7 @@ def backward(
 
 def _forward_launch(plan: Plan, out: Tensor) -> Launch | TunedLaunch:
     config = configs.forward_config(plan.target, plan.dtype, plan.block_d, plan.has_positions)
-    numbers = (plan.layout(out=out), *plan.integers, plan.factors, plan.largest_dropped)
+    numbers = (plan.layout(out=out), *plan.integers, plan.factors, plan.dropout)
     blocks = (plan.batch * plan.num_heads, plan.len_q, "BLOCK_M")
     return blocked_launch(forward_kernel, config, blocks, "len_k", numbers, {"FORM": plan.form, "LOOPS": plan.loops})
 
@@ -146,7 +146,7 @@ def _launch_dquery(call: Call, dout: Tensor, rows: Rows, dquery: Tensor | None, 
 def _dquery_launch(plan: Plan, dout: Tensor, dquery: Tensor | None, how: str, copy_stride: int) -> Launch | TunedLaunch:
     config = configs.dquery_config(plan.target, plan.dtype, plan.block_d)
     layout = plan.layout(dout=dout, dq=dquery)
-    numbers = (layout, *plan.integers, plan.factors, plan.largest_dropped, copy_stride)
+    numbers = (layout, *plan.integers, plan.factors, plan.dropout, copy_stride)
     named = {"FORM": plan.form, "LOOPS": plan.loops, "HAS_DQ": dquery is not None, "DBIAS": how}
     blocks = (plan.batch * plan.num_heads, plan.len_q, "BLOCK")
     return blocked_launch(dquery_kernel, config, blocks, "len_k", numbers, named, added_to="dstrip_ptr")
@@ -207,7 +207,7 @@ def _dkey_dvalue_launch(
         form = form._replace(WAIT=tl.constexpr(configs.needs_wait(plan.target, plan.dtype, is_whole=True)))
     wanted = Wanted(*constants(x is not None for x in (sums.dq, dkey, dvalue, sums.dstrip)))
     layout = plan.layout(dout=dout, dq=sums.dq, dk=dkey, dv=dvalue)
-    numbers = (layout, *plan.integers, plan.factors, plan.largest_dropped, splits)
+    numbers = (layout, *plan.integers, plan.factors, plan.dropout, splits)
     named = {"FORM": form, "LOOPS": plan.loops, "WANTED": wanted}
     blocks = (plan.batch * plan.key_heads * splits, plan.len_k, "BLOCK_N")
     config = _keys_config(plan, sums)
@@ -231,7 +231,7 @@ def _launch_dbias(call: Call, dout: Tensor, rows: Rows) -> Tensor:
 
     def make() -> Launch:
         diagonals = (plan.batch, TableRows(bias_batch, bias_heads), first_distance, distances, splits)
-        numbers = (plan.layout(dout=dout), *plan.integers, plan.factors, plan.largest_dropped, *diagonals)
+        numbers = (plan.layout(dout=dout), *plan.integers, plan.factors, plan.dropout, *diagonals)
         known = {"FORM": plan.form, "LOOPS": plan.loops, "BLOCK": block, "len_q": plan.len_q, "len_k": plan.len_k}
         loops = with_rest(known, "len_k")
         named = {"FORM": plan.form, "LOOPS": loops, "BLOCK": block, **config.options}

@@ -12,10 +12,12 @@ from torch import Tensor
 from triton_offset_bias import dropout
 from triton_offset_bias.backends.triton import configs
 from triton_offset_bias.backends.triton.kernels.arguments import (
+    Dropout,
     Factors,
     Form,
     Layout,
     Loops,
+    Place,
     Strides,
     StripStrides,
     constants,
@@ -38,6 +40,7 @@ class Plan:
         block_d: the larger of the padded head dims.
         integers: the members of `Sizes` but the group, and of `Bounds`, which kernels take one by one.
         factors: see `Factors`.
+        dropout: see `Dropout`.
     """
 
     def __init__(self, problem: Problem, *, is_part: bool = False) -> None:
@@ -58,8 +61,7 @@ class Plan:
         self.strip = Strip(problem, 1 / scale if is_bias_in_acc else math.log2(math.e), is_part=is_part)
         self.form = self._form(problem, is_bias_in_acc)
         self.loops = Loops(*constants(self._loops(problem)))
-        self.largest_dropped, kept_scale = _dropout_numbers(problem)
-        self.factors = Factors(scale, scale_log2, kept_scale)
+        self.factors, self.dropout = Factors(scale, scale_log2), _dropout_of(problem)
         sizes = (self.num_heads, self.len_q, self.len_k, query.shape[2], key.shape[2])
         self.integers = (*sizes, *self.strip.bounds)
         # The product of queries and a factor is contiguous, whatever the queries are.
@@ -106,7 +108,9 @@ class Plan:
             IS_CAUSAL_BY_INDEX=problem.is_causal_by_index,
             IS_PACKED=self.is_packed,
             HAS_LENGTHS=problem.key_lengths is not None,
+            HAS_STARTS=problem.query_starts is not None,
             DROPOUT_ROUNDS=0 if problem.seed is None else dropout.ROUNDS,
+            HAS_PLACE=problem.seed is not None and problem.dropout_place is not None,
             SPLIT_LSE=query.dtype == torch.float32,
             USE_ASM=self.target.backend == "cuda",
             PRECISION=precision(self.target, query.dtype),
@@ -159,9 +163,10 @@ def _are_own(positions: Tensor | None) -> bool:
     return positions is not None and positions.dim() > 1
 
 
-def _dropout_numbers(problem: Problem) -> tuple[int, float]:
-    """The largest dropped word, as an int32 of the same bits, and the factor on kept weights."""
+def _dropout_of(problem: Problem) -> Dropout:
     if problem.seed is None:
-        return 0, 1.0
+        return Dropout(0, 1.0)
     word = dropout.largest_dropped(problem.dropout_p)
-    return word - 2**32 if word >= 2**31 else word, dropout.kept_scale(problem.dropout_p)
+    signed = word - 2**32 if word >= 2**31 else word
+    place = None if problem.dropout_place is None else Place(*problem.dropout_place)
+    return Dropout(signed, dropout.kept_scale(problem.dropout_p), place)

@@ -86,7 +86,7 @@ def bounds_of(problem: Problem) -> Bounds:
     """The bounds of a problem with at least one query and one key."""
     if problem.query_positions is not None:
         return _bounds_of_positions(problem)
-    start = problem.query_start
+    start = _start(problem)
     lowest, highest = counted_reach(problem)
     never_lo, never_hi = lowest - PAD, highest + PAD  # out of the reach of any tile
     band_lo = min(max(problem.min_offset - start, lowest), highest + 1)
@@ -108,10 +108,15 @@ def bounds_of(problem: Problem) -> Bounds:
     return Bounds(PAD - max(lowest, near_lo - PAD), band_lo, band_hi, near_lo, near_hi)
 
 
+def _start(problem: Problem) -> int:
+    """The position of the first query from which `Bounds` count. Packed sequences count as the caller does."""
+    return problem.query_start if problem.cu_seqlens_q is None else 0
+
+
 def counted_reach(problem: Problem) -> tuple[int, int]:
     """The smallest and the largest offset between any query and any key, counted as in `Bounds`."""
     lowest, highest = problem.reachable_offsets
-    return lowest - problem.query_start, highest - problem.query_start
+    return lowest - _start(problem), highest - _start(problem)
 
 
 def _loops(problem: Problem, bounds: Bounds) -> Loops:
@@ -145,7 +150,7 @@ def _columns(problem: Problem, bounds: Bounds) -> tuple[int, int]:
 def _strip_offsets(problem: Problem, bounds: Bounds) -> tuple[int, int]:
     """The first and the last offset that a strip holds, as the caller counts them."""
     lo, hi = problem.reachable_offsets
-    start = problem.query_start
+    start = _start(problem)
     return max(lo, bounds.near_lo - PAD + start), min(hi, bounds.near_hi + PAD + start)
 
 

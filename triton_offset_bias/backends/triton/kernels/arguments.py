@@ -23,6 +23,7 @@ class Inputs(NamedTuple):
     cu_seqlens_q: Any = None  # (B + 1,)
     cu_seqlens_k: Any = None  # (B + 1,)
     key_lengths: Any = None  # (B,)
+    query_starts: Any = None  # (B,)
     seed: Any = None  # () int64
 
 
@@ -176,14 +177,30 @@ class Factors(NamedTuple):
 
     scale: Any
     scale_log2: Any  # the scale, in bits
-    kept_scale: Any  # of weights that dropout keeps
+
+
+class Place(NamedTuple):
+    """The place of a call in the whole that dropout counts in, see `triton_offset_bias.dropout.Place`."""
+
+    query: Any
+    key: Any
+    head: Any
+    heads: Any
+
+
+class Dropout(NamedTuple):
+    """Numbers of a call with dropout."""
+
+    largest_dropped: Any  # int32 whose bits are the largest dropped word
+    kept_scale: Any  # float32, the factor on the weights that are kept
+    place: Any = None  # Place; None for a whole
 
 
 # Arguments that kernels take one by one. Triton compiles a kernel anew for a multiple of 16 and for 1, unless it is
 # told not to, which it can be for arguments but not for members of tuples. No load is wider for knowing these integers.
 INTEGERS = [
     *(name for fields in (Sizes, Bounds) for name in fields._fields if name != "group"),
-    *("largest_dropped", "batch", "num_splits", "num_parts", "bias_heads", "first_distance", "num_distances"),
+    *("batch", "num_splits", "num_parts", "bias_heads", "first_distance", "num_distances"),
     *("stride_b", "stride_h", "stride_n", "stride_row", "num_columns", "width", "first", "begin", "end"),
     *("sums_width", "strip_programs", "rows_cleaned", "rows_zeroed", "copy_stride"),
 ]
@@ -206,7 +223,9 @@ class Form(NamedTuple):
     IS_CAUSAL_BY_INDEX: Any  # whether causality goes by the rows in the tensors, where positions differ from them
     IS_PACKED: Any
     HAS_LENGTHS: Any  # whether every sequence has its own number of keys, its last query on the last of them
+    HAS_STARTS: Any  # whether packed sequences have the position of their first query
     DROPOUT_ROUNDS: Any  # of Philox; 0 without dropout
+    HAS_PLACE: Any  # whether dropout counts in a whole that the call is a part of
     SPLIT_LSE: Any  # whether a row's log of the sum is kept apart from its maximum
     USE_ASM: Any  # whether the bias is loaded by inline assembly
     PRECISION: Any  # of products, see `tiles.product`
@@ -259,12 +278,14 @@ class Scoring(NamedTuple):
 
 
 class Dropping(NamedTuple):
-    """Numbers that decide which weights are dropped, and the factor on the others."""
+    """Numbers that decide which weights of a head are dropped, and the factor on the others."""
 
     seed: Any
     head: Any  # as dropout counts heads
     largest_dropped: Any
     kept_scale: Any
+    first_query: Any  # of the call, in the whole
+    first_key: Any
 
 
 class KeyTiles(NamedTuple):

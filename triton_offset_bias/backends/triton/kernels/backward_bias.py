@@ -6,10 +6,11 @@ dbias[offset] = sum of dS along the offset's diagonal, over batch and over the h
 import triton
 import triton.language as tl
 
-from triton_offset_bias.backends.triton.kernels.arguments import INTEGERS, Dropping
+from triton_offset_bias.backends.triton.kernels.arguments import INTEGERS
 from triton_offset_bias.backends.triton.kernels.blocks import counted, first_position, sequence_keys, sequence_rows
 from triton_offset_bias.backends.triton.kernels.scores import (
     dropout_factors,
+    dropping_of,
     kept_keys,
     load_rows,
     of_sequence,
@@ -31,7 +32,7 @@ def dbias_kernel(
     strides,
     num_heads, len_q, len_k, rows_q, rows_k,
     zero, band_lo, band_hi, near_lo, near_hi,
-    factors, largest_dropped,
+    factors, dropout,
     batch, table_rows, first_distance, num_distances, num_parts,
     FORM: tl.constexpr, LOOPS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
@@ -58,7 +59,6 @@ def dbias_kernel(
     scale_log2 = factors.scale_log2
     scoring = scoring_of(inputs, first_b.to(tl.int64), first_h.to(tl.int64), strides.strip, bounds, scale_log2, FORM)
     unit = score_unit(scale_log2, FORM, True)
-    seed = tl.load(inputs.seed) if FORM.DROPOUT_ROUNDS > 0 else 0
     for index in range(0, batch // table_rows.b):
         b = (first_b + index).to(tl.int64)
         first_q, seq_q = sequence_rows(inputs.cu_seqlens_q, b, sizes.len_q, sizes.rows_q, FORM.IS_PACKED)
@@ -66,7 +66,7 @@ def dbias_kernel(
         first_row = b * sizes.num_heads * row_stride(sizes.rows_q)
         if FORM.IS_PACKED:
             first_row = first_q
-        first = first_position(seq_q, seq_k, sizes, FORM)
+        first = first_position(inputs, b, seq_q, seq_k, sizes, FORM)
         above = (first % BLOCK + BLOCK) % BLOCK  # rows that the first tile begins above the first query
         blocks = distance - (first - above) // BLOCK  # that the tiles lie from the sequence's first one
         shift = blocks * BLOCK - above
@@ -105,7 +105,7 @@ def dbias_kernel(
             p = probabilities(s, unit, 0.0, stats.lse[:, None], stats.log_sum[:, None], FORM, True)
             dp = product(dout, v.T, None, FORM.PRECISION)
             if FORM.DROPOUT_ROUNDS > 0:
-                dropping = Dropping(seed, (b * sizes.num_heads + h).to(tl.int32), largest_dropped, factors.kept_scale)
+                dropping = dropping_of(inputs, b, h, sizes.num_heads, dropout, dropout.kept_scale, FORM)
                 dp *= dropout_factors(dropping, 0, 0, offs_m[:, None], offs_n[None, :], FORM)
             total += p * (dp * slope_weights(stats, FORM)[:, None] - stats.delta[:, None])
     none = tl.zeros([BLOCK, BLOCK], tl.float32)

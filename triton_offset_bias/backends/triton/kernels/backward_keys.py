@@ -11,7 +11,6 @@ import triton.language as tl
 
 from triton_offset_bias.backends.triton.kernels.arguments import (
     INTEGERS,
-    Dropping,
     KeyBlock,
     QueryTiles,
 )
@@ -29,6 +28,7 @@ from triton_offset_bias.backends.triton.kernels.blocks import (
 )
 from triton_offset_bias.backends.triton.kernels.scores import (
     dropout_factors,
+    dropping_of,
     far_bias,
     kept_keys,
     key_positions,
@@ -132,7 +132,7 @@ def dkey_dvalue_kernel(
     inputs, dout_ptr, row_ptrs, dk_ptr, dv_ptr, sums, strides,
     num_heads, len_q, len_k, rows_q, rows_k,
     zero, band_lo, band_hi, near_lo, near_hi,
-    factors, largest_dropped, num_parts,
+    factors, dropout, num_parts,
     FORM: tl.constexpr, LOOPS: tl.constexpr, WANTED: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
@@ -183,7 +183,6 @@ def dkey_dvalue_kernel(
     block = KeyBlock(k, v, keep, rows, start_n, sizes.len_k - sizes.len_q)
     dk = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
     dv = tl.zeros([BLOCK_N, BLOCK_DV], tl.float32)
-    seed = tl.load(inputs.seed) if FORM.DROPOUT_ROUNDS > 0 else 0
     edges = edges_of(start_n, len_q, mirrored(sequence.bounds), BLOCK_N, BLOCK_M, FORM)
     for g in range(first_g, end_g):
         h = head_kv.h * sizes.group + g
@@ -199,7 +198,7 @@ def dkey_dvalue_kernel(
         )
         dstrip_ptr = strip_of_head(sums.dstrip, b, h, strides.strip, sequence.bounds.zero, WANTED.DBIAS)
         scoring = scoring_of(inputs, b, h, strides.strip, sequence.bounds, factors.scale_log2, FORM)
-        dropping = Dropping(seed, (b * sizes.num_heads + h).to(tl.int32), largest_dropped, factors.kept_scale)
+        dropping = dropping_of(inputs, b, h, sizes.num_heads, dropout, dropout.kept_scale, FORM)
         for index in tl.static_range(4):  # queries go up, so their offsets do: far right of the query comes first
             if LOOPS[(FAR_RIGHT, NEAR, FAR_LEFT, REST)[index]]:
                 dk, dv = sweep_queries(

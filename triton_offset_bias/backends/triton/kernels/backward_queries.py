@@ -16,7 +16,6 @@ import triton.language as tl
 
 from triton_offset_bias.backends.triton.kernels.arguments import (
     INTEGERS,
-    Dropping,
     QueryBlock,
     StripGradient,
 )
@@ -32,6 +31,7 @@ from triton_offset_bias.backends.triton.kernels.blocks import (
 )
 from triton_offset_bias.backends.triton.kernels.scores import (
     dropout_factors,
+    dropping_of,
     far_bias,
     kept_keys,
     key_tiles,
@@ -163,7 +163,7 @@ def dquery_kernel(
     strides,
     num_heads, len_q, len_k, rows_q, rows_k,
     zero, band_lo, band_hi, near_lo, near_hi,
-    factors, largest_dropped, copy_stride,
+    factors, dropout, copy_stride,
     FORM: tl.constexpr, LOOPS: tl.constexpr, HAS_DQ: tl.constexpr, DBIAS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):  # fmt: skip
@@ -208,8 +208,7 @@ def dquery_kernel(
     stats = load_rows(rows_of_head(row_ptrs, row), offs_m, sequence.len_q, False, FORM)
     block = QueryBlock(q, dout, rows, stats, slope_weights(stats, FORM), start_m)
     dq = tl.zeros([BLOCK, BLOCK_D], tl.float32)
-    seed = tl.load(inputs.seed) if FORM.DROPOUT_ROUNDS > 0 else 0
-    dropping = Dropping(seed, head.index, largest_dropped, factors.kept_scale)
+    dropping = dropping_of(inputs, head.b, head.h, sizes.num_heads, dropout, dropout.kept_scale, FORM)
     dstrip = StripGradient(dstrip_ptr, tl.load(fixed_unit_ptr) if DBIAS == "fixed" else 0.0)
     edges = edges_of(start_m, len_k, sequence.bounds, BLOCK, BLOCK, FORM)
     # Far tiles have a sum for every element: no exchange between threads.

@@ -70,17 +70,19 @@ def sequence_of(inputs, b, sizes, bounds, FORM: tl.constexpr):
     first_q, len_q = sequence_rows(inputs.cu_seqlens_q, b, sizes.len_q, sizes.rows_q, FORM.IS_PACKED)
     first_k, len_k = sequence_keys(inputs, b, sizes, FORM)
     if FORM.IS_PACKED or FORM.HAS_LENGTHS:
-        bounds = counted_from(first_position(len_q, len_k, sizes, FORM), bounds)
+        bounds = counted_from(first_position(inputs, b, len_q, len_k, sizes, FORM), bounds)
     return Sequence(first_q, len_q, first_k, len_k, bounds)
 
 
 @triton.jit
-def first_position(len_q, len_k, sizes, FORM: tl.constexpr):
+def first_position(inputs, b, len_q, len_k, sizes, FORM: tl.constexpr):
     """The position of a sequence's first query where offsets count as those of `Bounds`, and its first key's is 0.
 
-    The last query of a sequence with a length of its own lies on its last key.
+    The last query of a sequence with a length of its own lies on its last key, unless the call says where it begins.
     """
-    if FORM.IS_PACKED:
+    if FORM.HAS_STARTS:
+        return tl.load(inputs.query_starts + b).to(tl.int32)
+    elif FORM.IS_PACKED:
         return len_k - len_q
     elif FORM.HAS_LENGTHS:
         return len_k - sizes.len_k

@@ -69,7 +69,7 @@ def decode_kernel(
             begin = tl.minimum(tl.maximum(edges[part], first), first + keys_per_split)
             end = tl.minimum(tl.maximum(edges[part + 1], first), first + keys_per_split)
             acc, l_i, m_i = attend(
-                acc, l_i, m_i, q, rows, keys, scoring, begin, end, 0, Dropping(0, 0, 0, 1.0),
+                acc, l_i, m_i, q, rows, keys, scoring, begin, end, 0, Dropping(0, 0, 0, 1.0, 0, 0),
                 FORM, BLOCK_M, BLOCK_N, part,
             )  # fmt: skip
 

@@ -9,7 +9,7 @@ exponentials of base 2.
 import triton
 import triton.language as tl
 
-from triton_offset_bias.backends.triton.kernels.arguments import INTEGERS, Dropping
+from triton_offset_bias.backends.triton.kernels.arguments import INTEGERS
 from triton_offset_bias.backends.triton.kernels.blocks import (
     FAR_LEFT,
     FAR_RIGHT,
@@ -24,6 +24,7 @@ from triton_offset_bias.backends.triton.kernels.scores import (
     LN_2,
     NO_SCORE,
     dropout_factors,
+    dropping_of,
     far_bias,
     kept_keys,
     key_tiles,
@@ -128,7 +129,7 @@ def forward_kernel(
     strides,
     num_heads, len_q, len_k, rows_q, rows_k,
     zero, band_lo, band_hi, near_lo, near_hi,
-    factors, largest_dropped,
+    factors, dropout,
     FORM: tl.constexpr, LOOPS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """Writes output and row statistics of a block of queries of one head.
@@ -163,8 +164,7 @@ def forward_kernel(
     m_i = tl.full([BLOCK_M], NO_SCORE, tl.float32)  # bits
     l_i = tl.zeros([BLOCK_M], tl.float32)
     acc = tl.zeros([BLOCK_M, BLOCK_DV], tl.float32)
-    seed = tl.load(inputs.seed) if FORM.DROPOUT_ROUNDS > 0 else 0
-    dropping = Dropping(seed, head.index, largest_dropped, 1.0)
+    dropping = dropping_of(inputs, head.b, head.h, sizes.num_heads, dropout, 1.0, FORM)
     edges = edges_of(start_m, len_k, sequence.bounds, BLOCK_M, BLOCK_N, FORM)
     for part in tl.static_range(4):
         if LOOPS[part]:
@@ -175,7 +175,7 @@ def forward_kernel(
 
     acc = normalised(acc, l_i)
     if FORM.DROPOUT_ROUNDS > 0:
-        acc *= factors.kept_scale
+        acc *= dropout.kept_scale
     out_ptr = outputs.out + first_element(strides.out, head.b, head.h, sequence.first_q)
     out_ptrs = tile_ptrs(out_ptr, offs_m, strides.out.row, strides.out.d, FORM.BLOCK_DV)
     store_tile(out_ptrs, acc, offs_m, sequence.len_q, FORM.HEAD_DIM_V, FORM.BLOCK_DV)

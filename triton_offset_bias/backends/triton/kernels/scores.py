@@ -15,7 +15,7 @@ starts from it, which takes no instruction. Otherwise it is in bits (bias times 
 import triton
 import triton.language as tl
 
-from triton_offset_bias.backends.triton.kernels.arguments import KeyTiles, Rows, Scoring
+from triton_offset_bias.backends.triton.kernels.arguments import Dropping, KeyTiles, Rows, Scoring
 from triton_offset_bias.backends.triton.kernels.tiles import first_element, product, started_from, tile_ptrs
 
 LN_2 = tl.constexpr(0.6931471805599453)
@@ -248,16 +248,32 @@ def with_causality_by_index(keep, last_keys, keys, FORM: tl.constexpr):
 
 
 @triton.jit
+def dropping_of(inputs, b, h, num_heads, dropout, kept_scale, FORM: tl.constexpr):
+    """The `Dropping` of a head."""
+    seed = tl.load(inputs.seed) if FORM.DROPOUT_ROUNDS > 0 else 0
+    head, first_query, first_key = b * num_heads + h, 0, 0
+    if FORM.HAS_PLACE:
+        head = b * dropout.place.heads + dropout.place.head + h
+        first_query, first_key = dropout.place.query, dropout.place.key
+    return Dropping(seed, head.to(tl.int32), dropout.largest_dropped, kept_scale, first_query, first_key)
+
+
+@triton.jit
 def dropout_factors(dropping, start_m, start_n, offs_m, offs_n, FORM: tl.constexpr):
     """Dropout's factors on P: 0 or `kept_scale`. The random bits equal those of `triton_offset_bias.dropout`.
 
-    The weights' places are start_m + offs_m and start_n + offs_n. The offs_ have the shape of the tile's rows and
-    columns, and the starts are multiples of 16. So the compiler sees that the four weights that share a Philox have
-    equal counters. They lie in one thread, which computes the Philox once.
+    The weights' places are start_m + offs_m and start_n + offs_n, from the call's place on. The offs_ have the shape of
+    the tile's rows and columns, and the starts are multiples of 16. So the compiler sees that the four weights that
+    share a Philox have equal counters. They lie in one thread, which computes the Philox once.
     """
+    if FORM.HAS_PLACE:  # not always a multiple of 16
+        offs_m += start_m + dropping.first_query
+        offs_n += start_n + dropping.first_key
+        start_m, start_n = 0, 0
     rows = start_m // 2 + (offs_m // 16 * 8 + offs_m % 8)
     columns = start_n // 2 + (offs_n // 16 * 8 + offs_n % 8)
     word_0, word_1, word_2, word_3 = tl.philox(dropping.seed, rows, columns, dropping.head, 0, FORM.DROPOUT_ROUNDS)
     is_right, is_lower = (offs_n & 8) != 0, (offs_m & 8) != 0
     word = tl.where(is_lower, tl.where(is_right, word_3, word_2), tl.where(is_right, word_1, word_0))
-    return tl.where(word > dropping.largest_dropped.to(tl.uint32, bitcast=True), dropping.kept_scale, 0.0)
+    largest_dropped = tl.cast(dropping.largest_dropped, tl.uint32, bitcast=True)
+    return tl.where(word > largest_dropped, dropping.kept_scale, 0.0)

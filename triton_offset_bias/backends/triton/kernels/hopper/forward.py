@@ -35,7 +35,7 @@ def hopper_forward_kernel(
     strides,
     num_heads, len_q, len_k, rows_q, rows_k,
     zero, band_lo, band_hi, near_lo, near_hi,
-    factors, largest_dropped,
+    factors, dropout,
     FORM: tl.constexpr, LOOPS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """What `forward_kernel` computes, from the same arguments, for tensors that descriptors can describe."""
