@@ -344,3 +344,14 @@ def test_a_subclass_of_tensor_meets_the_operators(backend, monkeypatch):
     torch.testing.assert_close(out.as_subclass(torch.Tensor), expected, rtol=0, atol=0)
     torch.testing.assert_close(lse.as_subclass(torch.Tensor), expected_lse, rtol=0, atol=0)
     assert backend == "reference" or any("attention" in name for name in met)
+
+
+def test_a_negative_gradient_is_resolved(backend):
+    """The gradient that comes in is a view with the negative bit: its memory holds the numbers with the other sign."""
+    call = build(PADDED)
+    inputs = [call.q, call.k, call.v, call.bias]
+    out, lse = offset_bias_attention(*inputs, **call.options, return_lse=True, backend=backend)
+    plain = torch.autograd.grad([out, lse], inputs, [call.dout, call.dlse], retain_graph=True)
+    views = [torch._neg_view(-x) for x in (call.dout, call.dlse)]
+    for got, expected in zip(torch.autograd.grad([out, lse], inputs, views), plain, strict=True):
+        torch.testing.assert_close(got, expected, rtol=0, atol=0)

@@ -61,10 +61,16 @@ def attention(problem: Problem, backend: str) -> tuple[Tensor, Tensor]:
 def _is_direct(problem: Problem) -> bool:
     """Whether a checked problem needs no operator: its tensors are plain, and nobody watches or traces operators."""
     return (
-        all(x is None or type(x) in _PLAIN_TYPES for x in problem.tensors)
+        all(x is None or _is_plain(x) for x in problem.tensors)
         and problem.query.device.type in _PLAIN_DEVICES
         and not _is_watched()
     )
+
+
+def _is_plain(x: Tensor) -> bool:
+    """Whether the numbers of `x` are those in its memory. The dispatcher resolves other tensors."""
+    is_strided = type(x) in _PLAIN_TYPES and x.layout is torch.strided
+    return is_strided and not x.is_neg() and not x._is_zerotensor()
 
 
 def _is_watched() -> bool:
@@ -227,7 +233,8 @@ class _Attention(torch.autograd.Function):
         *tensors, out, row_max, row_sum = ctx.saved_tensors
         *needs, _ = ctx.needs_input_grad
         arguments = (*tensors, *ctx.options)
-        if ctx.is_direct and not torch.is_grad_enabled() and not _is_watched():
+        is_direct = ctx.is_direct and not torch.is_grad_enabled() and not _is_watched()
+        if is_direct and all(x is None or _is_plain(x) for x in (dout, dlse)):
             problem, name = _problem(arguments)
             rows = (dout, dlse, out, row_max, row_sum)
             return *_computed_gradients(problem, FUSED_BACKENDS[name], *rows, needs), None
