@@ -95,7 +95,7 @@ PACKAGE = mutants_in("triton_offset_bias", {
         ("subclasses do not meet the operators", "test_ops.py", "subclass and cpp",
          "type(x) in _PLAIN_TYPES and",
          ""),
-        ("a negative view is read as it lies", "test_attention.py", "negative_bit",
+        ("a negative view is read as it lies", "test_attention.py", "negative and bit and cpp",
          "return is_strided and not x.is_neg()",
          "return is_strided"),
         ("a negative view's gradient is read as it lies", "test_ops.py", "negative_gradient and cpp",
