@@ -4,7 +4,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from oracle import NAMES, Results, oracle
+from oracle import GATED_NAMES, Results, oracle
 from philox import dropout_factors
 from tolerance import assert_accurate
 from torch import Tensor
@@ -29,6 +29,7 @@ class Case:
     forbidden: tuple[int, ...] = ()
     layout: str = "contiguous"
     through_lse: bool = False
+    rank: int | None = None  # of a gate; 0: a gate without an axis of its rank
     options: dict[str, Any] = field(default_factory=dict)
 
 
@@ -43,6 +44,7 @@ class Call:
     dout: Tensor
     dlse: Tensor | None
     options: dict[str, Any]
+    gate: Tensor | None = None
 
 
 def build(case: Case, seed: int = 0) -> Call:
@@ -59,7 +61,8 @@ def build(case: Case, seed: int = 0) -> Call:
     v = lay_out(tensor(case.batch, heads_kv, len_k, dim_v), case.layout)
     columns = 2 * max(len_q, len_k) - 1 if case.columns is None else case.columns
     shapes = {"N": (), "HN": (heads_q,), "1N": (1,), "BHN": (case.batch, heads_q), "B1N": (case.batch, 1)}
-    bias = None if case.bias is None else tensor(*shapes[case.bias], columns, dtype=case.bias_dtype)
+    ranks = (case.rank,) if case.rank else ()
+    bias = None if case.bias is None else tensor(*shapes[case.bias], *ranks, columns, dtype=case.bias_dtype)
     for column in case.forbidden:
         bias[..., column] = float("-inf")
     options = dict(case.options)
@@ -70,8 +73,12 @@ def build(case: Case, seed: int = 0) -> Call:
     real = torch.promote_types(case.dtype, torch.float32)
     dlse = tensor(case.batch, heads_q, len_q, dtype=real) if case.through_lse else None
     dout = tensor(case.batch, heads_q, len_q, dim_v)
-    leaves = (None if x is None else x.requires_grad_() for x in (q, k, v, bias))
-    return Call(*leaves, dout, dlse, options)
+    gate = None
+    if case.rank is not None:
+        gate = lay_out(tensor(case.batch, heads_q, len_q, max(case.rank, 1), dtype=case.bias_dtype), case.layout)
+        gate = gate if case.rank else gate[..., 0]
+    *leaves, gate = (None if x is None else x.requires_grad_() for x in (q, k, v, bias, gate))
+    return Call(*leaves, dout, dlse, options, gate)
 
 
 def lay_out(x: Tensor, layout: str) -> Tensor:
@@ -130,17 +137,19 @@ def results_of(call: Call, backend: str) -> Results:
     """
     torch.manual_seed(DROPOUT_SEED)
     options = {"deterministic": False, **call.options}  # the fixture `poisoned_memory` turns torch's own switch on
-    out, lse = offset_bias_attention(call.q, call.k, call.v, call.bias, **options, return_lse=True, backend=backend)
-    leaves = [x for x in (call.q, call.k, call.v, call.bias) if x is not None]
+    inputs = (call.q, call.k, call.v, call.bias)
+    out, lse = offset_bias_attention(*inputs, **options, bias_gate=call.gate, return_lse=True, backend=backend)
+    leaves = [x for x in (*inputs, call.gate) if x is not None]
     outputs, incoming = ([out], [call.dout]) if call.dlse is None else ([out, lse], [call.dout, call.dlse])
     return Results(out, lse, *torch.autograd.grad(outputs, leaves, incoming))
 
 
 @torch.no_grad()
 def assert_matches_oracle(call: Call, got: Results) -> None:
-    """Asserts that all six results of `got` obey the tolerance rule."""
+    """Asserts that all results of `got` obey the tolerance rule."""
     inputs = (call.q, call.k, call.v, call.bias)
     options = {name: x for name, x in call.options.items() if name not in ("deterministic", "dropout_p")}
+    options["bias_gate"] = call.gate
     if "dropout_p" in call.options:
         torch.manual_seed(DROPOUT_SEED)
         shape = (*call.q.shape[:3], call.k.shape[2])
@@ -152,14 +161,14 @@ def assert_matches_oracle(call: Call, got: Results) -> None:
         same.lse = oracle(*inputs, **options, dtype=real).lse
     assert got.out.dtype == call.q.dtype
     assert got.lse.dtype == real
-    for name in NAMES:
+    for name in GATED_NAMES:
         truth = getattr(ref64, name)
         if truth is None:
             continue
         value = getattr(got, name)
         eps = torch.finfo(value.dtype).eps
-        eps = max(eps, torch.finfo(call.q.dtype).eps) if name == "dbias" else eps
+        eps = max(eps, torch.finfo(call.q.dtype).eps) if name in ("dbias", "dgate") else eps
         # The float64 truth rounds as float64 results do. It cannot tell plain PyTorch's error.
         eps = 8 * eps if call.q.dtype == torch.float64 else eps
-        summed = ref64.summed if name == "dbias" else None
+        summed = {"dbias": ref64.summed, "dgate": ref64.summed_gate}.get(name)
         assert_accurate(name, value, truth, getattr(same, name), eps, summed)

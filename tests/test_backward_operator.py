@@ -33,7 +33,7 @@ def _arguments(len_q: int, len_k: int, dtype: torch.dtype, **others: Any) -> dic
         "bias": torch.randn(4, 41),
         **{"scale": 0.25, "dropout_p": 0.0, "query_start": len_k - len_q, "min_offset": 0, "max_offset": 2**62},
         **{"bias_origin": 20, "is_causal_by_index": False, "beyond": "clamp", "deterministic": False},
-        **{"max_seqlen_q": len_q, "max_seqlen_k": len_k, "needs": [True] * 4},
+        **{"max_seqlen_q": len_q, "max_seqlen_k": len_k, "needs": [True] * 5},
         **others,
     }
 

@@ -165,7 +165,7 @@ def _operator_arguments(requires_grad: bool) -> dict:
     return {
         **{name: x.detach().requires_grad_(requires_grad) for name, x in tensors.items()},
         **call.options,
-        **{"enable_gqa": None, "query_positions": None, "key_positions": None},
+        **{"bias_gate": None, "query_positions": None, "key_positions": None},
         **{"key_lengths": None, "cu_seqlens_q": None, "cu_seqlens_k": None, "query_starts": None},
         **{"seed": torch.tensor(7), "max_seqlen_q": 17, "max_seqlen_k": 19, "dropout_place": None},
         "scale": 0.25,
@@ -209,7 +209,7 @@ def test_the_operator_passes_torchs_own_checks(requires_grad):
 
 @pytest.mark.needs_engine
 @pytest.mark.cpu_only
-@pytest.mark.parametrize("needs", [[True] * 4, [True, False, False, True]])
+@pytest.mark.parametrize("needs", [[True] * 5, [True, False, False, True, True]])
 @pytest.mark.parametrize("beyond", table.BEYOND[:2])
 @pytest.mark.parametrize(("bias_heads", "bias_dtype"), [(4, torch.float32), (1, torch.float32), (4, torch.bfloat16)])
 @pytest.mark.parametrize("num_keys", [0, 19])
@@ -236,7 +236,7 @@ def _check_backward_operator(arguments: dict) -> None:
 @pytest.mark.cpu_only
 def test_the_operators_pass_torchs_own_checks_with_lengths():
     """Both operators are checked where each sequence has its own number of keys."""
-    arguments = _operator_arguments(False) | {"key_lengths": torch.tensor([19, 7]), "needs": [True] * 4}
+    arguments = _operator_arguments(False) | {"key_lengths": torch.tensor([19, 7]), "needs": [True] * 5}
     operator = torch.ops.triton_offset_bias.attention.default
     torch.library.opcheck(operator, _matching(operator, arguments))
     _check_backward_operator(arguments)

@@ -155,5 +155,5 @@ def _gradients_of_part(call, bias_origin: int, keys: slice) -> tuple[torch.Tenso
         return operator(*[given.get(argument.name) for argument in operator._schema.arguments])
 
     out, _, row_max, row_sum = run(forward, 0, 9)
-    rows = {"dout": call.dout, "out": out, "row_max": row_max, "row_sum": row_sum, "needs": [True] * 4}
+    rows = {"dout": call.dout, "out": out, "row_max": row_max, "row_sum": row_sum, "needs": [True] * 5}
     return run(backward, keys.start, keys.stop, **rows)

@@ -13,6 +13,7 @@ from triton_offset_bias.dispatch import select_backend
 
 # All keywords but `return_lse`. The overloads would otherwise repeat them three times.
 class _SharedOptions(Options, total=False):
+    bias_gate: Tensor | None
     backend: str
 
 
@@ -57,6 +58,7 @@ def offset_bias_attention(
     key_padding_mask: Tensor | None = None,
     query_positions: Tensor | None = None,
     key_positions: Tensor | None = None,
+    bias_gate: Tensor | None = None,
     key_lengths: Tensor | None = None,
     causal_by: str = "position",
     deterministic: bool | None = None,
@@ -68,6 +70,8 @@ def offset_bias_attention(
     The pair of query i and key j has ``offset = i - j``, where i counts from ``query_start`` and j from 0:
 
         S[b,h,i,j] = scale * <query[b,h,i], key[b,h,j]> + bias[h, offset]        out = softmax(S) @ value
+
+    With a gate the bias has a factor from the query, ``sum over r of bias_gate[b,h,i,r] * bias[h, r, offset]``.
 
     A query with no key to attend to gives output 0, log-sum-exp -inf and zero gradients, whatever its incoming
     gradients are. Elsewhere NaN and +inf are never hidden. A row with NaN or +inf among its attended scores has a NaN
@@ -98,6 +102,10 @@ def offset_bias_attention(
             engine skips such tiles if the positions are contiguous. For contiguous positions, pass ``query_start``
             instead.
         key_positions: (Lk,) or (B, Lk) integers.
+        bias_gate: (B, Hq, Lq): query i of a head multiplies the numbers of the table by ``bias_gate[b, h, i]``. Or
+            (B, Hq, Lq, R), with `bias` of shape (R, N), (H, R, N) or (B, H, R, N): the bias of a pair is the sum over r
+            of ``bias_gate[b, h, i, r]`` times the number of table r. It is used in the table's dtype, may have any
+            float dtype, and is differentiable. Gate and table must be finite, because 0 * inf is NaN.
         key_lengths: (B,) int32 or int64, from 0 to Lk. Sequence b attends only to its first ``key_lengths[b]`` keys,
             and its last query lies on the last of them, as with flash-attn's ``cache_seqlens``. Other keys and values
             may hold any numbers, NaN included. Their gradients are 0. A GPU call does not wait for the lengths. A
@@ -129,7 +137,8 @@ def offset_bias_attention(
     Source:
         Shaw et al. 2018, "Self-Attention with Relative Position Representations" (arXiv:1803.02155); Raffel et al. 2020
         (T5, arXiv:1910.10683), section 2.1, for a scalar per offset; Dao 2023, "FlashAttention-2" (arXiv:2307.08691),
-        algorithms 1 and 2, for the tiling.
+        algorithms 1 and 2, for the tiling. The gate: Chen et al. 2022 (WavLM, arXiv:2110.13900), equation 3; Dai et
+        al. 2019 (Transformer-XL, arXiv:1901.02860), section 3.3, for one of rank D.
     """
     query, key, value = with_autocast(query, key, value)
     problem = checked_attention(
@@ -141,6 +150,7 @@ def offset_bias_attention(
         key_padding_mask=key_padding_mask,
         query_positions=query_positions,
         key_positions=key_positions,
+        bias_gate=bias_gate,
         key_lengths=key_lengths,
         causal_by=causal_by,
         options={
@@ -194,6 +204,7 @@ def offset_bias_attention_varlen(
     bias_origin: int | None = None,
     beyond: str = "clamp",
     window_size: tuple[int, int] = (-1, -1),
+    bias_gate: Tensor | None = None,
     deterministic: bool | None = None,
     return_lse: bool = False,
     backend: str = "auto",
@@ -215,6 +226,7 @@ def offset_bias_attention_varlen(
             The call reads the integer in a tensor. On a GPU it waits for the device. Under `torch.compile` the graph
             breaks there, unless ``fullgraph=True`` or ``torch._dynamo.config.capture_scalar_outputs`` is set.
         max_seqlen_k: the longest key length, or more: an int or a tensor, as `max_seqlen_q`.
+        bias_gate: (total_q, Hq), or (total_q, Hq, R) with `bias` of shape (R, N), (H, R, N) or (B, H, R, N).
         return_lse: also return the log-sum-exp, (Hq, total_q).
 
     `offset_bias_attention` documents the other keywords.
@@ -237,6 +249,7 @@ def offset_bias_attention_varlen(
         cu_seqlens_k,
         longest_q,
         longest_k,
+        bias_gate=bias_gate,
         options={
             "dropout_p": dropout_p,
             "is_causal": is_causal,

@@ -148,7 +148,7 @@ def _backward(dout, dlse, out, row_max, row_sum, needs, *args):
     check_fit(problem)
     check_rows(problem, dout, dlse, out, row_max, row_sum)
     gradients = _computed_gradients(problem, backend, dout, dlse, out, row_max, row_sum, needs)
-    return tuple(out.new_empty(0) if gradient is None else gradient for gradient in gradients)
+    return _all_gradients(out, *gradients)
 
 
 def _computed_gradients(
@@ -165,32 +165,50 @@ def _computed_gradients(
     dout = torch.zeros_like(out) if dout is None else dout
     dlse = None if dlse is None else dlse.to(row_max.dtype).contiguous()
     row_max, row_sum = row_max.contiguous(), row_sum.contiguous()
-    (dquery, dkey, dvalue), needs_dbias = _new_gradients(problem, needs)
+    dquery, dkey, dvalue, dgate = new = _new_gradients(problem, needs)
+    needs_dbias = _needs_dbias(problem, needs)
     if out.numel() > 0 and problem.key.shape[2] > 0:
-        dbias = backend.backward(problem, out, row_max, row_sum, dout, dlse, dquery, dkey, dvalue, needs_dbias)
+        dbias = backend.backward(problem, out, row_max, row_sum, dout, dlse, *new, needs_dbias)
     else:
         dbias = None
         if problem.bias is not None and needs_dbias:
             dbias = problem.bias.new_zeros(problem.bias.shape)
-        for gradient in (dquery, dkey, dvalue):
+        for gradient in new:
             if gradient is not None:
                 gradient.zero_()
-    return dquery, dkey, dvalue, dbias
+    if problem.bias_gate is not None and dgate is not None:
+        dgate = dgate.to(problem.bias_gate.dtype)
+    return dquery, dkey, dvalue, dbias, dgate
 
 
 def _backward_fake(dout, dlse, out, row_max, row_sum, needs, *args):
     problem, _ = _problem(args)
-    gradients, needs_dbias = _new_gradients(problem, needs)
-    dbias = problem.bias.new_empty(problem.bias.shape) if needs_dbias else None
-    return tuple(out.new_empty(0) if gradient is None else gradient for gradient in (*gradients, dbias))
+    *gradients, dgate = _new_gradients(problem, needs)
+    dbias = problem.bias.new_empty(problem.bias.shape) if _needs_dbias(problem, needs) else None
+    dgate = None if dgate is None else dgate.to(problem.bias_gate.dtype)
+    return _all_gradients(out, *gradients, dbias, dgate)
 
 
-def _new_gradients(problem: Problem, needs) -> tuple[list[Tensor | None], bool]:
-    """Uninitialised dquery, dkey and dvalue (None where not needed), and whether dbias is needed."""
-    *needed, needs_dbias = needs
+def _needs_dbias(problem: Problem, needs) -> bool:
+    return needs[DIFFERENTIABLE.index("bias")] and problem.bias is not None
+
+
+def _new_gradients(problem: Problem, needs) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
+    """Uninitialised dquery, dkey, dvalue and dgate; None where not needed."""
+    *needed, _, needs_dgate = needs
     inputs = problem.query, problem.key, problem.value
-    gradients = [_empty_like(x, x.shape[-1]) if need else None for x, need in zip(inputs, needed, strict=True)]
-    return gradients, needs_dbias and problem.bias is not None
+    dquery, dkey, dvalue = (
+        _empty_like(x, x.shape[-1]) if need else None for x, need in zip(inputs, needed, strict=True)
+    )
+    gate, dgate = problem.bias_gate, None
+    if needs_dgate and gate is not None:
+        dgate = gate.new_empty(gate.shape, dtype=torch.promote_types(problem.query.dtype, torch.float32))
+    return dquery, dkey, dvalue, dgate
+
+
+def _all_gradients(out: Tensor, *gradients: Tensor | None) -> tuple[Tensor, ...]:
+    """The gradients, with an empty tensor in the place of each that is not needed."""
+    return tuple(out.new_empty(0) if gradient is None else gradient for gradient in gradients)
 
 
 def _new_outputs(query: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:

@@ -26,12 +26,16 @@ class Problem(NamedTuple):
 
     With `key_lengths` sequence b has only its first ``key_lengths[b]`` keys, and its last query lies on the last of
     them. `query_start` is then the position of query 0 in a sequence that has all keys.
+
+    With `bias_gate`, whose last axis is the rank R, `bias` has an axis R in front of its columns: (R, N), (H, R, N) or
+    (B, H, R, N).
     """
 
     query: Tensor
     key: Tensor
     value: Tensor
     bias: Tensor | None
+    bias_gate: Tensor | None  # (B, Hq, Lq, R)
     key_padding_mask: Tensor | None
     query_positions: Tensor | None
     key_positions: Tensor | None
@@ -64,6 +68,11 @@ class Problem(NamedTuple):
         return self.query.shape[0] if self.cu_seqlens_q is None else self.cu_seqlens_q.shape[0] - 1
 
     @property
+    def has_table_per_sequence(self) -> bool:
+        """Whether the first axis of `bias` counts sequences."""
+        return self.bias is not None and self.bias.dim() == (3 if self.bias_gate is None else 4)
+
+    @property
     def reachable_offsets(self) -> tuple[int, int]:
         """The smallest and the largest offset between any query and any key, where there are no positions."""
         if self.cu_seqlens_q is None:
@@ -74,4 +83,4 @@ class Problem(NamedTuple):
 NUM_TENSORS = Problem._fields.index("scale")  # that a problem has, given or None; they are its first fields
 
 # The tensors that have gradients, in the order in which the operators return them.
-DIFFERENTIABLE = ("query", "key", "value", "bias")
+DIFFERENTIABLE = ("query", "key", "value", "bias", "bias_gate")

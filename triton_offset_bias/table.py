@@ -71,6 +71,19 @@ def dense_bias(bias: Tensor, offsets: Tensor, origin: int, beyond: str) -> Tenso
     return dense.where(inside, 0.0) if beyond == "zero" else dense
 
 
+def dense_gated_bias(bias: Tensor, gate: Tensor, offsets: Tensor, origin: int, beyond: str) -> Tensor:
+    """The bias of every pair: (B or 1, H, R, N) tables and a (B, H, Lq, R) gate give (B, H, Lq, Lk).
+
+    Offsets are (Lq, Lk) or (B, Lq, Lk). Every query sees a table of its own, gate @ bias.
+    """
+    columns = offsets + origin
+    inside = (columns >= 0) & (columns < bias.shape[-1])
+    columns = columns.clamp(0, bias.shape[-1] - 1)
+    columns, inside = (x if x.dim() == 2 else x.unsqueeze(1) for x in (columns, inside))
+    dense = (gate @ bias).gather(-1, columns.expand(*gate.shape[:3], columns.shape[-1]))
+    return dense.where(inside, 0.0) if beyond == "zero" else dense
+
+
 def columns_seen(num_columns: int, origin: int, lowest: int, highest: int) -> tuple[int, int]:
     """The first column that the offsets [lowest, highest] see, and the column behind the last: at least one column."""
     first, last = (min(max(offset + origin, 0), num_columns - 1) for offset in (lowest, max(lowest, highest)))

@@ -42,7 +42,8 @@ class Backend(Protocol):
         row that still has no key then has `row_max` +inf.
 
         The table may be a piece of a larger one, if the piece has every offset that is attended to. It is in the dtype
-        of the arithmetic. Scores count from 0, not from a constant of the table. The data of `problem` are not checked.
+        of the arithmetic. Scores count from 0, not from a constant of the table. `problem` has no gate, and its data
+        are not checked.
         """
 
     def backward_part(
@@ -97,10 +98,12 @@ class FusedBackend(Backend, Protocol):
         dquery: Tensor | None,
         dkey: Tensor | None,
         dvalue: Tensor | None,
+        dgate: Tensor | None,
         needs_dbias: bool,
     ) -> Tensor | None:
         """Writes the gradients that are not None, and returns the table's gradient, or None where it is not needed.
 
+        `dgate`, (B, Hq, Lq, R), is in the dtype of the arithmetic: float32, or float64 where the query is. `dgate`,
         `row_max`, `row_sum` and `dlse` are contiguous; all other tensors may have any strides. `out`, `row_max` and
         `row_sum` may come from a call with more keys than `problem` holds.
         """

@@ -97,14 +97,15 @@ def _any_attention(problem: Problem) -> tuple[Tensor, Tensor]:
 
 def _packed_attention(problem: Problem) -> tuple[Tensor, Tensor]:
     """Output and log-sum-exp of packed sequences, computed one sequence at a time."""
-    bias, results = problem.bias, []
+    bias, gate, results = problem.bias, problem.bias_gate, []
     placed = zip(sequences(problem), query_starts(problem), strict=True)
     for index, ((first_q, first_k, len_q, len_k), start) in enumerate(placed):
         sequence = problem._replace(
             query=problem.query.narrow(2, first_q, len_q),
             key=problem.key.narrow(2, first_k, len_k),
             value=problem.value.narrow(2, first_k, len_k),
-            bias=bias[index : index + 1] if bias is not None and bias.dim() == 3 else bias,
+            bias=bias[index : index + 1] if bias is not None and problem.has_table_per_sequence else bias,
+            bias_gate=None if gate is None else gate.narrow(2, first_q, len_q),
             query_start=start,
         )
         results.append(_attention(sequence, index))
@@ -132,10 +133,7 @@ def _attention(problem: Problem, sequence: int = 0) -> tuple[Tensor, Tensor]:
     attended = _attended(problem, offsets)  # broadcasts to (B, Hq, Lq, Lk)
     scores = problem.scale * (query @ key.mT)  # (B, Hq, Lq, Lk)
     if problem.bias is not None:
-        bias = problem.bias.to(compute)
-        while bias.dim() < 3:
-            bias = bias.unsqueeze(0)
-        scores = scores + table.dense_bias(bias, offsets, problem.bias_origin, problem.beyond)
+        scores = scores + _dense_bias(problem, offsets, compute)
     scores = scores.masked_fill(~attended, float("-inf"))
 
     # A row with nothing to attend to has maximum -inf and sum 0: its output is 0, its lse -inf, its gradients 0,
@@ -153,6 +151,18 @@ def _attention(problem: Problem, sequence: int = 0) -> tuple[Tensor, Tensor]:
         kept = dropout.kept(problem.seed, problem.dropout_p, sequence, batch, heads, len_q, key.shape[2], place)
         probs = probs * kept * dropout.kept_scale(problem.dropout_p)
     return (probs @ value).masked_fill(is_empty, 0.0), lse
+
+
+def _dense_bias(problem: Problem, offsets: Tensor, compute: torch.dtype) -> Tensor:
+    """The bias of every pair; broadcasts to (B, Hq, Lq, Lk)."""
+    bias, gate = problem.bias, problem.bias_gate
+    assert bias is not None
+    bias = bias.to(compute)
+    while bias.dim() < (3 if gate is None else 4):
+        bias = bias.unsqueeze(0)
+    if gate is None:
+        return table.dense_bias(bias, offsets, problem.bias_origin, problem.beyond)
+    return table.dense_gated_bias(bias, gate.to(compute), offsets, problem.bias_origin, problem.beyond)
 
 
 def _offsets(problem: Problem) -> Tensor:

@@ -23,6 +23,7 @@ from triton_offset_bias.checks.tensors import (
     check_padded,
     check_sizes,
     check_tensors,
+    checked_rank,
 )
 from triton_offset_bias.problem import Problem
 
@@ -54,6 +55,7 @@ def checked_attention(
     query_positions: Tensor | None,
     key_positions: Tensor | None,
     key_lengths: Tensor | None,
+    bias_gate: Tensor | None = None,
     causal_by: str = "position",
     options: Options,
 ) -> Problem:
@@ -64,7 +66,7 @@ def checked_attention(
         ValueError: an argument has the wrong shape, device or value.
     """
     masks = (key_padding_mask, query_positions, key_positions, key_lengths)
-    check_padded(query, key, value, bias, *masks, enable_gqa=options["enable_gqa"])
+    check_padded(query, key, value, bias, bias_gate, *masks, enable_gqa=options["enable_gqa"])
     len_q, len_k = query.shape[2], key.shape[2]
     for name, others in (("positions", query_positions), ("`key_lengths`", key_lengths)):
         if others is not None and query_start is not None:
@@ -77,6 +79,7 @@ def checked_attention(
         key=key,
         value=value,
         bias=bias,
+        bias_gate=bias_gate,
         key_padding_mask=key_padding_mask,
         query_positions=query_positions,
         key_positions=key_positions,
@@ -101,6 +104,7 @@ def checked_varlen(
     max_seqlen_q: int,
     max_seqlen_k: int,
     *,
+    bias_gate: Tensor | None = None,
     options: Options,
 ) -> Problem:
     """Checks every argument of `offset_bias_attention_varlen` except the longest lengths and the numbers in the bounds.
@@ -118,13 +122,18 @@ def checked_varlen(
             f"`cu_seqlens_k` must describe as many sequences as `cu_seqlens_q` ({cu_seqlens_q.shape[0] - 1}), "
             f"got {cu_seqlens_k.shape[0] - 1}"
         )
+    rank = None
+    if bias_gate is not None:
+        rank = checked_rank(bias_gate, bias, query, query.shape[:2])
+        bias_gate = bias_gate.transpose(0, 1).unsqueeze(0)
     if bias is not None:
-        check_bias(bias, query, cu_seqlens_q.shape[0] - 1, query.shape[1])
+        check_bias(bias, query, cu_seqlens_q.shape[0] - 1, query.shape[1], rank)
     return _checked_problem(
         query=query.transpose(0, 1).unsqueeze(0),
         key=key.transpose(0, 1).unsqueeze(0),
         value=value.transpose(0, 1).unsqueeze(0),
         bias=bias,
+        bias_gate=bias_gate,
         cu_seqlens_q=cu_seqlens_q,
         cu_seqlens_k=cu_seqlens_k,
         query_start=0,
@@ -140,6 +149,7 @@ def _checked_problem(
     key: Tensor,
     value: Tensor,
     bias: Tensor | None,
+    bias_gate: Tensor | None,
     key_padding_mask: Tensor | None = None,
     query_positions: Tensor | None = None,
     key_positions: Tensor | None = None,
@@ -162,11 +172,14 @@ def _checked_problem(
     bias_origin = options["bias_origin"]
     default_origin = table.default_origin(1 if bias is None else bias.shape[-1])
     dropout_p = checked_dropout(options["dropout_p"])
+    if bias is not None and bias_gate is not None and bias_gate.dim() == 3:  # one table: its rank is 1
+        bias, bias_gate = bias.unsqueeze(-2), bias_gate.unsqueeze(-1)
     return Problem(
         query=query,
         key=key,
         value=value,
         bias=bias,
+        bias_gate=bias_gate,
         key_padding_mask=key_padding_mask,
         query_positions=query_positions,
         key_positions=key_positions,

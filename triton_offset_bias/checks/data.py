@@ -22,11 +22,22 @@ def check_data(problem: Problem) -> None:
             sequences(problem)
         elif problem.key_lengths is not None and not torch.compiler.is_compiling():  # tracing sees no values
             checked_key_lengths(problem)
+        if problem.bias_gate is not None:
+            _check_gated_table(problem)
     if problem.beyond != "error" or problem.bias is None or not problem.query.numel() or not problem.key.numel():
         return
     extremes = _attended_extremes(problem)
     if extremes is not None:
         table.check_reach(problem.bias.shape[-1], problem.bias_origin, *extremes)
+
+
+def _check_gated_table(problem: Problem) -> None:
+    """Raises for -inf in a table with a gate. Tracing and `vmap` see no values; there the product is NaN."""
+    assert problem.bias is not None
+    if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active() or problem.bias.numel() == 0:
+        return
+    if problem.bias.detach().amin() == float("-inf"):
+        raise ValueError("`bias` must be finite where `bias_gate` is given, since 0 * -inf is NaN, got -inf")
 
 
 def check_fit(problem: Problem) -> None:
@@ -36,6 +47,7 @@ def check_fit(problem: Problem) -> None:
         problem.key,
         problem.value,
         problem.bias,
+        problem.bias_gate,
         problem.key_padding_mask,
         problem.query_positions,
         problem.key_positions,

@@ -14,6 +14,7 @@ def check_padded(
     key: Tensor,
     value: Tensor,
     bias: Tensor | None,
+    bias_gate: Tensor | None,
     key_padding_mask: Tensor | None,
     query_positions: Tensor | None,
     key_positions: Tensor | None,
@@ -33,8 +34,9 @@ def check_padded(
     check_sizes(query, key, value, enable_gqa, heads=1, length=2)
     batch, num_heads, len_q, _ = query.shape
     len_k = key.shape[2]
+    rank = None if bias_gate is None else checked_rank(bias_gate, bias, query, query.shape[:3])
     if bias is not None:
-        check_bias(bias, query, batch if num_sequences is None else num_sequences, num_heads)
+        check_bias(bias, query, batch if num_sequences is None else num_sequences, num_heads, rank)
     if key_padding_mask is not None:
         _check_key_padding_mask(key_padding_mask, query, batch, len_k)
     _check_positions(query, query_positions, key_positions, batch, len_q, len_k)
@@ -92,19 +94,42 @@ def _check_device(name: str, tensor: Tensor, query: Tensor) -> None:
         raise ValueError(f"`{name}` must be on `query`'s device {query.device}, got {tensor.device}")
 
 
-def check_bias(bias: Tensor, query: Tensor, batch: int, num_heads: int) -> None:
-    """Raises unless `bias` is a table for that batch size and number of heads."""
+def checked_rank(gate: Tensor, bias: Tensor | None, query: Tensor, rows: torch.Size) -> int | None:
+    """The size R of the axis that `gate` has behind `rows`, the axes of the rows of queries; None without that axis."""
+    check_tensor("bias_gate", gate)
+    if bias is None:
+        raise ValueError(f"`bias_gate` must be None where `bias` is None, got shape {shape(gate)}")
+    if not gate.is_floating_point():
+        raise TypeError(f"`bias_gate` must have a floating-point dtype, got {gate.dtype}")
+    _check_device("bias_gate", gate, query)
+    axes = len(rows)
+    if gate.dim() not in (axes, axes + 1) or gate.shape[:axes] != rows:
+        expected = ", ".join(str(size) for size in rows)
+        raise ValueError(f"`bias_gate` must have shape ({expected}) or ({expected}, R), got shape {shape(gate)}")
+    if gate.dim() == axes:
+        return None
+    if gate.shape[-1] == 0:
+        raise ValueError(f"`bias_gate` must have a rank R of at least 1, got shape {shape(gate)}")
+    return gate.shape[-1]
+
+
+def check_bias(bias: Tensor, query: Tensor, batch: int, num_heads: int, rank: int | None) -> None:
+    """Raises unless `bias` is a table for that batch size and number of heads, with an axis of a gate's `rank`."""
     check_tensor("bias", bias)
     if not bias.is_floating_point():
         raise TypeError(f"`bias` must have a floating-point dtype, got {bias.dtype}")
     _check_device("bias", bias, query)
-    if bias.dim() not in (1, 2, 3):
-        raise ValueError(f"`bias` must have shape (N,), (H, N) or (B, H, N), got shape {shape(bias)}")
+    shapes, last = ("(N,), (H, N) or (B, H, N)", 1) if rank is None else ("(R, N), (H, R, N) or (B, H, R, N)", 2)
+    if not last <= bias.dim() <= last + 2:
+        raise ValueError(f"`bias` must have shape {shapes}, got shape {shape(bias)}")
     if bias.shape[-1] == 0:
         raise ValueError(f"`bias` must have at least one column, got shape {shape(bias)}")
-    if bias.dim() >= 2 and bias.shape[-2] != 1 and bias.shape[-2] != num_heads:
+    if rank is not None and bias.shape[-2] != rank:
+        raise ValueError(f"`bias` must have the rank {rank} of `bias_gate` before its columns, got shape {shape(bias)}")
+    heads = bias.shape[:-last]
+    if heads and heads[-1] != 1 and heads[-1] != num_heads:
         raise ValueError(f"`bias` must have {num_heads} heads or 1, got shape {shape(bias)}")
-    if bias.dim() == 3 and bias.shape[0] != batch:
+    if len(heads) == 2 and heads[0] != batch:
         raise ValueError(f"`bias` must have batch size {batch}, got shape {shape(bias)}")
 
 

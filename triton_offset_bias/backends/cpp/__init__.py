@@ -19,7 +19,7 @@ from triton_offset_bias.problem import Problem
 
 PROPERTIES = {
     "serves": "CPU tensors; float16, bfloat16, float32, float64; head dims 1 to 256",
-    "options and packed sequences": "all",
+    "options and packed sequences": "all but `bias_gate`",
     "runs on": "CPUs: AVX2, AVX-512, AVX512_BF16, AMX, any other with GCC or Clang",
     "memory": "O(Lq + Lk)",
     "few queries against a long key cache": "keys split among threads, read where they lie",
@@ -51,6 +51,8 @@ def unsupported_reasons(problem: Problem) -> list[str]:
     reasons = unavailable_reasons()
     if problem.query.device.type != "cpu":
         reasons.append(f"serves CPU tensors, got {problem.query.device.type}")
+    if problem.bias_gate is not None:
+        reasons.append("serves no bias_gate")
     return reasons + exceeded_limits(problem)
 
 
@@ -71,12 +73,14 @@ def backward(
     dquery: Tensor | None,
     dkey: Tensor | None,
     dvalue: Tensor | None,
+    dgate: Tensor | None,
     needs_dbias: bool,
 ) -> Tensor | None:
     """Writes the gradients that are not None, and returns the table's gradient if it is needed; see `tob_backward`.
 
     The rows' statistics and `dlse` are contiguous.
     """
+    assert dgate is None  # no problem with a gate is served
     call = _Call(problem)
     stats = structs.ROW_STATS.pack(row_max.data_ptr(), row_sum.data_ptr())
     dbias = torch.empty_like(call.bias) if needs_dbias and call.bias is not None else None

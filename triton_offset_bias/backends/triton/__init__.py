@@ -27,7 +27,7 @@ except ImportError as error:  # there is no Triton for this platform
 
 PROPERTIES = {
     "serves": "CUDA and ROCm tensors; float16, bfloat16, float32; head dims 1 to 256",
-    "options and packed sequences": "all",
+    "options and packed sequences": "all but `bias_gate`",
     "runs on": "NVIDIA and AMD GPUs (compiled for both; no device has run it yet, see Limits)",
     "memory": "O(Lq + Lk)",
     "few queries against a long key cache": "keys split among programs",
@@ -58,6 +58,7 @@ def _problem_reasons(problem: Problem) -> list[str]:
     """Why this backend cannot serve `problem` on any machine."""
     dtype = problem.query.dtype
     wrong = [] if dtype in _DTYPES else [f"serves float16, bfloat16 and float32, got {dtype}"]
+    wrong += [] if problem.bias_gate is None else ["serves no bias_gate"]
     if problem.is_causal_by_index and not torch.compiler.is_compiling():
         missed = problem.key.shape[2] - problem.query.shape[2] - problem.query_start
         if missed:
@@ -100,9 +101,11 @@ def backward(
     dquery: Tensor | None,
     dkey: Tensor | None,
     dvalue: Tensor | None,
+    dgate: Tensor | None,
     needs_dbias: bool,
 ) -> Tensor | None:
     """Writes the gradients that are not None, and returns the table's gradient if it is needed."""
+    assert dgate is None  # no problem with a gate is served
     with _device_of(out):
         return passes.backward(
             problem, out, row_max, row_sum, dout, dlse, dquery, dkey, dvalue, needs_dbias=needs_dbias
