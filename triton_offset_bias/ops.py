@@ -135,7 +135,7 @@ def _backward(dout, dlse, out, row_max, row_sum, needs, *args):
     Tensors may have any strides. `out`, `row_max` and `row_sum` come from `attention`. The rows may have attended to
     more keys than this call holds, because P and delta belong to the whole rows. So the keys may be split over several
     calls. Each call gets `query_start`, the mask or positions of its own keys, and `dout`, `dlse` and statistics of the
-    whole rows. It returns dkey and dvalue of its own keys, and summands of dquery and dbias. Every call must get the
+    whole rows. It returns dkey and dvalue of its own keys, and summands of all others. Every call must get the
     whole, unchanged table, because `row_max` counts from a constant of the table.
 
     The rows may also have attended to the parts one by one, with one table. Their statistics are then merged: the
