@@ -61,9 +61,9 @@ def attention(problem: Problem, backend: str) -> tuple[Tensor, Tensor]:
 def _is_direct(problem: Problem) -> bool:
     """Whether a checked problem needs no operator: its tensors are plain, and nobody watches or traces operators."""
     return (
-        all(x is None or _is_plain(x) for x in problem.tensors)
+        not _is_watched()  # first, because a compiler cannot trace what `_is_plain` asks
+        and all(x is None or _is_plain(x) for x in problem.tensors)
         and problem.query.device.type in _PLAIN_DEVICES
-        and not _is_watched()
     )
 
 
