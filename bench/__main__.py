@@ -6,7 +6,8 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from bench.cases import CASES, GPU_CASES, GPU_CLAMP, GPU_MODEL_DIM, GPU_TOKENS, MODES, QUICK_CASES, SUITES
+from bench.cases import CASES, GPU_CASES, GPU_CLAMP, GPU_MODEL_DIM, GPU_TOKENS, MODES, QUICK_CASES, SUITES, ModelCase
+from bench.models import ATTENTIONS
 from bench.providers import PROVIDERS
 from bench.report import print_requirements, print_summary, read_results
 from bench.rows import ROOT, Row, RowMaker, write_rows
@@ -68,7 +69,7 @@ def make_parser() -> argparse.ArgumentParser:
         ("suite", SUITES, "kinds of measurement"),
         ("case", CASES, "shapes, instead of the suites' own"),
         ("mode", MODES, "modes, instead of the suites' own"),
-        ("provider", PROVIDERS, "providers, instead of the suites' own; ratios need ours"),
+        ("provider", (*PROVIDERS, *ATTENTIONS), "providers, instead of the suites' own; ratios need ours"),
     ):
         parser.add_argument(f"--{name}", nargs="+", choices=choices, metavar="NAME", help=f"{what} (names below)")
     parser.add_argument("--rounds", type=_count, help=f"rounds of each case and mode (default {ROUNDS})")
@@ -106,6 +107,7 @@ def _choices() -> str:
     lines.append(f"  lL_dD[_c{GPU_CLAMP}][_causal] for L in 512, 1024, .. 32768, D in 64, 128: {shape} (gpu)")
     lines += ["modes:", *(f"  {mode}" for mode in MODES), "providers:"]
     lines += [f"  {name:18} {provider.prepare.__doc__}".partition("\n")[0] for name, provider in PROVIDERS.items()]
+    lines += [f"  {name:18} {about} (models)" for name, about in ATTENTIONS.items() if name not in PROVIDERS]
     return "\n".join(lines)
 
 
@@ -116,17 +118,21 @@ def plans_of(options: argparse.Namespace) -> list[Plan]:
         options.limit if options.limit is not None else (QUICK_LIMIT if options.quick else LIMIT),
     )
     plans = []
-    for name in options.suite or [name for name, suite in SUITES.items() if suite.device == options.device.type]:
+    unnamed = [name for name, x in SUITES.items() if x.device == options.device.type and not x.has_to_be_named]
+    for name in options.suite or unnamed:
         suite = SUITES[name]
         cases = options.case or (QUICK_CASES[name] if options.quick else suite.cases)
         # A choice by name narrows every suite when no suite is chosen; a chosen suite takes any case and provider.
         cases = [case for case in cases if options.suite or case in suite.cases]
         providers = [p for p in options.provider or suite.providers if options.suite or p in suite.providers]
+        # Models and attention by itself have cases and providers of their own.
+        cases = [case for case in cases if isinstance(CASES[case], ModelCase) == (name == "models")]
+        providers = [p for p in providers if p in (ATTENTIONS if name == "models" else PROVIDERS)]
         modes = options.mode or suite.modes
         modes = tuple(mode for mode in modes if options.suite or mode in suite.modes)
         if options.quick and not options.provider:
-            providers = [provider for provider in providers if not PROVIDERS[provider].is_compiled]
-        if not (modes and providers):
+            providers = [p for p in providers if p in ATTENTIONS or not PROVIDERS[p].is_compiled]
+        if not (cases and modes and providers):
             continue
         plans += [
             Plan(name, CASES[case], modes, tuple(providers), str(options.device), options.threads, effort)

@@ -1,75 +1,14 @@
 """The cases of the benchmark: named shapes, the suites that use them, and the tensors of a shape."""
 
+import itertools
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
-import numpy as np
 import torch
 from torch import Tensor
 
-FORWARD, BACKWARD, BOTH = "forward", "backward", "forward+backward"
-MODES = (FORWARD, BACKWARD, BOTH)
-
-
-@dataclass(frozen=True)
-class Case:
-    """A named shape of self-attention.
-
-    Attributes:
-        name: the case's name on the command line and in the CSV.
-        batch: sequences.
-        heads: heads of query, key and value.
-        length: keys a sequence.
-        head_dim: dimensions a head.
-        dtype: name of the torch dtype of query, key and value; the table is always float32.
-        is_causal: attend only where offset >= 0.
-        decoded: queries a sequence, the last ones, as in decoding with a cache; None: as many queries as keys.
-        window: keys on each side that a query attends to; -1: all.
-        clamp: the table's last offset on each side; its ends stand for offsets beyond. None: a table of all offsets.
-    """
-
-    name: str
-    batch: int
-    heads: int
-    length: int
-    head_dim: int = 64
-    dtype: str = "float32"
-    is_causal: bool = False
-    decoded: int | None = None
-    window: int = -1
-    clamp: int | None = None
-
-    @property
-    def reach(self) -> int:
-        """The table's last offset on each side."""
-        return self.length - 1 if self.clamp is None else min(self.clamp, self.length - 1)
-
-    @property
-    def queries(self) -> int:
-        """Queries a sequence."""
-        return self.length if self.decoded is None else self.decoded
-
-    @property
-    def cache_bytes(self) -> int:
-        """Bytes of all keys and values."""
-        return 2 * self.batch * self.heads * self.length * self.head_dim * getattr(torch, self.dtype).itemsize
-
-    @property
-    def pairs(self) -> float:
-        """Attended pairs of query and key."""
-        positions = np.arange(self.length - self.queries, self.length)
-        last = positions if self.is_causal else np.full_like(positions, self.length - 1)
-        first = np.zeros_like(positions)
-        if self.window >= 0:
-            first, last = np.maximum(positions - self.window, 0), np.minimum(positions + self.window, last)
-        return self.batch * self.heads * float((last - first + 1).sum())
-
-    def flops(self, mode: str) -> float:
-        """Floating point operations of the matmuls: 4 D for each attended pair forward, 10 D backward."""
-        return {FORWARD: 4, BACKWARD: 10, BOTH: 14}[mode] * self.pairs * self.head_dim
-
-    def powers(self, mode: str) -> float:
-        """Powers of 2: one for each attended pair in each pass."""
-        return {FORWARD: 1, BACKWARD: 1, BOTH: 2}[mode] * self.pairs
+from bench.case import BACKWARD as BACKWARD
+from bench.case import BOTH, FORWARD, MODES, Case, ModelCase
 
 
 def _both_masks(name: str, batch: int, heads: int, length: int, dtype: str = "float32") -> list[Case]:
@@ -94,10 +33,27 @@ GPU_CASES = [
     for clamp in (None, GPU_CLAMP)
     for is_causal in (False, True)
 ]
+
+
+def _model_cases() -> Iterator[ModelCase]:
+    texts = [(model, *shape) for model in ("mpnet", "t5_encoder") for shape in ((32, 12, 128, 64), (8, 12, 384, 64))]
+    texts += [("sentence_transformer", 32, 12, 128, 64)]
+    windows = [("swin_t", 8, 3, 49, 32), ("beit_b", 8, 12, 197, 64), ("maxvit_t", 4, 2, 49, 32)]
+    for model, batch, heads, length, dim in texts + windows:
+        is_text = model in ("mpnet", "t5_encoder")
+        paddings = (False, True) if is_text else (model == "sentence_transformer",)
+        shape = f"_b{batch}_l{length}" if is_text else ""
+        for is_padded, dtype in itertools.product(paddings, ("float32", "bfloat16")):
+            name = f"{model}{shape}{'_padded' * (is_padded and is_text)}{'_bf16' * (dtype == 'bfloat16')}"
+            yield ModelCase(name, batch, heads, length, dim, dtype, model=model, is_padded=is_padded)
+
+
+MODEL_CASES = list(_model_cases())
 CASES = {
     case.name: case
     for case in (
         *GPU_CASES,
+        *MODEL_CASES,
         *_both_masks("h8_l1024", 1, 8, 1024),
         *_both_masks("h8_l2048", 1, 8, 2048),
         *_both_masks("h8_l4096", 1, 8, 4096),
@@ -127,13 +83,17 @@ CASES = {
 
 @dataclass(frozen=True)
 class Suite:
-    """A kind of measurement, with the cases and the device that it uses unless the command line says otherwise."""
+    """A kind of measurement, with the cases and the device that it uses unless the command line says otherwise.
+
+    With `has_to_be_named` it is measured only where the command line names it.
+    """
 
     about: str
     cases: tuple[str, ...]
     modes: tuple[str, ...]
     providers: tuple[str, ...]
     device: str = "cpu"
+    has_to_be_named: bool = False
 
 
 def _with_causal(*names: str) -> tuple[str, ...]:
@@ -198,6 +158,13 @@ SUITES = {
         (BOTH,),
         ("ours", "sdpa_no_bias", "sdpa_strided"),  # sdpa_strided takes the least memory of the dense providers
     ),
+    "models": Suite(
+        "time of whole models with their own attention, and its ratio to the time with ours",
+        tuple(case.name for case in MODEL_CASES),
+        (FORWARD, BOTH),
+        ("ours", "own_eager", "own_sdpa"),
+        has_to_be_named=True,
+    ),
     "gpu": Suite(
         "time and rate of floating point operations on a GPU, over lengths, head dims, masks and clamps",
         tuple(case.name for case in GPU_CASES),
@@ -217,6 +184,7 @@ QUICK_CASES = {
     "decode": ("h8_cache32k",),
     "window": ("h1_l8192_w128",),
     "memory": ("h8_l2048",),
+    "models": ("mpnet_b8_l384_bf16", "swin_t"),
     "gpu": tuple(case.name for case in GPU_CASES if case.length in (1024, 4096) and case.head_dim == 64),
 }
 

@@ -8,9 +8,10 @@ import torch
 from torch._functorch import config as functorch_config
 from tqdm import tqdm
 
-from bench.cases import BACKWARD, FORWARD, Case, Inputs, make_inputs
+from bench.cases import BACKWARD, FORWARD, Case, Inputs, ModelCase, make_inputs
 from bench.floors import Floors
 from bench.memory import measure_growth
+from bench.models import model_steps
 from bench.providers import PROVIDERS, AbsentError, Run
 from bench.rows import Row, RowMaker
 from bench.steps import Checker, Step, make_step
@@ -28,7 +29,7 @@ class Plan:
     Attributes:
         suite: one of `SUITES`.
         modes: some of `MODES`.
-        providers: some of `PROVIDERS`.
+        providers: some of `PROVIDERS`, or of `ATTENTIONS` for models.
     """
 
     suite: str
@@ -45,6 +46,10 @@ def measure(plan: Plan, maker: RowMaker) -> Iterator[Row]:
     torch.set_num_threads(plan.threads)
     if plan.suite == "memory":
         yield from _memory(plan, maker)
+        return
+    if isinstance(plan.case, ModelCase):
+        for mode, steps in model_steps(plan.case, plan.providers, plan.modes).items():
+            yield from _speed(plan, mode, steps, maker)
         return
     torch._dynamo.reset()  # else the shapes of earlier cases count towards the limit of recompilations
     inputs = make_inputs(plan.case, plan.device)

@@ -28,16 +28,16 @@ if "PTXEMU" in os.environ:
 from bare import (
     REQUIRE_ALL,
     OptionalModule,
-    declare_operators_of_torchvision,
     has_device,
     lacking_memory,
     own_warnings,
     watched_memory,
 )
 
+from bench.torchvision_operators import declare_operators_of_torchvision
 from triton_offset_bias.backends.contract import BACKENDS
 
-TORCHVISION = declare_operators_of_torchvision()
+declare_operators_of_torchvision()
 DEVICE = os.environ.get("TEST_DEVICE", "cpu")
 IS_ON_CPU = torch.device(DEVICE).type == "cpu"
 torch.set_default_device(DEVICE if has_device(DEVICE) else "cpu")
