@@ -1,8 +1,9 @@
-"""MPNet, Swin, Swin V2 and BEiT on this package equal their eager attention."""
+"""MPNet and the models of images and sounds on this package equal their eager attention."""
 
 import pytest
 import torch
 import transformers_cases as cases
+import transformers_models as models
 from transformers_cases import Case, transformers
 
 BATCH, LENGTH = 3, 37
@@ -62,6 +63,12 @@ VISION = {
         {**SWIN, "image_size": 32, "pretrained_window_sizes": [0, 0]},
         (32, 32),
     ),
+    "donut-swin": (
+        transformers.DonutSwinForImageClassification,
+        transformers.DonutSwinConfig,
+        {**SWIN, "image_size": 32},
+        (32, 32),
+    ),
     "beit, a bias per layer": (
         transformers.BeitForImageClassification,
         transformers.BeitConfig,
@@ -87,6 +94,17 @@ VISION = {
     ),
 }
 
+# The relatives of BEiT have the same configuration, and their attention exists twice.
+for _implementation in ("eager", "sdpa"):
+    for _name in [name for name in VISION if name.startswith("beit")]:
+        _, _, _own, _size = VISION[_name]
+        VISION[f"data2vec, {_implementation},{_name.partition(',')[2]}"] = (
+            transformers.Data2VecVisionForImageClassification,
+            transformers.Data2VecVisionConfig,
+            {**_own, "attn_implementation": _implementation},
+            _size,
+        )
+
 
 def _vision(name: str) -> Case:
     model_class, config_class, own, size = VISION[name]
@@ -95,7 +113,17 @@ def _vision(name: str) -> Case:
         pixels = torch.randn(BATCH, 3, *size, generator=torch.Generator().manual_seed(0), device="cpu")
         return {"pixel_values": pixels, "labels": torch.arange(BATCH)}
 
-    return Case(name, lambda: cases.randomized(model_class, config_class(**own, num_labels=5)), inputs)
+    def build() -> transformers.PreTrainedModel:
+        config = {"num_labels": 5, **own}
+        implementation = config.pop("attn_implementation", "eager")
+        return cases.randomized(model_class, config_class(**config), implementation)
+
+    return Case(name, build, inputs)
+
+
+def _without_loss(name: str) -> Case:
+    build, inputs = models.EVERY_TYPE[name]
+    return Case(name, build, lambda: dict(inputs))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
@@ -110,6 +138,13 @@ def test_mpnets_loss_logits_and_every_gradient_equal_eager_attention(is_padded, 
 def test_a_vision_models_loss_logits_and_every_gradient_equal_eager_attention(name, dtype):
     """The models have windows, shifted windows with regions, and a class token whose bias has numbers of its own."""
     cases.assert_equals_eager(_vision(name), dtype)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("name", ["swin2sr", "maskformer-swin", "clap_audio_model"])
+def test_a_model_without_a_loss_of_its_own_gives_the_same_output_and_gradients(name, dtype):
+    """Swin2SR's output is an image, MaskFormer's backbone gives feature maps, CLAP encodes spectrograms."""
+    cases.assert_equals_eager(_without_loss(name), dtype)
 
 
 @pytest.mark.parametrize("name", ["swin", "swinv2", "beit, a bias per layer"])

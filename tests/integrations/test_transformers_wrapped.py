@@ -10,6 +10,7 @@ import accelerate.hooks
 import pytest
 import torch
 import transformers_models as models
+from transformers_cases import logits_of
 from transformers_models import EVERY_TYPE, transformers
 
 from triton_offset_bias.integrations import replacement
@@ -85,7 +86,7 @@ def attentions(monkeypatch):
 
 def _outputs(model: transformers.PreTrainedModel, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
     with torch.no_grad():
-        return model(**inputs).logits
+        return logits_of(model(**inputs))
 
 
 def _assert_attends_here(model, inputs, expected, attentions) -> None:

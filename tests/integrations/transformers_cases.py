@@ -60,14 +60,28 @@ def _inputs_for(model: transformers.PreTrainedModel, case: Case) -> dict[str, to
     return {name: x.to(model.device, dtypes[name]) for name, x in case.inputs().items()}
 
 
+def logits_of(output: transformers.utils.ModelOutput) -> torch.Tensor:
+    """The logits, or what a model without logits is made for."""
+    names = ("logits", "reconstruction", "feature_maps", "audio_embeds")
+    found = next(name for name in names if name in output)
+    return output[found][-1] if found == "feature_maps" else output[found]
+
+
+def _random_sum(logits: torch.Tensor) -> torch.Tensor:
+    """A loss that no norm before it makes constant."""
+    weights = torch.randn(logits.shape, generator=torch.Generator("cpu").manual_seed(2), device="cpu")
+    return (logits * weights.to(logits)).mean()
+
+
 def results_of(model: transformers.PreTrainedModel, case: Case) -> dict[str, torch.Tensor]:
     """The loss, the logits and every parameter's gradient of one call."""
     inputs = _inputs_for(model, case)
     model.zero_grad()
     output = model(**inputs)
-    output.loss.backward()
-    logits = output.logits if "logits" in output else output.reconstruction
-    results = {"loss": output.loss.detach(), "logits": logits.detach()}
+    logits = logits_of(output)
+    loss = _random_sum(logits) if output.get("loss") is None else output.loss
+    loss.backward()
+    results = {"loss": loss.detach(), "logits": logits.detach()}
     if case.counted is not None:
         results["logits"] = results["logits"][case.counted().to(model.device)]
     return results | {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}

@@ -97,6 +97,39 @@ def swinv2() -> transformers.Swinv2ForImageClassification:
     return randomized(transformers.Swinv2ForImageClassification, config)
 
 
+def donut_swin() -> transformers.DonutSwinForImageClassification:
+    """Donut's encoder for images of 16 x 16 patches."""
+    return randomized(transformers.DonutSwinForImageClassification, transformers.DonutSwinConfig(**SWIN))
+
+
+def maskformer_swin() -> transformers.PreTrainedModel:
+    """MaskFormer's backbone for images of 16 x 16 patches."""
+    from transformers.models.maskformer.configuration_maskformer_swin import MaskFormerSwinConfig
+
+    return randomized(transformers.MaskFormerSwinBackbone, MaskFormerSwinConfig(**SWIN))
+
+
+def swin2sr() -> transformers.Swin2SRForImageSuperResolution:
+    """Swin2SR for images of 64 x 64 pixels."""
+    config = transformers.Swin2SRConfig(**{**SWIN, "patch_size": 1, "image_size": 16, "window_size": 4})
+    return randomized(transformers.Swin2SRForImageSuperResolution, config)
+
+
+def clap_audio(**own: object) -> transformers.ClapAudioModelWithProjection:
+    """CLAP's audio encoder for spectrograms of 16 x 16 patches."""
+    sizes = {"spec_size": 64, "num_mel_bins": 16, "patch_embeds_hidden_size": 8, "depths": [2], "window_size": 4}
+    heads = {"num_attention_heads": [2], "hidden_size": 8, "num_hidden_layers": 1, "hidden_dropout_prob": 0.0}
+    config = transformers.ClapAudioConfig(**{**sizes, **heads, **own})
+    return randomized(transformers.ClapAudioModelWithProjection, config)
+
+
+def data2vec_vision(implementation: str = "eager", **own: object) -> transformers.Data2VecVisionForImageClassification:
+    """Data2Vec for images of 16 x 16 patches."""
+    config = {**BEIT, "patch_size": 4, "use_relative_position_bias": True, **own}
+    built = transformers.Data2VecVisionConfig(**config)
+    return randomized(transformers.Data2VecVisionForImageClassification, built, implementation)
+
+
 def t5_inputs() -> dict[str, torch.Tensor]:
     """Inputs of T5: 3 sequences, the first whole, the second padded on its left, the third on its right."""
     return {"input_ids": tokens(3, 30, 0), "attention_mask": padded(3, 30), "labels": tokens(3, 20, 1)}
@@ -111,6 +144,7 @@ _SWITCH = {"num_experts": 2, "num_sparse_encoder_layers": 1, "router_jitter_nois
 _TEXT_PAIR = {"input_ids": tokens(2, 13, 0), "decoder_input_ids": tokens(2, 7, 1)}
 _TEXT = {"input_ids": tokens(2, 13, 0)}
 _IMAGES = {"pixel_values": torch.rand(2, 3, 64, 64, generator=torch.Generator().manual_seed(0), device="cpu")}
+SPECTROGRAMS = {"input_features": torch.rand(2, 1, 256, 16, generator=torch.Generator().manual_seed(0), device="cpu")}
 # One model of each served type, and the inputs of its call.
 EVERY_TYPE = {
     "t5": (t5, _TEXT_PAIR),
@@ -128,5 +162,10 @@ EVERY_TYPE = {
     "mpt": (mpt, _TEXT),
     "swin": (swin, _IMAGES),
     "swinv2": (swinv2, _IMAGES),
+    "swin2sr": (swin2sr, {"pixel_values": 5 * _IMAGES["pixel_values"][..., :16, :16]}),
+    "donut-swin": (donut_swin, _IMAGES),
+    "maskformer-swin": (maskformer_swin, _IMAGES),
+    "clap_audio_model": (clap_audio, SPECTROGRAMS),
     "beit": (beit, _IMAGES),
+    "data2vec-vision": (data2vec_vision, _IMAGES),
 }

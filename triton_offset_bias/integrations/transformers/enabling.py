@@ -24,7 +24,12 @@ SERVED: dict[str, str] = {
     "mpt": "alibi",
     "swin": "windows",
     "swinv2": "windows",
+    "swin2sr": "windows",
+    "donut-swin": "windows",
+    "maskformer-swin": "windows",
+    "clap_audio_model": "windows",
     "beit": "beit",
+    "data2vec-vision": "beit",
 }
 # The kind of mask that a model's attention asks for, where it is not `PLAIN`.
 _MASKS = {"bloom": NUMBERED, "falcon": NUMBERED, **{name: TABLE for name, adapter in SERVED.items() if adapter == "t5"}}

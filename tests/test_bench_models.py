@@ -1,0 +1,51 @@
+"""The benchmark measures whole models beside the same models with their own attention."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from bench.__main__ import make_parser, plans_of
+from bench.case import BOTH, FORWARD, ModelCase
+from bench.models import ATTENTIONS, MODELS, model_steps
+from bench.providers import PROVIDERS
+from bench.rows import RowMaker
+from bench.suites import Plan, measure
+from bench.timing import Effort
+
+
+TINY_MODEL = ModelCase("tiny", 2, 12, 16, 64, model="mpnet", is_padded=True)
+
+
+def test_a_model_is_measured_beside_itself_with_its_own_attention(capsys):
+    """MPNet has no SDPA, and the suite says so."""
+    plan = Plan("models", TINY_MODEL, (FORWARD, BOTH), ("ours", "own_eager", "own_sdpa"), "cpu", 1, Effort(3, 0.0))
+    rows = list(measure(plan, RowMaker("cpu")))
+    found = {(row.provider, row.mode, row.metric) for row in rows}
+    assert found == {(p, m, x) for p in ("ours", "own_eager") for m in (FORWARD, BOTH) for x in ("time", "ratio")}
+    assert "own_sdpa is absent: MPNet has eager attention only" in capsys.readouterr().out
+
+
+def test_a_model_that_computes_something_else_is_not_measured(monkeypatch):
+    """Outputs and gradients are compared before anything is timed."""
+    subject = MODELS["mpnet"]
+
+    def build(attention):
+        model = subject.build(attention)
+        with torch.no_grad():
+            if attention == "ours":
+                model.encoder.relative_attention_bias.weight += torch.linspace(0, 9, 32)[:, None]
+        return model
+
+    monkeypatch.setitem(MODELS, "mpnet", replace(subject, build=build))
+    with pytest.raises(ArithmeticError, match="a result differs from the model's own by"):
+        model_steps(TINY_MODEL, ("ours", "own_eager"), (FORWARD,))
+
+
+def test_models_and_attentions_have_cases_and_providers_of_their_own():
+    """The suite of models is measured where it is named."""
+    plans = plans_of(make_parser().parse_args(["--suite", "models", "speed"]))
+    for plan in plans:
+        assert isinstance(plan.case, ModelCase) == (plan.suite == "models")
+        assert set(plan.providers) <= set(ATTENTIONS if plan.suite == "models" else PROVIDERS)
+    assert {plan.suite for plan in plans} == {"models", "speed"}
