@@ -13,7 +13,6 @@ from bench.rows import RowMaker
 from bench.suites import Plan, measure
 from bench.timing import Effort
 
-
 TINY_MODEL = ModelCase("tiny", 2, 12, 16, 64, model="mpnet", is_padded=True)
 
 
