@@ -33,7 +33,7 @@ test-interpreted: $(INSTALLED) $(TRITON_FOLDER)  ## run the tests on the GPU ker
 
 test-emulated: $(INSTALLED) $(TRITON_FOLDER)  ## run the compiled GPU kernels in a PTX emulator (PTXEMU=its folder, EMULATED="80 90", TRITON=3.7.1; no GPU needed)
 	@if test -z "$(PTXEMU)"; then echo "make test-emulated needs PTXEMU=FOLDER, the PTX emulator's; nothing was run"; else \
-	for arch in $(EMULATED); do PYTHONPATH=$(TRITON_FOLDER) PTXEMU=$(PTXEMU) PTXEMU_ARCH=$$arch $(RUN) -m pytest tests/test_emulated.py tests/test_triton_precision.py tests/test_triton_one_key.py $(OPTIONS) || exit 1; done; fi
+	for arch in $(EMULATED); do PYTHONPATH=$(TRITON_FOLDER) PTXEMU=$(PTXEMU) PTXEMU_ARCH=$$arch $(RUN) -m pytest tests/test_emulated.py tests/test_triton_precision.py tests/test_triton_one_key.py tests/test_triton_gate.py $(OPTIONS) || exit 1; done; fi
 
 test-gpu: $(INSTALLED)  ## run the tests on CUDA tensors (SANITIZER="compute-sanitizer --tool memcheck" checks memory as well)
 	TESTS_REQUIRE_ALL=1 TEST_DEVICE=cuda $(SANITIZER) $(RUN) -m pytest $(OPTIONS)

@@ -20,6 +20,7 @@ from triton_offset_bias.backends.triton.kernels.arguments import (
     Loops,
     Outputs,
     Parts,
+    QueryGradients,
     Rows,
     Strides,
     StripStrides,
@@ -133,6 +134,7 @@ class Variant:
         """The changes in words."""
         named = {"IS_PACKED": "packed", "HAS_POSITIONS": "positions", "DROPOUT_ROUNDS": "dropout"}
         named = {**named, "HAS_MASK": "ragged, masked", "HAS_LENGTHS": "lengths"}
+        named = {"IS_CUT": "gate, cut", "HAS_GATE": "gate", **named}
         even = "even" if self.changes.get("IS_EVEN", True) else "ragged"
         words = ", ".join(word for constant, word in named.items() if self.changes.get(constant)) or even
         return f"{words}, all gradients" if self.is_whole else words
@@ -176,6 +178,8 @@ class Variant:
             GROUP=1,
             HAS_BIAS=SCHEDULES[self.schedule][0],
             BIAS_IN_ACC=configs.is_bias_in_acc(self.device, self.dtype, self.head_dim**-0.5),
+            HAS_GATE=False,
+            IS_CUT=False,
             HAS_MASK=False,
             HAS_POSITIONS=False,
             OWN_QUERY_POSITIONS=False,
@@ -212,6 +216,7 @@ class Variant:
                 k=tensor,
                 v=tensor,
                 strip="*fp32" if form.HAS_BIAS else "constexpr",
+                gate="*fp32" if form.HAS_GATE else "constexpr",
                 key_mask="*u8" if form.HAS_MASK else "constexpr",
                 **dict.fromkeys(("query_positions", "key_positions"), "*i64" if form.HAS_POSITIONS else "constexpr"),
                 **dict.fromkeys(("cu_seqlens_q", "cu_seqlens_k"), "*i32" if form.IS_PACKED else "constexpr"),
@@ -221,6 +226,7 @@ class Variant:
             ),
             "outputs": Outputs(tensor, "*fp32", "*fp32", "*fp32"),
             "parts": Parts("*fp32", "*fp32", "*fp32"),
+            "gradients": QueryGradients(tensor, "*fp32" if form.HAS_GATE else "constexpr"),
             "row_ptrs": Rows("*fp32", "*fp32", "*fp32"),
             "factors": Factors("fp32", "fp32"),
             "dropout": Dropout("i32", "fp32", "constexpr"),
@@ -245,7 +251,9 @@ class Variant:
         others["dkey_dvalue"] += ["dq"] if self.is_whole else []
         tensors = dict.fromkeys(["q", "k", "v", *others[self.kernel]], Strides("i32", "i32", "constexpr", "constexpr"))
         absent = dict.fromkeys(Layout._fields, "constexpr")
-        return Layout(**{**absent, **tensors, "strip": StripStrides("i32", "i32")})
+        return Layout(
+            **{**absent, **tensors, "strip": StripStrides("i32", "i32", "i32" if self._form().IS_CUT else "constexpr")}
+        )
 
     @staticmethod
     def _type_of(parameter: Any, types: dict[str, Any], tensor: str) -> Any:
@@ -297,6 +305,7 @@ def shipped_variants(target: str) -> Iterator[Variant]:
         yield Variant(kernel, target, torch.float32, 64)
         yield Variant(kernel, target, torch.float32, 128)
         yield Variant(kernel, target, torch.bfloat16, 64, changes=lengths)
+        yield Variant(kernel, target, torch.bfloat16, 64, changes={"HAS_GATE": True, "IS_CUT": True})
         if kernel != "decode":
             yield Variant(kernel, target, torch.bfloat16, 64, changes=dropping)
         if kernel != "dbias":

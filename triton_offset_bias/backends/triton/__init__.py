@@ -27,7 +27,7 @@ except ImportError as error:  # there is no Triton for this platform
 
 PROPERTIES = {
     "serves": "CUDA and ROCm tensors; float16, bfloat16, float32; head dims 1 to 256",
-    "options and packed sequences": "all but `bias_gate`",
+    "options and packed sequences": "all; gates of rank 1",
     "runs on": "NVIDIA and AMD GPUs (compiled for both; no device has run it yet, see Limits)",
     "memory": "O(Lq + Lk)",
     "few queries against a long key cache": "keys split among programs",
@@ -58,7 +58,8 @@ def _problem_reasons(problem: Problem) -> list[str]:
     """Why this backend cannot serve `problem` on any machine."""
     dtype = problem.query.dtype
     wrong = [] if dtype in _DTYPES else [f"serves float16, bfloat16 and float32, got {dtype}"]
-    wrong += [] if problem.bias_gate is None else ["serves no bias_gate"]
+    if problem.bias_gate is not None and problem.bias_gate.shape[3] > 1:
+        wrong.append(f"serves gates of rank 1, got rank {problem.bias_gate.shape[3]}")
     if problem.is_causal_by_index and not torch.compiler.is_compiling():
         missed = problem.key.shape[2] - problem.query.shape[2] - problem.query_start
         if missed:
@@ -88,7 +89,7 @@ def forward(problem: Problem, out: Tensor, lse: Tensor, row_max: Tensor, row_sum
     `backward` takes the last two again. Their scores have the table less `Strip.constants` as their bias.
     """
     with _device_of(out):
-        passes.forward(problem, out, lse, row_max, row_sum)
+        passes.forward(_without_rank(problem), out, lse, row_max, row_sum)
 
 
 def backward(
@@ -105,11 +106,18 @@ def backward(
     needs_dbias: bool,
 ) -> Tensor | None:
     """Writes the gradients that are not None, and returns the table's gradient if it is needed."""
-    assert dgate is None  # no problem with a gate is served
+    gradients = dquery, dkey, dvalue, dgate
     with _device_of(out):
-        return passes.backward(
-            problem, out, row_max, row_sum, dout, dlse, dquery, dkey, dvalue, needs_dbias=needs_dbias
+        dbias = passes.backward(
+            _without_rank(problem), out, row_max, row_sum, dout, dlse, *gradients, needs_dbias=needs_dbias
         )
+    return dbias if dbias is None or problem.bias_gate is None else dbias.unsqueeze(-2)
+
+
+def _without_rank(problem: Problem) -> Problem:
+    """The problem with the table of a gate of rank 1 as it is without a gate: (N,), (H, N) or (B, H, N)."""
+    bias = problem.bias
+    return problem if problem.bias_gate is None or bias is None else problem._replace(bias=bias.squeeze(-2))
 
 
 def forward_part(problem: Problem, acc: Tensor, row_max: Tensor, row_sum: Tensor) -> None:

@@ -21,7 +21,8 @@ class DbiasSum:
     No sum may pass 2^63. |dS| <= P (|dP| + |delta|). By Cauchy-Schwarz |dP| <= Z |dO| |V|, with the largest norms of
     rows; delta = sum of P dP - dlse, so |delta| <= Z |dO| |V| + |dlse|. The rows of P sum to 1. So the sum of |dS| over
     a row is at most 2 Z |dO| |V| + |dlse|, and over all rows as many times that; 2.1 leaves room for rounding. The
-    largest power of two below 2^61 over this bound is the unit. It is far finer than float32 of the same sum.
+    largest power of two below 2^61 over this bound is the unit. It is far finer than float32 of the same sum. A gate
+    multiplies dS, and the bound by its largest number.
 
     Attributes:
         how: DBIAS of `dquery_kernel`.
@@ -56,6 +57,8 @@ class DbiasSum:
         self.poison = 0.0 * row_sum.amax(-1).sum_to_size(self.sums.shape[1:3])
         largest = _largest_row(dout) * _largest_row(problem.value) * dropout.kept_scale(problem.dropout_p)
         largest = 2.1 * largest + (0.0 if dlse is None else dlse.abs().amax())
+        if problem.bias_gate is not None:
+            largest = largest * problem.bias_gate.abs().amax()
         bits = torch.floor(61.0 - torch.log2(largest * (dout.numel() // dout.shape[3])))
         self.unit = torch.exp2(bits.clamp(-120.0, 120.0)).float()
 

@@ -20,7 +20,14 @@ from triton_offset_bias.backends.triton.plan import Plan
 
 HOPPER_VARIABLE = "TRITON_OFFSET_BIAS_HOPPER"
 HEAD_DIMS = (64, 128)
-_UNSERVED = ("key_padding_mask", "query_positions", "cu_seqlens_q", "key_lengths", "seed")  # a seed is dropout's
+_UNSERVED = (
+    "bias_gate",
+    "key_padding_mask",
+    "query_positions",
+    "cu_seqlens_q",
+    "key_lengths",
+    "seed",
+)  # a seed is dropout's
 
 
 def is_chosen(call: Call, out: Tensor) -> bool:

@@ -10,6 +10,7 @@ from triton_offset_bias.backends.triton.dbias_sum import DbiasSum, fold_offsets,
 from triton_offset_bias.backends.triton.kernels.arguments import (
     Outputs,
     Parts,
+    QueryGradients,
     Rows,
     Sums,
     TableRows,
@@ -60,17 +61,18 @@ def backward(
     dquery: Tensor | None,
     dkey: Tensor | None,
     dvalue: Tensor | None,
+    dgate: Tensor | None = None,
     *,
     needs_dbias: bool,
     is_part: bool = False,
 ) -> Tensor | None:
     """Writes the gradients that are not None, and returns the table's gradient if it is needed.
 
-    A part's gradients are float32.
+    A part's gradients are float32. So is `dgate`, which is contiguous.
     """
     dlse = None if dlse is None else dlse.float().contiguous()
     plan = plan_of(problem, is_part=is_part)
-    call = Call(problem, out, row_max, row_sum, dout, dlse, dquery, dkey, dvalue, plan=plan)
+    call = Call(problem, out, row_max, row_sum, dout, dlse, dquery, dkey, dvalue, dgate, plan=plan)
     needs_dbias = needs_dbias and problem.bias is not None
     is_by_tiles = needs_dbias and problem.deterministic and problem.query_positions is None
     added = DbiasSum(call) if needs_dbias and not is_by_tiles else None
@@ -80,8 +82,8 @@ def backward(
     dout, rows = prepare_backward(call, out, row_max, row_sum, dout, dlse, added, dq_sum)
     if added is not None:
         added.find_unit(row_sum, dout, dlse)
-    if not is_whole and (dquery is not None or added is not None):
-        _launch_dquery(call, dout, rows, dquery, added)
+    if not is_whole and any(x is not None for x in (dquery, added, dgate)):
+        _launch_dquery(call, dout, rows, dquery, dgate, added)
     if has_keys:
         sums = Sums(dq_sum, added.sums if added is not None and is_whole else None)
         _launch_dkey_dvalue(call, dout, rows, dkey, dvalue, sums)
@@ -130,15 +132,22 @@ def _combine_launch(plan: Plan, out: Tensor, splits: int) -> Launch:
     return Launch(combine_kernel, plan.batch * plan.num_heads * plan.len_q, numbers, named)
 
 
-def _launch_dquery(call: Call, dout: Tensor, rows: Rows, dquery: Tensor | None, added: DbiasSum | None) -> None:
-    """Launches `dquery_kernel`, which writes dQ and adds to the strip's gradient, each where it is not None."""
+def _launch_dquery(
+    call: Call, dout: Tensor, rows: Rows, dquery: Tensor | None, dgate: Tensor | None, added: DbiasSum | None
+) -> None:
+    """Launches `dquery_kernel`, which writes dQ and dgate and adds to the strip's gradient, each where it is not None.
+
+    If there is a gate, the kernel writes dgate, whoever needs it.
+    """
     plan = call.plan
+    if call.inputs.gate is not None and dgate is None:
+        dgate = torch.empty_like(call.inputs.gate)
     unit, sums, how, copy_stride = None, None, "none", 0
     if added is not None:
         unit, sums, how, copy_stride = added.unit, added.sums, added.how, added.copy_stride
     key = (dquery_kernel, dout.stride(), how, None if dquery is None else dquery.stride())
     launch = plan.launch(key, lambda: _dquery_launch(plan, dout, dquery, how, copy_stride))
-    launch(call.is_aligned, call.inputs, dout, rows, unit, dquery, sums)
+    launch(call.is_aligned, call.inputs, dout, rows, unit, QueryGradients(dquery, dgate), sums)
     if dquery is not None and plan.query_factor != 1.0:
         dquery.mul_(plan.query_factor)
 
@@ -155,7 +164,12 @@ def _dquery_launch(plan: Plan, dout: Tensor, dquery: Tensor | None, how: str, co
 def _is_one_kernel(call: Call, added: DbiasSum | None) -> bool:
     """Whether one kernel is to compute all gradients. Its sums depend on the order of programs."""
     plan, problem = call.plan, call.problem
-    if problem.deterministic or plan.has_positions or (added is not None and added.how != "diagonals"):
+    if (
+        problem.deterministic
+        or plan.has_positions
+        or problem.bias_gate is not None
+        or (added is not None and added.how != "diagonals")
+    ):
         return False
     return configs.backward_config(plan.target, plan.dtype, plan.block_d) is not None
 

@@ -100,6 +100,8 @@ class Plan:
             BLOCK_DV=padded(value),
             GROUP=self.group,
             HAS_BIAS=problem.bias is not None,
+            HAS_GATE=problem.bias_gate is not None,
+            IS_CUT=self.strip.is_cut,
             BIAS_IN_ACC=is_bias_in_acc,
             HAS_MASK=problem.key_padding_mask is not None,
             HAS_POSITIONS=self.has_positions,

@@ -85,7 +85,7 @@ def _launch(
         (prepare_kernel, results.dlse is None, numbers, *(getattr(touched, x).stride() for x in ResultStrides._fields)),
         lambda: _prepare_launch(plan, touched, *numbers),
     )
-    table = Table(call.problem.bias, call.strip if call.constants is None else call.constants, call.strip, sums)
+    table = Table(call.problem.bias, call.strips if call.constants is None else call.constants, call.strips, sums)
     launch(call.is_aligned, table, results, rows)
 
 
@@ -101,6 +101,8 @@ def _prepare_launch(
     )  # fmt: skip
     form = PrepareForm(
         HAS_BIAS=plan.form.HAS_BIAS.value,
+        HAS_GATE=plan.form.HAS_GATE.value,
+        IS_CUT=strip.is_cut,
         HAS_CONSTANTS=strip.has_constants,
         IS_ZERO_BEYOND=strip.is_zero_beyond,
         HEAD_DIM=plan.form.HEAD_DIM.value,

@@ -29,7 +29,8 @@ class Strip:
         unit: the strip's unit.
         limit: the largest number that stays finite when it is multiplied by `unit`.
         has_constants: False if all rows count from 0: inputs of 16 bits have no such digits to keep, with zeros beyond
-            the table the numbers are not close to one another, and tables of parts are cut to what they reach.
+            the table the numbers are not close to one another, tables of parts are cut to what they reach, and a gate
+            multiplies the constant too.
         is_zero_beyond: whether offsets outside the table have no bias.
         table_strides: the strides of the table with all its axes.
         num_columns: of the table.
@@ -38,6 +39,7 @@ class Strip:
         offsets: the range of the strip's columns whose offsets some pair may have.
         programs: the number of programs that fill it.
         strides: see `StripStrides`.
+        is_cut: whether the strip has a mask behind it, of its own shape: it is gated, and a band forbids some pair.
         may_leave_rows_empty: whether some query may have no key to attend to, if the table has no -inf.
     """
 
@@ -51,12 +53,12 @@ class Strip:
         self.shape, self.columns = (0, 0, 0), (0, 0, 0, 0)
         self.table_strides: tuple[int, ...] = (0, 0, 0)
         self.num_columns = 0
-        self.offsets, self.programs, self.strides = (0, 0), 0, (0, 0)
+        self.offsets, self.programs, self.strides, self.is_cut = (0, 0), 0, (0, 0, 0), False
         if problem.bias is not None:
             self._lay_out(problem, problem.bias)
 
     def _lay_out(self, problem: Problem, bias: Tensor) -> None:
-        may_have = not self._is_part and problem.beyond != "zero"
+        may_have = not self._is_part and problem.beyond != "zero" and problem.bias_gate is None
         self.has_constants = may_have and problem.query.dtype == torch.float32
         first, used = _columns(problem, self.bounds)
         begin, end = 0, used
@@ -66,13 +68,15 @@ class Strip:
             begin = PAD + min(max(problem.min_offset - lo, 0), used)
             end = used - PAD - min(max(hi - problem.max_offset, 0), used)
             self.offsets = (PAD, used - PAD)
+            self.is_cut = problem.bias_gate is not None and (begin, end) != self.offsets
         width = -(-used // 16) * 16
         rows, strides = (1, 1, *bias.shape[:-1])[-2:], (0, 0, *bias.stride())[-3:]
         self.shape = (*rows, width)
         self.table_strides, self.num_columns = strides, bias.shape[-1]
         self.columns = (width, first, begin, end)
         self.programs = rows[0] * rows[1] * -(-width // BLOCK)
-        self.strides = (rows[1] * width if rows[0] > 1 else 0, width if rows[1] > 1 else 0)
+        mask = rows[0] * rows[1] * width if self.is_cut else 0
+        self.strides = (rows[1] * width if rows[0] > 1 else 0, width if rows[1] > 1 else 0, mask)
 
 
 def _may_leave_rows_empty(problem: Problem, bounds: Bounds) -> bool:

@@ -17,6 +17,7 @@ class Inputs(NamedTuple):
     k: Any  # (B, H // group, N, D)
     v: Any  # (B, H // group, N, DV)
     strip: Any = None  # (1 or B, 1 or H, columns) float32, see `scores`
+    gate: Any = None  # (B, H, M) float32
     key_mask: Any = None  # (B, N) uint8
     query_positions: Any = None  # (M,) or (B, M)
     key_positions: Any = None  # (N,) or (B, N)
@@ -43,6 +44,13 @@ class Table(NamedTuple):
     constants: Any  # see `Strip.constants`
     strip: Any
     sums: Any  # of the strip's gradient
+
+
+class QueryGradients(NamedTuple):
+    """Pointers to the gradients that belong to queries; None where nobody asks for them."""
+
+    q: Any = None  # (B, H, M, D)
+    gate: Any = None  # (B, H, M) float32
 
 
 class Results(NamedTuple):
@@ -97,6 +105,7 @@ class StripStrides(NamedTuple):
 
     b: Any
     h: Any
+    mask: Any  # from a number of a strip that is gated and cut to its mask, see `scores`
 
 
 class Layout(NamedTuple):
@@ -215,6 +224,8 @@ class Form(NamedTuple):
     BLOCK_DV: Any
     GROUP: Any  # query heads that share a key head
     HAS_BIAS: Any
+    HAS_GATE: Any  # whether each query has a factor on its bias
+    IS_CUT: Any  # whether a gated strip has a mask, because a band forbids some pair
     BIAS_IN_ACC: Any  # see `scores`
     HAS_MASK: Any
     HAS_POSITIONS: Any
@@ -247,6 +258,8 @@ class PrepareForm(NamedTuple):
     """Properties of a call that are compiled into `prepare_kernel`."""
 
     HAS_BIAS: Any
+    HAS_GATE: Any
+    IS_CUT: Any
     HAS_CONSTANTS: Any  # see `Strip`
     IS_ZERO_BEYOND: Any  # whether offsets outside of the table have no bias
     HEAD_DIM: Any
@@ -273,8 +286,10 @@ class Scoring(NamedTuple):
     """Values that turn products into scores. strip_ptr points to the strip's offset 0, for all rows or for each row."""
 
     strip_ptr: Any
+    mask: Any  # see `StripStrides`
     bounds: Any
     scale_log2: Any  # the scale, in bits
+    gate: Any  # factors of the queries on the bias, (rows,); 0.0 without a gate
 
 
 class Dropping(NamedTuple):
@@ -311,6 +326,7 @@ class QueryTiles(NamedTuple):
     stride_dout: Any
     stride_dq: Any
     row_ptrs: Any  # Rows
+    gate_ptr: Any
     positions_ptr: Any
     length: Any
 
@@ -323,6 +339,7 @@ class QueryBlock(NamedTuple):
     rows: Any  # (BLOCK,) int64: positions, or distances from the query at `start`
     stats: Any  # Rows of (BLOCK,)
     weights: Any  # (BLOCK,), see `scores.slope_weights`
+    gate: Any  # (BLOCK,), or 0.0 without a gate
     start: Any
 
 

@@ -11,6 +11,8 @@ from triton_offset_bias.backends.triton.kernels.blocks import counted, first_pos
 from triton_offset_bias.backends.triton.kernels.scores import (
     dropout_factors,
     dropping_of,
+    gate_of_head,
+    gate_rows,
     kept_keys,
     load_rows,
     of_sequence,
@@ -57,7 +59,9 @@ def dbias_kernel(
     rows = tl.arange(0, BLOCK)
     total = tl.zeros([BLOCK, BLOCK], tl.float32)
     scale_log2 = factors.scale_log2
-    scoring = scoring_of(inputs, first_b.to(tl.int64), first_h.to(tl.int64), strides.strip, bounds, scale_log2, FORM)
+    scoring = scoring_of(
+        inputs, first_b.to(tl.int64), first_h.to(tl.int64), strides.strip, bounds, scale_log2, 0.0, FORM
+    )
     unit = score_unit(scale_log2, FORM, True)
     for index in range(0, batch // table_rows.b):
         b = (first_b + index).to(tl.int64)
@@ -101,13 +105,19 @@ def dbias_kernel(
             keep = kept_keys(mask_ptr, offs_n, seq_k, FORM.HAS_MASK)[None, :]
             strip_shift = shift_in_strip(shift + first, bounds)
             offsets = rows.to(tl.int64)
-            s = score_tile(q, k.T, scoring, strip_shift, offsets, -offsets, keep, FORM, True, True)  # (BLOCK, BLOCK)
+            gate = 1.0
+            if FORM.HAS_GATE:
+                gate = gate_rows(gate_of_head(inputs, b, h, sizes, first_q, FORM), offs_m, seq_q, FORM)[:, None]
+            s = score_tile(
+                q, k.T, scoring, gate, strip_shift, offsets, -offsets, keep, FORM, True, True
+            )  # (BLOCK, BLOCK)
             p = probabilities(s, unit, 0.0, stats.lse[:, None], stats.log_sum[:, None], FORM, True)
             dp = product(dout, v.T, None, FORM.PRECISION)
             if FORM.DROPOUT_ROUNDS > 0:
                 dropping = dropping_of(inputs, b, h, sizes.num_heads, dropout, dropout.kept_scale, FORM)
                 dp *= dropout_factors(dropping, 0, 0, offs_m[:, None], offs_n[None, :], FORM)
-            total += p * (dp * slope_weights(stats, FORM)[:, None] - stats.delta[:, None])
+            ds = p * (dp * slope_weights(stats, FORM)[:, None] - stats.delta[:, None])
+            total += ds * gate if FORM.HAS_GATE else ds
     none = tl.zeros([BLOCK, BLOCK], tl.float32)
     parts_ptr += tl.program_id(0).to(tl.int64) * (2 * BLOCK)
     tl.store(parts_ptr + rows, sum_diagonals(total, none, False, BLOCK, BLOCK))

@@ -30,6 +30,8 @@ from triton_offset_bias.backends.triton.kernels.scores import (
     dropout_factors,
     dropping_of,
     far_bias,
+    gate_of_head,
+    gate_rows,
     kept_keys,
     key_positions,
     load_rows,
@@ -75,7 +77,7 @@ def sweep_queries(
     EVEN_M: tl.constexpr = PART != REST
     columns = tl.arange(0, BLOCK_M).to(tl.int64)
     unit = score_unit(scoring.scale_log2, FORM, IS_NEAR)
-    bias = far_bias(scoring, far_offset(scoring.bounds, PART), FORM, IS_NEAR)  # bits
+    end_bias = far_bias(scoring, far_offset(scoring.bounds, PART), FORM, IS_NEAR)  # bits
     far_sum = tl.zeros([BLOCK_N, 4], tl.float32)
     previous, carried = no_diagonals(BLOCK_N, BLOCK_M, FORM.FOLD)
     for start_m in range(begin, end, BLOCK_M):
@@ -94,8 +96,13 @@ def sweep_queries(
             shift = shift_in_strip(shift, scoring.bounds)
         keys = block.start + tl.arange(0, BLOCK_N)[:, None]
         keep = with_causality_by_index(block.keep[:, None], block.query_start + offs_m[None, :], keys, FORM)
+        gate = gate_rows(queries.gate_ptr, offs_m, queries.length, FORM)
+        bias = end_bias
+        if FORM.HAS_GATE:
+            gate = gate[None, :]
+            bias = end_bias * gate
         s = score_tile(
-            block.k, q.T, scoring, shift, block.rows, columns, keep, FORM, IS_NEAR, HAS_KEEP
+            block.k, q.T, scoring, gate, shift, block.rows, columns, keep, FORM, IS_NEAR, HAS_KEEP
         )  # (BLOCK_N, BLOCK_M)
         p = probabilities(s, unit, bias, stats.lse[None, :], stats.log_sum[None, :], FORM, IS_NEAR)
         z = 1.0
@@ -189,15 +196,17 @@ def dkey_dvalue_kernel(
         q_ptrs = tile_ptrs(q_ptr + h * strides.q.h, offs_m, strides.q.row, strides.q.d, FORM.BLOCK_D)
         dout_ptrs = tile_ptrs(dout_ptr + h * strides.dout.h, offs_m, strides.dout.row, strides.dout.d, FORM.BLOCK_DV)
         rows_of_queries = rows_of_head(row_ptrs, first_row + h * row_stride(sizes.rows_q))
+        gate_ptr = gate_of_head(inputs, b, h, sizes, sequence.first_q, FORM)
         dq_ptrs, dq_row = 0, 0
         if WANTED.DQ:
             dq_ptr = sums.dq + first_element(strides.dq, b, h, sequence.first_q)
             dq_ptrs, dq_row = tile_ptrs(dq_ptr, offs_m, strides.dq.row, strides.dq.d, FORM.BLOCK_D), strides.dq.row
         queries = QueryTiles(
-            q_ptrs, dout_ptrs, dq_ptrs, strides.q.row, strides.dout.row, dq_row, rows_of_queries, positions_ptr, len_q
-        )
+            q_ptrs, dout_ptrs, dq_ptrs, strides.q.row, strides.dout.row, dq_row,
+            rows_of_queries, gate_ptr, positions_ptr, len_q,
+        )  # fmt: skip
         dstrip_ptr = strip_of_head(sums.dstrip, b, h, strides.strip, sequence.bounds.zero, WANTED.DBIAS)
-        scoring = scoring_of(inputs, b, h, strides.strip, sequence.bounds, factors.scale_log2, FORM)
+        scoring = scoring_of(inputs, b, h, strides.strip, sequence.bounds, factors.scale_log2, 0.0, FORM)
         dropping = dropping_of(inputs, b, h, sizes.num_heads, dropout, dropout.kept_scale, FORM)
         for index in tl.static_range(4):  # queries go up, so their offsets do: far right of the query comes first
             if LOOPS[(FAR_RIGHT, NEAR, FAR_LEFT, REST)[index]]:

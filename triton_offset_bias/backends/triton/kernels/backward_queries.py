@@ -4,6 +4,10 @@
     dQ = scale dS K      dK = scale dS^T Q      dV = (Z * P)^T dO
     dbias[offset] = sum of dS along the offset's diagonal
 
+With a gate the bias of a pair is gate[query] * bias[offset]. Then
+
+    dgate = row sums of dS * bias      dbias[offset] = sum of gate * dS along the offset's diagonal
+
 Z is dropout's factor, or 1 without dropout. Two kernels share FlashAttention-2's (Dao 2023, arXiv:2307.08691) algorithm
 2: here a program has a block of queries (dQ and dbias); in `backward_keys` it has a block of keys (dK and dV). So
 programs share dbias alone, whose sums are atomic. Deterministic sums come from a third kernel, in which a program has a
@@ -30,9 +34,14 @@ from triton_offset_bias.backends.triton.kernels.blocks import (
     sequence_of,
 )
 from triton_offset_bias.backends.triton.kernels.scores import (
+    LN_2,
+    bias_tile,
     dropout_factors,
     dropping_of,
     far_bias,
+    first_gate,
+    gate_of_head,
+    gate_rows,
     kept_keys,
     key_tiles,
     load_rows,
@@ -47,6 +56,7 @@ from triton_offset_bias.backends.triton.kernels.scores import (
     shift_in_strip,
     slope_weights,
     strip_of_head,
+    strip_ptrs,
     table_columns,
     with_causality_by_index,
 )
@@ -58,6 +68,7 @@ from triton_offset_bias.backends.triton.kernels.tiles import (
     no_diagonals,
     product,
     store_tile,
+    thread_sums,
     tile_ptrs,
     waited_for,
 )
@@ -92,21 +103,36 @@ def add_to_end(dstrip, end, sums):
 
 
 @triton.jit
+def add_far(dgate, sums, gate, scoring, dstrip, end, FORM: tl.constexpr, DBIAS: tl.constexpr):
+    """Adds far tiles' dS, which see the one bias at the offset `end`, to dbias, and to dgate in units of the strip."""
+    if FORM.HAS_GATE:
+        dgate += tl.sum(sums, 1) * tl.load(scoring.strip_ptr + end)
+        sums *= gate[:, None]
+    if DBIAS != "none":
+        add_to_end(dstrip, end, sums)
+    return dgate
+
+
+@triton.jit
 def sweep_keys(
-    dq, low_sum, high_sum, block, keys, scoring, dstrip, begin, end, dropping,
+    dq, gate_sum, low_sum, high_sum, block, keys, scoring, dstrip, begin, end, dropping,
     FORM: tl.constexpr, DBIAS: tl.constexpr, BLOCK: tl.constexpr, PART: tl.constexpr,
 ):  # fmt: skip
     """Adds the keys [begin, end) to dQ of a block of queries, and to the strip's gradient.
 
     Near dS are added by diagonals, or by offsets. low_sum takes dS at offsets up to near_lo, high_sum from near_hi on:
-    far tiles as they are, gathered ones as sums of rows.
+    far tiles as they are, gathered ones as sums of rows. gate_sum, (BLOCK, 4), takes parts of near tiles' dgate, in
+    units of the strip.
     """
     IS_NEAR: tl.constexpr = PART != FAR_LEFT and PART != FAR_RIGHT
     EVEN_N: tl.constexpr = PART != REST
     HAS_KEEP: tl.constexpr = FORM.HAS_MASK or FORM.IS_CAUSAL_BY_INDEX or not EVEN_N
     columns = -tl.arange(0, BLOCK).to(tl.int64)
     unit = score_unit(scoring.scale_log2, FORM, IS_NEAR)
-    bias = far_bias(scoring, far_offset(scoring.bounds, PART), FORM, IS_NEAR)  # bits
+    bias, gate = far_bias(scoring, far_offset(scoring.bounds, PART), FORM, IS_NEAR), 0.0  # bits
+    if FORM.HAS_GATE:
+        gate = block.gate[:, None]
+        bias *= gate
     previous, carried = no_diagonals(BLOCK, BLOCK, FORM.FOLD)
     for start_n in range(begin, end, BLOCK):
         start_n = tl.multiple_of(start_n, BLOCK)
@@ -125,7 +151,7 @@ def sweep_keys(
         if FORM.HAS_POSITIONS:
             columns = -position_rows(keys.positions_ptr, offs_n, keys.length)
         s = score_tile(
-            block.q, k.T, scoring, shift, block.rows, columns, keep, FORM, IS_NEAR, HAS_KEEP
+            block.q, k.T, scoring, gate, shift, block.rows, columns, keep, FORM, IS_NEAR, HAS_KEEP
         )  # (BLOCK, BLOCK)
         p = probabilities(s, unit, bias, block.stats.lse[:, None], block.stats.log_sum[:, None], FORM, IS_NEAR)
         dp = product(block.dout, v.T, None, FORM.PRECISION)
@@ -133,33 +159,37 @@ def sweep_keys(
             m, n = tl.arange(0, BLOCK)[:, None], tl.arange(0, BLOCK)[None, :]
             dp *= dropout_factors(dropping, block.start, start_n, m, n, FORM)
         ds = p * (dp * block.weights[:, None] - block.stats.delta[:, None])
-        if DBIAS != "none" and not IS_NEAR:
+        if FORM.HAS_GATE and IS_NEAR:
+            numbers = bias_tile(strip_ptrs(scoring, shift, block.rows, columns, FORM), FORM.USE_ASM)
+            gate_sum += thread_sums(ds * numbers, BLOCK, BLOCK)
+        dbias = ds * gate if FORM.HAS_GATE and IS_NEAR else ds
+        if (DBIAS != "none" or FORM.HAS_GATE) and not IS_NEAR:
             if PART == FAR_LEFT:
                 high_sum += ds
             else:
                 low_sum += ds
         elif DBIAS == "diagonals":
-            diagonals, previous, carried = next_diagonals(previous, carried, ds, BLOCK, BLOCK, FORM.FOLD)
+            diagonals, previous, carried = next_diagonals(previous, carried, dbias, BLOCK, BLOCK, FORM.FOLD)
             tl.atomic_add(dstrip.ptr + shift + tl.arange(0, BLOCK), diagonals, sem="relaxed")
         elif DBIAS != "none":
             offset = block.rows[:, None] + columns[None, :]
             if FORM.HAS_POSITIONS:
                 offset = table_columns(offset, scoring.bounds)
-                low_sum, high_sum = add_gathered(low_sum, high_sum, ds, offset, dstrip, scoring.bounds, FORM, DBIAS)
+                low_sum, high_sum = add_gathered(low_sum, high_sum, dbias, offset, dstrip, scoring.bounds, FORM, DBIAS)
             else:
-                tl.atomic_add(dstrip.ptr + shift + offset, ds, sem="relaxed")
+                tl.atomic_add(dstrip.ptr + shift + offset, dbias, sem="relaxed")
         dq = waited_for(product(ds.to(k.dtype), k, dq, FORM.PRECISION), FORM.WAIT)
     if DBIAS == "diagonals" and IS_NEAR:
         none = tl.zeros([BLOCK, BLOCK], tl.float32)
         diagonals, _, _ = next_diagonals(previous, carried, none, BLOCK, BLOCK, FORM.FOLD)
         shift = shift_in_strip(block.start - end + BLOCK, scoring.bounds) - BLOCK
         tl.atomic_add(dstrip.ptr + shift + tl.arange(0, BLOCK), diagonals, sem="relaxed")
-    return dq, low_sum, high_sum
+    return dq, gate_sum, low_sum, high_sum
 
 
 @triton.jit(do_not_specialize=INTEGERS)
 def dquery_kernel(
-    inputs, dout_ptr, row_ptrs, fixed_unit_ptr, dq_ptr, dstrip_ptr,
+    inputs, dout_ptr, row_ptrs, fixed_unit_ptr, gradients, dstrip_ptr,
     strides,
     num_heads, len_q, len_k, rows_q, rows_k,
     zero, band_lo, band_hi, near_lo, near_hi,
@@ -167,7 +197,7 @@ def dquery_kernel(
     FORM: tl.constexpr, LOOPS: tl.constexpr, HAS_DQ: tl.constexpr, DBIAS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Writes dQ of a block of queries of one head, and adds the block's part of dbias to the strip's gradient.
+    """Writes dQ and dgate of a block of queries of one head, and adds its part of dbias to the strip's gradient.
 
     Tensors are as in `forward_kernel`.
 
@@ -193,7 +223,7 @@ def dquery_kernel(
         len_k = tl.where(start_m < sequence.len_q, len_k, 0)
     q_ptr = inputs.q + first_element(strides.q, head.b, head.h, sequence.first_q)
     dout_ptr += first_element(strides.dout, head.b, head.h, sequence.first_q)
-    scoring = scoring_of(inputs, head.b, head.h, strides.strip, sequence.bounds, factors.scale_log2, FORM)
+    scoring = scoring_of(inputs, head.b, head.h, strides.strip, sequence.bounds, factors.scale_log2, 0.0, FORM)
     dstrip_ptr = strip_of_head(dstrip_ptr, head.b, head.h, strides.strip, sequence.bounds.zero, DBIAS != "none")
     if DBIAS != "none" and FORM.HAS_POSITIONS:
         dstrip_ptr += (head.b + head.h + index) % COPIES * copy_stride
@@ -206,7 +236,9 @@ def dquery_kernel(
     q = load_tile(q_ptrs, offs_m, sequence.len_q, False, FORM.HEAD_DIM, FORM.BLOCK_D)  # (BLOCK, BLOCK_D)
     dout = load_tile(dout_ptrs, offs_m, sequence.len_q, False, FORM.HEAD_DIM_V, FORM.BLOCK_DV)  # (BLOCK, BLOCK_DV)
     stats = load_rows(rows_of_head(row_ptrs, row), offs_m, sequence.len_q, False, FORM)
-    block = QueryBlock(q, dout, rows, stats, slope_weights(stats, FORM), start_m)
+    gate_ptr = gate_of_head(inputs, head.b, head.h, sizes, sequence.first_q, FORM)
+    gate = gate_rows(gate_ptr, offs_m, sequence.len_q, FORM)
+    block = QueryBlock(q, dout, rows, stats, slope_weights(stats, FORM), gate, start_m)
     dq = tl.zeros([BLOCK, BLOCK_D], tl.float32)
     dropping = dropping_of(inputs, head.b, head.h, sizes.num_heads, dropout, dropout.kept_scale, FORM)
     dstrip = StripGradient(dstrip_ptr, tl.load(fixed_unit_ptr) if DBIAS == "fixed" else 0.0)
@@ -214,21 +246,28 @@ def dquery_kernel(
     # Far tiles have a sum for every element: no exchange between threads.
     low_sum = tl.zeros([BLOCK, 1 if FORM.HAS_POSITIONS else BLOCK], tl.int64 if DBIAS == "fixed" else tl.float32)
     high_sum = low_sum
+    dgate, gate_sum = 0.0, 0.0
+    if FORM.HAS_GATE:
+        dgate, gate_sum = tl.zeros([BLOCK], tl.float32), tl.zeros([BLOCK, 4], tl.float32)
     for part in tl.static_range(4):
         if LOOPS[part]:
-            dq, low_sum, high_sum = sweep_keys(
-                dq, low_sum, high_sum, block, keys, scoring, dstrip, edges[part], edges[part + 1], dropping,
+            dq, gate_sum, low_sum, high_sum = sweep_keys(
+                dq, gate_sum, low_sum, high_sum, block, keys, scoring, dstrip, edges[part], edges[part + 1], dropping,
                 FORM, DBIAS, BLOCK, part,
             )  # fmt: skip
-            if DBIAS != "none" and part == FAR_LEFT:
-                add_to_end(dstrip, sequence.bounds.near_hi, high_sum)
-            if DBIAS != "none" and part == FAR_RIGHT:
-                add_to_end(dstrip, sequence.bounds.near_lo, low_sum)
+            if part == FAR_LEFT:
+                dgate = add_far(dgate, high_sum, gate, scoring, dstrip, sequence.bounds.near_hi, FORM, DBIAS)
+            if part == FAR_RIGHT:
+                dgate = add_far(dgate, low_sum, gate, scoring, dstrip, sequence.bounds.near_lo, FORM, DBIAS)
     if DBIAS != "none" and FORM.HAS_POSITIONS:
         add_to_end(dstrip, sequence.bounds.near_lo, low_sum)
         add_to_end(dstrip, sequence.bounds.near_hi, high_sum)
 
+    if FORM.HAS_GATE:
+        dgate = (dgate + tl.sum(gate_sum, 1)) * (factors.scale if FORM.BIAS_IN_ACC else LN_2)
+        dgate_ptr = gradients.gate + first_gate(head.b, head.h, sizes, sequence.first_q, FORM)
+        tl.store(dgate_ptr + offs_m, dgate, mask=offs_m < sequence.len_q)
     if HAS_DQ:
-        dq_ptr += first_element(strides.dq, head.b, head.h, sequence.first_q)
+        dq_ptr = gradients.q + first_element(strides.dq, head.b, head.h, sequence.first_q)
         dq_ptrs = tile_ptrs(dq_ptr, offs_m, strides.dq.row, strides.dq.d, FORM.BLOCK_D)
         store_tile(dq_ptrs, dq * factors.scale, offs_m, sequence.len_q, FORM.HEAD_DIM, FORM.BLOCK_D)

@@ -15,6 +15,8 @@ from triton_offset_bias.backends.triton.kernels.forward import attend
 from triton_offset_bias.backends.triton.kernels.scores import (
     LN_2,
     NO_SCORE,
+    gate_of_head,
+    gate_rows,
     key_tiles,
     position_rows,
     query_positions,
@@ -49,7 +51,8 @@ def decode_kernel(
     sequence = sequence_of(inputs, b, sizes, bounds, FORM)
     offs_n = tl.arange(0, BLOCK_N)
     keys = key_tiles(inputs, sizes, sequence, sequence.len_k, b, head_kv.h, offs_n, strides, FORM)
-    scoring = scoring_of(inputs, b, h, strides.strip, sequence.bounds, factors.scale_log2, FORM)  # of each row
+    gate = gate_rows(gate_of_head(inputs, b, h, sizes, sequence.first_q, FORM), offs_m, sequence.len_q, FORM)
+    scoring = scoring_of(inputs, b, h, strides.strip, sequence.bounds, factors.scale_log2, gate, FORM)  # of each row
     rows = offs_m.to(tl.int64)
     if FORM.HAS_POSITIONS:
         rows = position_rows(query_positions(inputs, b, sizes, FORM), offs_m, sizes.len_q)

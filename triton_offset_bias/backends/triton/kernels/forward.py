@@ -26,6 +26,8 @@ from triton_offset_bias.backends.triton.kernels.scores import (
     dropout_factors,
     dropping_of,
     far_bias,
+    gate_of_head,
+    gate_rows,
     kept_keys,
     key_tiles,
     position_rows,
@@ -63,6 +65,10 @@ def attend(
     columns = -tl.arange(0, BLOCK_N).to(tl.int64)
     unit = score_unit(scoring.scale_log2, FORM, IS_NEAR)
     bias = far_bias(scoring, far_offset(scoring.bounds, PART), FORM, IS_NEAR)  # bits
+    gate = 0.0
+    if FORM.HAS_GATE:
+        gate = scoring.gate[:, None]
+        bias *= scoring.gate
     for start_n in range(begin, end, BLOCK_N):
         start_n = tl.multiple_of(start_n, BLOCK_N)
         offs_n = start_n + tl.arange(0, BLOCK_N)
@@ -77,7 +83,7 @@ def attend(
         shift = start_m - start_n
         if FORM.HAS_BIAS and not EVEN_N:
             shift = shift_in_strip(shift, scoring.bounds)
-        s = score_tile(q, k.T, scoring, shift, rows, columns, keep, FORM, IS_NEAR, HAS_KEEP)  # (BLOCK_M, BLOCK_N)
+        s = score_tile(q, k.T, scoring, gate, shift, rows, columns, keep, FORM, IS_NEAR, HAS_KEEP)  # (BLOCK_M, BLOCK_N)
         p, m_new = weights(s, m_i, unit, bias, FORM, IS_NEAR)
         alpha = tl.math.exp2(m_i - m_new)
         l_i = l_i * alpha + tl.sum(p, 1)
@@ -155,7 +161,8 @@ def forward_kernel(
         len_k = tl.where(start_m < sequence.len_q, len_k, 0)
     q_ptr = inputs.q + first_element(strides.q, head.b, head.h, sequence.first_q)
     keys = key_tiles(inputs, sizes, sequence, len_k, head.b, head.h // sizes.group, offs_n, strides, FORM)
-    scoring = scoring_of(inputs, head.b, head.h, strides.strip, sequence.bounds, factors.scale_log2, FORM)
+    gate = gate_rows(gate_of_head(inputs, head.b, head.h, sizes, sequence.first_q, FORM), offs_m, sequence.len_q, FORM)
+    scoring = scoring_of(inputs, head.b, head.h, strides.strip, sequence.bounds, factors.scale_log2, gate, FORM)
     rows = tl.arange(0, BLOCK_M).to(tl.int64)
     if FORM.HAS_POSITIONS:
         rows = position_rows(query_positions(inputs, head.b, sizes, FORM), offs_m, sequence.len_q)

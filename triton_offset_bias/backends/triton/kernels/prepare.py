@@ -33,7 +33,7 @@ def prepare_kernel(
     if tl.program_id(0) < strip_programs:
         if FORM.HAS_BIAS:
             columns = Columns(stride_b, stride_h, stride_n, num_columns, width, first, begin, end, sums_width)
-            fill_strip(table, tl.program_id(0), bias_heads, columns, unit, limit, FORM, BLOCK)
+            fill_strip(table, tl.program_id(0), strip_programs, bias_heads, columns, unit, limit, FORM, BLOCK)
     else:
         index = tl.program_id(0) - strip_programs
         prepare_rows(results, rows, index, strides, num_heads, rows_q, rows_cleaned, rows_zeroed, FORM, BLOCK_M)

@@ -8,6 +8,10 @@ changes any more, or beyond the score matrix, which tiles may overhang on every 
 Where tensors give the positions, an offset is the difference of two of them, and a tile gathers its bias: from a strip
 of the offsets [near_lo, near_hi] alone, the ends of which serve all others. The band is then asked for every pair.
 
+With a gate the bias of a pair is the query's factor times the strip's number. Then all numbers of the strip are finite,
+since 0 * -inf is NaN. If the band forbids some pair, a second strip, the *mask*, holds 0 and -inf, and takes no more
+instructions than its loads: it is the summand of a fused multiply-add.
+
 The strip has one of two units. With BIAS_IN_ACC it is in units of the products (bias / scale), and the matrix product
 starts from it, which takes no instruction. Otherwise it is in bits (bias times log2 e) and is added to the product.
 """
@@ -35,9 +39,34 @@ def strip_of_head(strip_ptr, b, h, strides, zero, HAS_STRIP: tl.constexpr):
 
 
 @triton.jit
-def scoring_of(inputs, b, h, strides, bounds, scale_log2, FORM: tl.constexpr):
+def scoring_of(inputs, b, h, strides, bounds, scale_log2, gate, FORM: tl.constexpr):
     """The `Scoring` of a head, or of each row's head."""
-    return Scoring(strip_of_head(inputs.strip, b, h, strides, bounds.zero, FORM.HAS_BIAS), bounds, scale_log2)
+    strip_ptr = strip_of_head(inputs.strip, b, h, strides, bounds.zero, FORM.HAS_BIAS)
+    return Scoring(strip_ptr, strides.mask, bounds, scale_log2, gate)
+
+
+@triton.jit
+def first_gate(b, h, sizes, first_q, FORM: tl.constexpr):
+    """The number of a head's first query, or of each row's head, in a gate."""
+    if FORM.IS_PACKED:
+        return h * sizes.rows_q + first_q
+    else:
+        return (b * sizes.num_heads + h) * sizes.rows_q
+
+
+@triton.jit
+def gate_of_head(inputs, b, h, sizes, first_q, FORM: tl.constexpr):
+    """The pointer to the factors of a head's queries, or of each row's head; 0 without a gate."""
+    return of_sequence(inputs.gate, first_gate(b, h, sizes, first_q, FORM), FORM.HAS_GATE)
+
+
+@triton.jit
+def gate_rows(gate_ptr, offs, length, FORM: tl.constexpr):
+    """The factors of the queries `offs` on their bias, (rows,) float32; 0.0 without a gate."""
+    if FORM.HAS_GATE:
+        return tl.load(gate_ptr + offs, mask=offs < length, other=0.0)
+    else:
+        return 0.0
 
 
 @triton.jit
@@ -97,27 +126,45 @@ def bias_tile(ptrs, USE_ASM: tl.constexpr):
 
 
 @triton.jit
+def strip_ptrs(scoring, shift, rows, columns, FORM: tl.constexpr):
+    """Pointers to the strip's numbers of a near tile, (R, C); see `score_tile`."""
+    if FORM.HAS_POSITIONS:
+        bounds = scoring.bounds
+        offset = tl.minimum(tl.maximum(rows[:, None] + columns[None, :], bounds.near_lo), bounds.near_hi)
+        return (scoring.strip_ptr + tl.zeros_like(rows))[:, None] + offset
+    else:
+        return (scoring.strip_ptr + shift + rows)[:, None] + columns[None, :]
+
+
+@triton.jit
+def near_bias(scoring, gate, ptrs, FORM: tl.constexpr):
+    """The bias of a near tile in units of the strip, (R, C); `gate` broadcasts to it."""
+    bias = bias_tile(ptrs, FORM.USE_ASM)
+    if FORM.HAS_GATE:
+        bias *= gate
+        if FORM.IS_CUT and not FORM.HAS_POSITIONS:
+            bias += bias_tile(ptrs + scoring.mask, FORM.USE_ASM)
+    return bias
+
+
+@triton.jit
 def score_tile(
-    a, b, scoring, shift, rows, columns, keep, FORM: tl.constexpr, IS_NEAR: tl.constexpr, HAS_KEEP: tl.constexpr
+    a, b, scoring, gate, shift, rows, columns, keep, FORM: tl.constexpr, IS_NEAR: tl.constexpr, HAS_KEEP: tl.constexpr
 ):
     """Scores (R, C) in units of `score_unit`. They contain the bias if there is one and the tile is near.
 
     The offset of an element is shift + rows + columns, all int64. scoring.strip_ptr is one pointer for all rows, or one
-    for each. With HAS_KEEP, `keep` tells which keys are attended to.
+    for each. `gate` broadcasts to the tile. With HAS_KEEP, `keep` tells which keys are attended to.
     """
     bounds = scoring.bounds
     acc = None
     if IS_NEAR and FORM.HAS_BIAS:
-        if FORM.HAS_POSITIONS:
-            offset = tl.minimum(tl.maximum(rows[:, None] + columns[None, :], bounds.near_lo), bounds.near_hi)
-            ptrs = (scoring.strip_ptr + tl.zeros_like(rows))[:, None] + offset
-        else:
-            ptrs = (scoring.strip_ptr + shift + rows)[:, None] + columns[None, :]
+        ptrs = strip_ptrs(scoring, shift, rows, columns, FORM)
         if FORM.BIAS_IN_ACC:
-            acc = started_from(bias_tile(ptrs, FORM.USE_ASM), FORM.COPY)
+            acc = started_from(near_bias(scoring, gate, ptrs, FORM), FORM.COPY)
     s = product(a, b, acc, FORM.PRECISION)
     if IS_NEAR and FORM.HAS_BIAS and not FORM.BIAS_IN_ACC:
-        s = s * scoring.scale_log2 + bias_tile(ptrs, FORM.USE_ASM)
+        s = s * scoring.scale_log2 + near_bias(scoring, gate, ptrs, FORM)
     if FORM.HAS_POSITIONS:
         offset = rows[:, None] + columns[None, :]
         s = tl.where((offset >= bounds.band_lo) & (offset <= bounds.band_hi), s, float("-inf"))

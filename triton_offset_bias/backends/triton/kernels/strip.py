@@ -42,10 +42,11 @@ def constants_kernel(
 
 
 @triton.jit
-def fill_strip(table, index, num_heads, columns, unit, limit, FORM: tl.constexpr, BLOCK: tl.constexpr):
+def fill_strip(table, index, programs, num_heads, columns, unit, limit, FORM: tl.constexpr, BLOCK: tl.constexpr):
     """Writes (table - constant) * unit to block `index` of the strips, and -inf outside of the columns [begin, end).
 
     Finite numbers stay finite, since only -inf forbids a pair: `limit` is the largest number that is finite in units.
+    Outside of the columns a gated strip has 0. If it is cut, the mask behind the strips has 0 inside and -inf outside.
     """
     blocks = tl.cdiv(columns.width, BLOCK)
     row, column = index // blocks, index % blocks * BLOCK + tl.arange(0, BLOCK)
@@ -63,6 +64,11 @@ def fill_strip(table, index, num_heads, columns, unit, limit, FORM: tl.constexpr
     x = tl.where((x > limit) & (x <= LARGEST), limit, x)
     x = tl.where((x < -limit) & (x >= -LARGEST), -limit, x)
     to_column = row.to(tl.int64) * columns.width + column
+    if FORM.HAS_GATE:
+        x = tl.where(is_inside, x, 0.0)
+    if FORM.IS_CUT:
+        mask_ptr = table.strip + programs // blocks * tl.cast(columns.width, tl.int64)
+        tl.store(mask_ptr + to_column, tl.where(is_inside, 0.0, float("-inf")), mask=column < columns.width)
     tl.store(table.strip + to_column, x * unit, mask=column < columns.width)
     tl.store(table.sums + to_column, tl.zeros([BLOCK], table.sums.dtype.element_ty), mask=column < columns.sums_width)
 

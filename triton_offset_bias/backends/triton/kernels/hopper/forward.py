@@ -50,7 +50,7 @@ def hopper_forward_kernel(
     keys = rows_of(inputs.k, strides.k, head.b, h_kv, len_k, BLOCK_N, FORM)
     values = rows_of(inputs.v, strides.v, head.b, h_kv, len_k, BLOCK_N, FORM)
     out = rows_of(outputs.out, strides.out, head.b, head.h, len_q, BLOCK_M, FORM)
-    scoring = scoring_of(inputs, head.b, head.h, strides.strip, bounds, scale_log2, FORM)
+    scoring = scoring_of(inputs, head.b, head.h, strides.strip, bounds, scale_log2, 0.0, FORM)
     q = queries.load([start_m, 0])  # (BLOCK_M, BLOCK_D)
     m_i = tl.full([BLOCK_M], NO_SCORE, tl.float32)  # bits
     l_i = tl.zeros([BLOCK_M], tl.float32)
@@ -73,7 +73,7 @@ def hopper_forward_kernel(
         for start_n in tl.range(near, far, BLOCK_N, warp_specialize=True):
             shift = start_m - start_n
             k = keys.load([start_n, 0])
-            s = score_tile(q, k.T, scoring, shift, rows, columns, None, FORM, True, False)  # (BLOCK_M, BLOCK_N)
+            s = score_tile(q, k.T, scoring, 0.0, shift, rows, columns, None, FORM, True, False)  # (BLOCK_M, BLOCK_N)
             acc, l_i, m_i = add_tile(acc, l_i, m_i, s, values, start_n, unit, 0.0, FORM, True)
         acc, l_i, m_i = separated(acc, l_i, m_i, FORM.USE_ASM)
     if LOOPS.REST:
@@ -83,7 +83,7 @@ def hopper_forward_kernel(
                 shift = shift_in_strip(shift, bounds)
             keep = (tl.arange(0, BLOCK_N) < len_k - start_n)[None, :]
             k = keys.load([start_n, 0])
-            s = score_tile(q, k.T, scoring, shift, rows, columns, keep, FORM, True, True)  # (BLOCK_M, BLOCK_N)
+            s = score_tile(q, k.T, scoring, 0.0, shift, rows, columns, keep, FORM, True, True)  # (BLOCK_M, BLOCK_N)
             acc, l_i, m_i = add_tile(acc, l_i, m_i, s, values, start_n, unit, 0.0, FORM, True)
     out.store([start_m, 0], normalised(acc, l_i).to(out.dtype))
     first = head.index.to(tl.int64) * rows_q + start_m
