@@ -35,8 +35,9 @@ HEAD = {"HEAD_DIM_V": 80, "BLOCK_DV": 128}
 PLAIN = PrepareForm(
     **{"HAS_BIAS": True, "HAS_CONSTANTS": False, "IS_ZERO_BEYOND": False, "HEAD_DIM": 48, "BLOCK_D": 64},
     **HEAD,
-    **{"HAS_DLSE": True, "SPLIT_LSE": False},
+    **{"HAS_DLSE": True, "SPLIT_LSE": False, "HAS_GATE": False, "IS_CUT": False},
 )
+GATED = PLAIN._replace(HAS_GATE=True, IS_CUT=True)
 SPLIT = PLAIN._replace(HAS_CONSTANTS=True, IS_ZERO_BEYOND=True, HAS_DLSE=False, SPLIT_LSE=True)
 FORMS = {
     "constants": (constants_kernel, {"BLOCK": BLOCK}),
@@ -44,6 +45,7 @@ FORMS = {
     "fold, zeros": (fold_kernel, {"IS_ZERO_BEYOND": True, "BLOCK": BLOCK}),
     "prepare": (prepare_kernel, {"FORM": PLAIN, "BLOCK": BLOCK, "BLOCK_M": 64}),
     "prepare, split, constants, zeros": (prepare_kernel, {"FORM": SPLIT, "BLOCK": BLOCK, "BLOCK_M": 64}),
+    "prepare, gate": (prepare_kernel, {"FORM": GATED, "BLOCK": BLOCK, "BLOCK_M": 64}),
     "combine": (combine_kernel, {**HEAD, "IS_PACKED": True, "BLOCK_S": 32}),
 }
 OF_TABLES = ("bias_ptr", "dbias_ptr")
