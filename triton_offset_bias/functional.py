@@ -8,12 +8,15 @@ from typing_extensions import Unpack  # comes with torch; typing's from Python 3
 from triton_offset_bias import ops
 from triton_offset_bias.checks.arguments import check_flag, checked_length
 from triton_offset_bias.checks.call import Options, checked_attention, checked_varlen, with_autocast
+from triton_offset_bias.checks.tensors import check_sink
 from triton_offset_bias.dispatch import select_backend
+from triton_offset_bias.sink import with_sink
 
 
 # All keywords but `return_lse`. The overloads would otherwise repeat them three times.
 class _SharedOptions(Options, total=False):
     bias_gate: Tensor | None
+    sink: Tensor | None
     backend: str
 
 
@@ -59,6 +62,7 @@ def offset_bias_attention(
     query_positions: Tensor | None = None,
     key_positions: Tensor | None = None,
     bias_gate: Tensor | None = None,
+    sink: Tensor | None = None,
     key_lengths: Tensor | None = None,
     causal_by: str = "position",
     deterministic: bool | None = None,
@@ -106,6 +110,9 @@ def offset_bias_attention(
             (B, Hq, Lq, R), with `bias` of shape (R, N), (H, R, N) or (B, H, R, N): the bias of a pair is the sum over r
             of ``bias_gate[b, h, i, r]`` times the number of table r. It is used in the table's dtype, may have any
             float dtype, and is differentiable. Gate and table must be finite, because 0 * inf is NaN.
+        sink: (Hq,) or (B, Hq), finite, of any float dtype: a logit in nats that takes part in the softmax's sum of each
+            row and has no value, as in GPT-OSS. Differentiable. A query with no key then still has output 0, and its
+            log-sum-exp is the sink.
         key_lengths: (B,) int32 or int64, from 0 to Lk. Sequence b attends only to its first ``key_lengths[b]`` keys,
             and its last query lies on the last of them, as with flash-attn's ``cache_seqlens``. Other keys and values
             may hold any numbers, NaN included. Their gradients are 0. A GPU call does not wait for the lengths. A
@@ -138,7 +145,8 @@ def offset_bias_attention(
         Shaw et al. 2018, "Self-Attention with Relative Position Representations" (arXiv:1803.02155); Raffel et al. 2020
         (T5, arXiv:1910.10683), section 2.1, for a scalar per offset; Dao 2023, "FlashAttention-2" (arXiv:2307.08691),
         algorithms 1 and 2, for the tiling. The gate: Chen et al. 2022 (WavLM, arXiv:2110.13900), equation 3; Dai et
-        al. 2019 (Transformer-XL, arXiv:1901.02860), section 3.3, for one of rank D.
+        al. 2019 (Transformer-XL, arXiv:1901.02860), section 3.3, for one of rank D. The sink: Xiao et al. 2024
+        (arXiv:2309.17453), equation 2.
     """
     query, key, value = with_autocast(query, key, value)
     problem = checked_attention(
@@ -165,7 +173,11 @@ def offset_bias_attention(
         },
     )
     check_flag("return_lse", return_lse)
+    if sink is not None:
+        check_sink(sink, query, problem.num_sequences, query.shape[1])
     out, lse = ops.attention(problem, select_backend(problem, backend))
+    if sink is not None:
+        out, lse = with_sink(out, lse, sink)
     return (out, lse) if return_lse else out
 
 
@@ -205,6 +217,7 @@ def offset_bias_attention_varlen(
     beyond: str = "clamp",
     window_size: tuple[int, int] = (-1, -1),
     bias_gate: Tensor | None = None,
+    sink: Tensor | None = None,
     deterministic: bool | None = None,
     return_lse: bool = False,
     backend: str = "auto",
@@ -227,6 +240,7 @@ def offset_bias_attention_varlen(
             breaks there, unless ``fullgraph=True`` or ``torch._dynamo.config.capture_scalar_outputs`` is set.
         max_seqlen_k: the longest key length, or more: an int or a tensor, as `max_seqlen_q`.
         bias_gate: (total_q, Hq), or (total_q, Hq, R) with `bias` of shape (R, N), (H, R, N) or (B, H, R, N).
+        sink: (Hq,), or (B, Hq) with B the number of sequences.
         return_lse: also return the log-sum-exp, (Hq, total_q).
 
     `offset_bias_attention` documents the other keywords.
@@ -262,6 +276,10 @@ def offset_bias_attention_varlen(
         },
     )
     check_flag("return_lse", return_lse)
+    if sink is not None:
+        check_sink(sink, query, problem.num_sequences, query.shape[1])
     out, lse = ops.attention(problem, select_backend(problem, backend))
+    if sink is not None:
+        out, lse = with_sink(out, lse, sink, cu_seqlens_q)
     out, lse = out.squeeze(0).transpose(0, 1), lse.squeeze(0)
     return (out, lse) if return_lse else out

@@ -121,6 +121,14 @@ PACKAGE = mutants_in("triton_offset_bias", {
          "if scale is None:",
          "if not scale:"),
     ],
+    "sink.py": [
+        ("the sink's sign", "test_sink.py", "one_more_logit and cpp",
+         "torch.sigmoid(lse - logits)",
+         "torch.sigmoid(lse + logits)"),
+        ("packed sequences share the first's sinks", "test_sink.py", "packed and cpp",
+         "sink[sequences].mT",
+         "sink[sequences * 0].mT"),
+    ],
     "dispatch.py": [
         ("backends for other devices are blamed", "test_dispatch.py", "each_cause",
          "if device in backend.DEVICES",

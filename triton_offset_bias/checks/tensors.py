@@ -133,6 +133,16 @@ def check_bias(bias: Tensor, query: Tensor, batch: int, num_heads: int, rank: in
         raise ValueError(f"`bias` must have batch size {batch}, got shape {shape(bias)}")
 
 
+def check_sink(sink: Tensor, query: Tensor, batch: int, num_heads: int) -> None:
+    """Raises unless `sink` has a logit for each of `num_heads` heads, of all sequences or of each of `batch`."""
+    check_tensor("sink", sink)
+    if not sink.is_floating_point():
+        raise TypeError(f"`sink` must have a floating-point dtype, got {sink.dtype}")
+    _check_device("sink", sink, query)
+    if sink.shape not in ((num_heads,), (batch, num_heads)):
+        raise ValueError(f"`sink` must have shape ({num_heads},) or ({batch}, {num_heads}), got shape {shape(sink)}")
+
+
 def _check_key_padding_mask(mask: Tensor, query: Tensor, batch: int, len_k: int) -> None:
     """Raises unless `mask` is a (batch, len_k) bool tensor."""
     check_tensor("key_padding_mask", mask)
