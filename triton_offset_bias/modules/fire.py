@@ -7,7 +7,8 @@ import torch
 from torch import Tensor, nn
 
 from triton_offset_bias.autocast import has_autocast
-from triton_offset_bias.checks.arguments import check_offset_range, checked_count
+from triton_offset_bias.backends.limits import MAX_RANK
+from triton_offset_bias.checks.arguments import check_offset_range, checked_count, checked_int
 from triton_offset_bias.modules.ranges import distance_range
 
 
@@ -19,7 +20,7 @@ class FireBias(nn.Module):
     FIRE divides by ``psi(max(L, i))`` for a query at position i. As long as i <= L, this depends on the offset alone,
     and this module's table is exact. Offsets beyond `threshold` raise an error, since some query then lies beyond it.
     The module does not see positions: with `query_start`, positions or a window, you must keep every query at a
-    position of at most `threshold`, even if its keys are near.
+    position of at most `threshold`, even if its keys are near. `gated` serves queries beyond the threshold.
 
     FIRE is made for causal attention, where ``|offset| = offset``. In other attention a key after the query gets the
     bias of a key at the same distance before it, as in the authors' code.
@@ -74,15 +75,65 @@ class FireBias(nn.Module):
                     f"`{name}` must be within {self.threshold} of 0, because beyond its threshold FIRE depends on the "
                     f"query's position and is no table, got {offset}; build FireBias with a larger `threshold`"
                 )
+        distances = distance_range(min_offset, max_offset, self.c.device)
+        return self._network(self._psi(distances) / self._psi(self._checked_limit()))
+
+    def gated(self, len_q: int, len_k: int, *, query_start: int | None = None, rank: int = 16) -> tuple[Tensor, Tensor]:
+        r"""Tables and gate for queries beyond the threshold: ``offset_bias_attention(..., table, bias_gate=gate)``.
+
+        For one offset the bias is piecewise linear in ``s = 1 / psi(max(L, i))``, as f is a network of ReLUs. Table r
+        holds the bias of every offset at the r-th of `rank` values of s, which are evenly spaced from that of the last
+        query to that of the queries up to L. Query i weighs the two tables around its s: linear interpolation. It is
+        exact for queries up to L, and wherever no unit of f has its kink between the two values. Elsewhere the error
+        is at most
+
+            psi(|offset|) * step / 4 * sum over units k of |out.weight[h, k] * hidden.weight[k]|      step: of s
+
+        Args:
+            len_q, len_k: numbers of queries and keys.
+            query_start: position of query 0 counted from key 0; default ``len_k - len_q``. No query lies before key 0.
+            rank: the number of tables, 2 to 256.
+
+        Returns:
+            The table, (num_heads, rank, len_q + len_k - 1) float32, which covers all offsets. Its `bias_origin` is
+            ``len_k - 1 - query_start``. And the gate, (len_q, rank) float32: for `bias_gate` expand it to
+            (B, num_heads, len_q, rank). Both are differentiable in all parameters.
+
+        Raises:
+            TypeError: an argument is no int.
+            ValueError: a length is below 1, `rank` is out of range, or a query lies before key 0.
+        """
+        start = checked_count("len_k", len_k) - checked_count("len_q", len_q)
+        start = start if query_start is None else checked_int("query_start", query_start)
+        if start < 0:
+            raise ValueError(f"`query_start` must be at least 0, got {start}")
+        if not 2 <= checked_count("rank", rank) <= MAX_RANK:
+            raise ValueError(f"`rank` must be between 2 and {MAX_RANK}, got {rank}")
+        limit = self._checked_limit()
+        positions = torch.arange(start, start + len_q, device=limit.device, dtype=torch.float32)
+        inverse = 1 / self._psi(torch.maximum(positions, limit))  # (len_q,)
+        highest, lowest = 1 / self._psi(limit), inverse[-1]
+        knots = torch.lerp(lowest, highest, torch.linspace(0, 1, rank, device=limit.device))
+        distances = distance_range(start - len_k + 1, start + len_q - 1, limit.device)
+        table = self._network(self._psi(distances) * knots[:, None])  # (num_heads, rank, offsets)
+        step = (highest - lowest) / (rank - 1)
+        place = (inverse - lowest) / torch.where(step > 0, step, 1.0)  # all queries at one s weigh the first table
+        gate = (1 - (place[:, None] - torch.arange(rank, device=limit.device)).abs()).clamp(min=0)
+        return table, gate
+
+    def _checked_limit(self) -> Tensor:
+        """L, at least `threshold`, (1,) float32."""
         largest = torch.finfo(self.limit.dtype).max
         if self.threshold > largest:
             raise ValueError(f"`threshold` must be at most {largest:g} for {self.limit.dtype}, got {self.threshold}")
-        distances = distance_range(min_offset, max_offset, self.c.device)
-        normalised = self._psi(distances) / self._psi(self.limit.float().clamp(min=self.threshold))
-        device_type = distances.device.type
+        return self.limit.float().clamp(min=self.threshold)
+
+    def _network(self, normalised: Tensor) -> Tensor:
+        """The network f in float32, (num_heads, ...), on numbers of any shape."""
+        device_type = normalised.device.type
         with torch.autocast(device_type, enabled=False) if has_autocast(device_type) else nullcontext():
-            hidden = torch.relu(_linear(self.hidden, normalised[:, None]))  # (offsets, hidden_size)
-            return _linear(self.out, hidden).T
+            hidden = torch.relu(_linear(self.hidden, normalised.unsqueeze(-1)))  # (..., hidden_size)
+            return _linear(self.out, hidden).movedim(-1, 0)
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         for name in (f"{prefix}c", f"{prefix}limit"):
