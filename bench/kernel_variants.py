@@ -252,7 +252,7 @@ class Variant:
         tensors = dict.fromkeys(["q", "k", "v", *others[self.kernel]], Strides("i32", "i32", "constexpr", "constexpr"))
         absent = dict.fromkeys(Layout._fields, "constexpr")
         return Layout(
-            **{**absent, **tensors, "strip": StripStrides("i32", "i32", "i32" if self._form().IS_CUT else "constexpr")}
+            **{**absent, **tensors, "strip": StripStrides("i32", "i32", "i32")}
         )
 
     @staticmethod
