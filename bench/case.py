@@ -24,6 +24,7 @@ class Case:
         decoded: queries a sequence, the last ones, as in decoding with a cache; None: as many queries as keys.
         window: keys on each side that a query attends to; -1: all.
         clamp: the table's last offset on each side; its ends stand for offsets beyond. None: a table of all offsets.
+        rank: factors that each query has for the bias, and tables a head; None: no factor, and one table a head.
     """
 
     name: str
@@ -36,6 +37,7 @@ class Case:
     decoded: int | None = None
     window: int = -1
     clamp: int | None = None
+    rank: int | None = None
 
     @property
     def reach(self) -> int:

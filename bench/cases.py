@@ -73,6 +73,9 @@ CASES = {
         Case("b64h4_l49_bf16", 64, 4, 49, 32, "bfloat16"),
         Case("b32h12_l128_bf16", 32, 12, 128, dtype="bfloat16"),
         Case("h1_l8192_w128", 1, 1, 8192, window=128),
+        *(Case(f"h8_l1024_r{rank}", 1, 8, 1024, rank=rank) for rank in (1, 16, 64)),
+        *(Case(f"h8_l1024_c16_r{rank}", 1, 8, 1024, clamp=16, rank=rank) for rank in (16, 64)),
+        *(Case(f"h8_l2048_r{rank}", 1, 8, 2048, rank=rank) for rank in (1, 16, 64)),
         Case("h8_cache32k", 1, 8, 32768, is_causal=True, decoded=1),
         Case("h8_cache32k_d128", 1, 8, 32768, 128, is_causal=True, decoded=1),
         Case("b4h8_cache8k", 4, 8, 8192, is_causal=True, decoded=1),
@@ -165,6 +168,18 @@ SUITES = {
         ("ours", "own_eager", "own_sdpa"),
         has_to_be_named=True,
     ),
+    "gate": Suite(
+        "time with factors from the query, and the ratio of the same call without them, and of dense eager code",
+        (*(f"h8_l1024_r{rank}" for rank in (1, 16, 64)), *(f"h8_l1024_c16_r{rank}" for rank in (16, 64))),
+        (FORWARD, BOTH),
+        ("ours", "ours_ungated", "eager_gated"),
+    ),
+    "gate_memory": Suite(
+        "growth of the peak memory by one step with factors from the query, in a fresh process",
+        tuple(f"h8_l2048_r{rank}" for rank in (1, 16, 64)),
+        (BOTH,),
+        ("ours", "ours_ungated", "eager_gated"),
+    ),
     "gpu": Suite(
         "time and rate of floating point operations on a GPU, over lengths, head dims, masks and clamps",
         tuple(case.name for case in GPU_CASES),
@@ -185,6 +200,8 @@ QUICK_CASES = {
     "window": ("h1_l8192_w128",),
     "memory": ("h8_l2048",),
     "models": ("mpnet_b8_l384_bf16", "swin_t"),
+    "gate": ("h8_l1024_r16",),
+    "gate_memory": ("h8_l2048_r16",),
     "gpu": tuple(case.name for case in GPU_CASES if case.length in (1024, 4096) and case.head_dim == 64),
 }
 
@@ -195,7 +212,9 @@ class Inputs:
 
     Attributes:
         q, dout: (B, H, M, D); `dout` is the gradient of the output. `k` and `v` are (B, H, L, D).
-        table: (H, 2R + 1) float32, the bias of every offset from -R to R, where R is L - 1 or the case's clamp.
+        table: (H, 2R + 1) float32, the bias of every offset from -R to R, where R is L - 1 or the case's clamp; with a
+            gate (H, rank, 2R + 1).
+        gate: None, or (B, H, M, rank) float32, factors of the tables.
         is_causal: attend only where offset >= 0.
         window: keys on each side that a query attends to; -1: all.
     """
@@ -207,19 +226,27 @@ class Inputs:
     dout: Tensor
     is_causal: bool
     window: int
+    gate: Tensor | None = None
 
     @property
     def reach(self) -> int:
         """The table's last offset on each side, R."""
-        return self.table.shape[1] // 2
+        return self.table.shape[-1] // 2
 
-    def arguments(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """The leaves (q, k, v, table)."""
-        return self.q, self.k, self.v, self.table
+    def arguments(self) -> tuple[Tensor, ...]:
+        """The leaves (q, k, v, table), and the gate if there is one."""
+        leaves = self.q, self.k, self.v, self.table
+        return leaves if self.gate is None else (*leaves, self.gate)
 
-    def detached(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """The tensors (q, k, v, table) without gradients, as in inference."""
-        return self.q.detach(), self.k.detach(), self.v.detach(), self.table.detach()
+    def detached(self) -> tuple[Tensor, ...]:
+        """The tensors of `arguments` without gradients, as in inference."""
+        return tuple(x.detach() for x in self.arguments())
+
+    def ungated(self) -> "Inputs":
+        """The same inputs without a gate, and with a head's first table."""
+        if self.gate is None:
+            return self
+        return replace(self, table=self.table[:, 0].detach().clone().requires_grad_(), gate=None)
 
 
 def make_inputs(case: Case, device: str) -> Inputs:
@@ -233,5 +260,10 @@ def make_inputs(case: Case, device: str) -> Inputs:
     lengths = (case.queries, case.length, case.length)
     shapes = [(case.batch, case.heads, length, case.head_dim) for length in lengths]
     q, k, v = (normal(*shape, dtype=dtype).requires_grad_() for shape in shapes)
-    table = normal(case.heads, 2 * case.reach + 1, dtype=torch.float32).requires_grad_()
-    return Inputs(q, k, v, table, normal(*shapes[0], dtype=dtype), case.is_causal, case.window)
+    ranks = () if case.rank is None else (case.rank,)
+    table = normal(case.heads, *ranks, 2 * case.reach + 1, dtype=torch.float32).requires_grad_()
+    dout = normal(*shapes[0], dtype=dtype)
+    gate = None
+    if case.rank is not None:
+        gate = (normal(*shapes[0][:3], case.rank, dtype=torch.float32) / case.rank**0.5).requires_grad_()
+    return Inputs(q, k, v, table, dout, case.is_causal, case.window, gate)

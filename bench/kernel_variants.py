@@ -251,9 +251,7 @@ class Variant:
         others["dkey_dvalue"] += ["dq"] if self.is_whole else []
         tensors = dict.fromkeys(["q", "k", "v", *others[self.kernel]], Strides("i32", "i32", "constexpr", "constexpr"))
         absent = dict.fromkeys(Layout._fields, "constexpr")
-        return Layout(
-            **{**absent, **tensors, "strip": StripStrides("i32", "i32", "i32")}
-        )
+        return Layout(**{**absent, **tensors, "strip": StripStrides("i32", "i32", "i32")})
 
     @staticmethod
     def _type_of(parameter: Any, types: dict[str, Any], tensor: str) -> Any:

@@ -61,11 +61,11 @@ def _growth_here(case: Case, provider_name: str, mode: str) -> int:
     provider = PROVIDERS[provider_name]
     # A compiled provider is compiled for one shape, so that shape is its warm-up.
     warm_up = case if provider.is_compiled else replace(case, length=min(WARM_UP_LENGTH, case.length))
-    inputs = make_inputs(warm_up, "cpu")
+    inputs = provider.seen(make_inputs(warm_up, "cpu"))
     step = make_step(provider, provider.prepare(inputs), inputs, mode)
     step.timed(step.before())
     if not provider.is_compiled:
-        inputs = make_inputs(case, "cpu")
+        inputs = provider.seen(make_inputs(case, "cpu"))
         step = make_step(provider, provider.prepare(inputs), inputs, mode)
     state = step.before()
     gc.collect()

@@ -21,13 +21,14 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
 
 from bench.cases import FORWARD, MODES, Inputs
+from bench.eager import eager_gated
 from triton_offset_bias import offset_bias_attention
 from triton_offset_bias.backends import cpp
 from triton_offset_bias.backends.cpp import library
 
 VECTORS = "avx512_bf16"
 
-Run = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]  # q, k, v, table -> out
+Run = Callable[..., Tensor]  # q, k, v, table, and the gate if there is one -> out
 
 
 class AbsentError(RuntimeError):
@@ -42,6 +43,7 @@ class Provider:
         label: the name in plots.
         prepare: returns the function to be timed.
         uses_table: False for attention without a bias.
+        is_ungated: takes `Inputs.ungated`.
         is_dense: stores B*H*M*N numbers.
         is_compiled: compiled by torch.compile for one shape.
         cpu_modes: the modes in which it can run on a CPU.
@@ -52,16 +54,26 @@ class Provider:
     label: str
     prepare: Callable[[Inputs], Run]
     uses_table: bool = True
+    is_ungated: bool = False
     is_dense: bool = False
     is_compiled: bool = False
     cpu_modes: tuple[str, ...] = MODES
     why_not: str = ""
     context: Callable[[], AbstractContextManager] = nullcontext
 
+    def seen(self, inputs: Inputs) -> Inputs:
+        """The inputs that the provider takes."""
+        return inputs.ungated() if self.is_ungated else inputs
+
 
 def ours(inputs: Inputs) -> Run:
     """This package."""
-    return lambda q, k, v, table: offset_bias_attention(q, k, v, table, **_band(inputs))
+    return lambda q, k, v, table, gate=None: offset_bias_attention(q, k, v, table, bias_gate=gate, **_band(inputs))
+
+
+def ours_ungated(inputs: Inputs) -> Run:
+    """This package without factors from the query. The difference to `ours` is their cost."""
+    return ours(inputs)
 
 
 def ours_no_bias(inputs: Inputs) -> Run:
@@ -289,6 +301,8 @@ def _compile(function: Callable) -> Callable:
 PROVIDERS = {
     "ours": Provider("ours", ours),
     "ours_no_bias": Provider("ours, no bias", ours_no_bias, uses_table=False),
+    "ours_ungated": Provider("ours, no gate", ours_ungated, is_ungated=True),
+    "eager_gated": Provider("dense, eager", eager_gated, is_dense=True),
     "ours_vectors": Provider("ours, avx512_bf16", ours_vectors, context=_vectors),
     "ours_atomics": Provider(
         "ours, atomic per score",

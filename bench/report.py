@@ -1,7 +1,7 @@
 """A report of a CSV: a summary, and the required figures with whether they are met. ``python -m bench.report FILE``."""
 
 import argparse
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -58,6 +58,7 @@ def requirements() -> list[Requirement]:
     found.append(Requirement("forward vs SDPA, no bias", "h8_l2048", _speedup("h8_l2048", FORWARD, no_bias), 1.1))
     for case in ("b32h12_l128", "b192h4_l49"):
         found.append(Requirement("forward+backward vs SDPA, no bias", case, _speedup(case, BOTH, no_bias), 1.2))
+    found += _gate_requirements()
     cache = "h8_cache32k_bf16"
     found.append(
         Requirement("decoding, share of the copy rate", cache, _one("copy_fraction", cache, "ours", FORWARD), 0.75)
@@ -75,6 +76,32 @@ def requirements() -> list[Requirement]:
         value = _memory_ratio(suffix)
         found.append(Requirement("memory of the leanest SDPA + bias / ours", f"h8_l4096{suffix}", value, 15.0))
     return found
+
+
+# Bounds of calls with factors from the query: forward and forward+backward over the same call without them, dense eager
+# code over ours forward+backward, and the memory's growth of forward+backward at 2048 tokens in MiB.
+GATE_BOUNDS = {"r1": (1.1, 1.09, 4.2, 19), "r16": (1.29, 1.33, 4.0, 30), "r64": (1.73, 1.9, 3.5, 54)}
+SHORT_GATE_BOUNDS = {"c16_r16": (1.14, 1.17), "c16_r64": (1.14, 1.17)}
+
+
+def _gate_requirements() -> list[Requirement]:
+    found = []
+    for name, (*costs, speedup, memory) in GATE_BOUNDS.items():
+        found += _gate_costs(f"h8_l1024_{name}", costs)
+        value = _speedup(f"h8_l1024_{name}", BOTH, ("eager_gated",))
+        found.append(Requirement("a gate, forward+backward vs dense eager", f"h8_l1024_{name}", value, speedup))
+        value = _one("memory", f"h8_l2048_{name}", "ours", BOTH)
+        found.append(Requirement("a gate, memory growth in MiB", f"h8_l2048_{name}", value, memory, is_upper=True))
+    for name, costs in SHORT_GATE_BOUNDS.items():
+        found += _gate_costs(f"h8_l1024_{name}", costs)
+    return found
+
+
+def _gate_costs(case: str, bounds: Sequence[float]) -> list[Requirement]:
+    return [
+        Requirement(f"a gate, {mode} over the call without", case, _cost(case, mode), bound, is_upper=True)
+        for mode, bound in zip((FORWARD, BOTH), bounds, strict=True)
+    ]
 
 
 # Bounds of bfloat16 problems on processors with AMX: forward and forward+backward, each over the build avx512_bf16,
@@ -165,6 +192,10 @@ def _speedup(case: str, mode: str, peers: tuple[str, ...]) -> Value:
         return times.min() / median(results, "time", case, "ours", mode)
 
     return value
+
+
+def _cost(case: str, mode: str) -> Value:
+    return lambda results: 1 / median(results, "ratio", case, "ours_ungated", mode)
 
 
 def _least_thread_speedup(provider: str) -> Value:

@@ -73,7 +73,7 @@ class Checker:
                 results = [out, *torch.autograd.grad(out, _leaves(provider, self._inputs), self._inputs.dout)]
             else:
                 results = [run(*self._inputs.detached())]
-        names = ("out", "dq", "dk", "dv", "dtable")
+        names = ("out", "dq", "dk", "dv", "dtable", "dgate")
         for name, got, want in zip(names, results, expected, strict=False):
             checked = got[: self._heads] if name == "dtable" else got[:, : self._heads]
             error = (checked - want).abs().max().item() / max(1.0, want.abs().max().item())
@@ -92,12 +92,19 @@ class Checker:
         inputs, heads = self._inputs, self._heads
         leaves = [x.detach()[:, :heads].requires_grad_() for x in (inputs.q, inputs.k, inputs.v)]
         leaves += [inputs.table.detach()[:heads].requires_grad_()] if has_bias else []
+        gate = None if inputs.gate is None or not has_bias else inputs.gate.detach()[:, :heads].requires_grad_()
         window = (inputs.window, inputs.window)
         out = offset_bias_attention(
-            *leaves, *([] if has_bias else [None]), is_causal=inputs.is_causal, window_size=window, backend="reference"
+            *leaves,
+            *([] if has_bias else [None]),
+            bias_gate=gate,
+            is_causal=inputs.is_causal,
+            window_size=window,
+            backend="reference",
         )
+        leaves += [] if gate is None else [gate]
         return [out.detach(), *torch.autograd.grad(out, leaves, inputs.dout[:, :heads])]
 
 
 def _leaves(provider: Provider, inputs: Inputs) -> tuple[Tensor, ...]:
-    return inputs.arguments()[: 4 if provider.uses_table else 3]
+    return inputs.arguments() if provider.uses_table else inputs.arguments()[:3]

@@ -44,7 +44,7 @@ class Plan:
 def measure(plan: Plan, maker: RowMaker) -> Iterator[Row]:
     """Measures according to the plan. Providers that cannot run are left out, with a line that says why."""
     torch.set_num_threads(plan.threads)
-    if plan.suite == "memory":
+    if plan.suite in ("memory", "gate_memory"):
         yield from _memory(plan, maker)
         return
     if isinstance(plan.case, ModelCase):
@@ -58,7 +58,9 @@ def measure(plan: Plan, maker: RowMaker) -> Iterator[Row]:
     for mode in plan.modes:
         able = [name for name in runs if _can_run(plan, name, mode)]
         repeats = plan.device != "cpu" and mode == BACKWARD
-        steps = {name: make_step(PROVIDERS[name], runs[name], inputs, mode, repeats) for name in able}
+        steps = {
+            name: make_step(PROVIDERS[name], runs[name], PROVIDERS[name].seen(inputs), mode, repeats) for name in able
+        }
         yield from measure_mode(plan, mode, steps, maker)
 
 
@@ -162,6 +164,7 @@ def _window(plan: Plan, mode: str, steps: dict[str, Step], maker: RowMaker) -> I
 _MEASURES = {
     "speed": _speed,
     "plain": _speed,
+    "gate": _speed,
     "floors": _floors,
     "gemm": _gemm,
     "threads": _threads,
@@ -195,9 +198,12 @@ def _checked_runs(plan: Plan, inputs: Inputs) -> dict[str, Run]:
             _say_absent(plan, name, "every mode", provider.why_not)
             continue
         try:
-            run = provider.prepare(inputs)
+            seen = provider.seen(inputs)
+            run = provider.prepare(seen)
             with functorch_config.patch(donated_buffer=False):  # backward alone is repeated from one forward
-                checker.check(provider, run, needs_gradients=any(mode != FORWARD for mode in modes))
+                (checker if seen is inputs else Checker(seen)).check(
+                    provider, run, needs_gradients=any(mode != FORWARD for mode in modes)
+                )
             runs[name] = run
         except Exception as error:
             if name.startswith("ours") and not isinstance(error, AbsentError):

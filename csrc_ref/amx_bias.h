@@ -42,9 +42,10 @@ class BiasTiles {
 
  private:
   // Whether all biases stay finite when they are divided by the scale, and the scale is so far from 0 that neither it
-  // nor its inverse loses digits. Maxima of scores are those of their multiples if it is positive.
+  // nor its inverse loses digits. A gate multiplies the biases of each row. Maxima of scores are those of their
+  // multiples if it is positive.
   static bool can_divide(const tob_problem &p, float inverse_scale) {
-    if (p.query_positions || !(inverse_scale > 1e-6f && inverse_scale < 1e6f)) return false;
+    if (p.query_positions || p.gate.data || !(inverse_scale > 1e-6f && inverse_scale < 1e6f)) return false;
     const float *bias = static_cast<const float *>(p.bias);
     const int64_t count = p.bias ? p.bias_batch * p.bias_heads * p.bias_columns : 0;
     constexpr float kLargest = std::numeric_limits<float>::max();

@@ -56,7 +56,7 @@ struct AmxProducts {
         amx::multiply<amx::Start::kBias>(queries, keys, out + column, stride, chunks,
                                          terms.bias_tile + column / amx::kTileRows * amx::kTileReals);
     }
-    if (terms.strip || terms.gathered || terms.key_mask || terms.scale != 1)
+    if (terms.has_bias() || terms.key_mask || terms.scale != 1)
       visit_terms(terms, [&](auto bias, auto mask) {
         for (int r = 0; r < rows; ++r)
           for (int j = columns.begin; j < columns.end; j += W) {

@@ -8,7 +8,7 @@
 #pragma once
 
 #include "dbias.h"
-#include "query_rows.h"
+#include "gate_sums.h"
 #include "tiles.h"
 
 namespace tob {
@@ -22,13 +22,15 @@ template <class Products> class Backward {
                        kChunk = kChunkCells<Real, Operand>;
   static constexpr int kQueries = Products::kBackwardQueries, kMaxKeys = Products::kBackwardKeys;  // of a tile
   static constexpr int kRows = Products::kRows;
+  static constexpr bool kKeepsTile = Products::kKeptRows == kQueries;  // else a step's rows of it
   using TilePair = Tiles<Real, Operand, kQueries, kMaxKeys, Products::kKeptRows>;
   static constexpr int64_t kTileStride = TilePair::kStride;
 
  public:
   Backward(const tob_problem &problem, const tob_tensor &output, const tob_row_stats &stats,
            const tob_tensor &output_gradient, const void *lse_gradient, const tob_tensor &query_gradient,
-           const tob_tensor &key_gradient, const tob_tensor &value_gradient, void *bias_gradient)
+           const tob_tensor &key_gradient, const tob_tensor &value_gradient, const tob_tensor &gate_gradient,
+           void *bias_gradient)
       : p(problem),
         query_tensors{output,
                       output_gradient,
@@ -38,6 +40,7 @@ template <class Products> class Backward {
                       static_cast<const Real *>(lse_gradient)},
         dkey(key_gradient),
         dvalue(value_gradient),
+        dgate(gate_gradient),
         dbias(static_cast<Real *>(bias_gradient)) {}
 
   void run() {
@@ -57,9 +60,10 @@ template <class Products> class Backward {
           }},
          {row_blocks + 1, [&](int64_t head, int64_t task, int) {
             if (task == 0) sum_dbias(head, head_order);
-            else query_rows.write_dquery(head_of(head, (task - 1) % group), int((task - 1) / group) * kQueries, before);
+            else write_rows_of(head_of(head, (task - 1) % group), int((task - 1) / group) * kQueries);
           }}});
-    if (dbias) dbias_sums.write(dbias);
+    if (dbias_sums.needed()) dbias_sums.write(dbias);
+    else if (dbias) gate_sums.write_table(dbias);
   }
 
  private:
@@ -72,6 +76,8 @@ template <class Products> class Backward {
         dvalue[kMaxKeys * (kMaxDim + kPanelWidth)];  // row-major, to be scaled
     TilePair tiles;
     KeptWeights<kQueries, kMaxKeys> kept;
+    GateProducts<Real, kRows, kMaxKeys> gate_products;
+    Real gate_sums[kQueries + W];  // see sum_rows
   };
 
   // Query head g of the query heads that share a key head. head is b * heads_kv + h.
@@ -99,8 +105,9 @@ template <class Products> class Backward {
   // Pass 1: a block of queries, and at the first block what a head begins with.
   void prepare(const Head &head, int first) {
     if (dbias_sums.needed() && first == 0) dbias_sums.begin_head(head.slot);
-    if (first == 0) bias_tiles.make(head.slot, head.b, head.h);
+    if (first == 0) scorer.make(head.slot, head.b, head.h);
     query_rows.prepare(head, first);
+    gate_sums.prepare(head, first);
   }
 
   // Pass 2: one block of keys with all queries that attend to it, of every query head that shares the keys.
@@ -109,7 +116,7 @@ template <class Products> class Backward {
     const int64_t first_key = p.sequences[b].first_key;
     const Matrix k = matrix_of(p.key, p.dtype, int(p.dim), b, h, first_key),
                  v = matrix_of(p.value, p.dtype, int(p.dim_v), b, h, first_key);
-    const Band &band = bands[size_t(b)];
+    const Band &band = scorer.bands[size_t(b)];
     Block &t = c.block;
     for (int j = 0; j < c.count; j += kPanelWidth) {
       pack_right_transposed<Operand>(k, c.first + j, std::min(kPanelWidth, c.count - j),
@@ -124,13 +131,13 @@ template <class Products> class Backward {
     std::fill_n(t.dkey, padded_keys * chunks * kPanelWidth, Real(0));
     std::fill_n(t.dvalue, padded_keys * chunks_v * kPanelWidth, Real(0));
 
-    const Range used = mask.used(b).clip(c.first, c.first + c.count);
+    const Range used = scorer.mask.used(b).clip(c.first, c.first + c.count);
     const Range attending = used.empty() ? Range{0, 0} : band.queries_of(used.begin, used.end);
     for (int64_t g = 0; g < group; ++g) sweep(c, head_of(c.head, g), g, used, attending);
 
     if (dkey.data)
       Products::write_gradient(result_matrix(p, dkey, int(p.dim), b, h, first_key), c.first, c.count, before,
-                               scale.dkey, t.dkey, padded_keys, chunks);
+                               scorer.scale.dkey, t.dkey, padded_keys, chunks);
     if (dvalue.data)
       Products::write_gradient(result_matrix(p, dvalue, int(p.dim_v), b, h, first_key), c.first, c.count, before,
                                kept_scale, t.dvalue, padded_keys, chunks_v);
@@ -140,18 +147,21 @@ template <class Products> class Backward {
   void sweep(Column &c, const Head &head, int64_t g, Range used, Range attending) {
     const bool is_first = c.first == 0;
     const int64_t len_q = p.sequences[head.b].len_q;
-    if (dbias) dbias_sums.begin_task(c.thread);
+    if (dbias_sums.needed()) dbias_sums.begin_task(c.thread);
     for (int first = round_down(attending.begin, kQueries); first < attending.end; first += kQueries) {
       const int rows = round_up(std::min(kQueries, int(len_q) - first), Products::kTile);
       const int64_t step = g * (query_tiles + 1) + first / kQueries;
+      // Sums of a gate are the head's. Where few rows of dS are kept, these are added at once.
+      if (!kKeepsTile && scorer.gate.present() && !is_first) c.order.wait(c.task - 1, step);
       fill_tiles(c, head, first, rows, used);
-      if constexpr (Products::kKeptRows == kQueries) add_dbias(c, head, first, 0, rows);
+      if constexpr (kKeepsTile) add_dbias(c, head, first, 0, rows);
       if (!is_first) c.order.wait(c.task - 1, step);
+      if constexpr (kKeepsTile) add_gate(c, head, first, 0, rows);
       accumulate(c, head, first, rows);
       c.order.finish(c.task, step);
     }
     const int64_t last_step = g * (query_tiles + 1) + query_tiles;
-    if (dbias) {
+    if (dbias_sums.needed()) {
       if (!is_first) c.order.wait(c.task - 1, last_step);
       dbias_sums.add_task(c.thread, head.slot);
     }
@@ -164,7 +174,10 @@ template <class Products> class Backward {
     if (p.has_dropout) t.kept.fill(p, head.b, head.h, first, c.first, rows, c.count);
     for (int row = 0; row < rows; row += kRows) {
       fill_rows(c, head, first, row, std::min(kRows, rows - row), used);
-      if constexpr (Products::kKeptRows == kRows) add_dbias(c, head, first, row, kRows);
+      if constexpr (!kKeepsTile) {
+        add_dbias(c, head, first, row, kRows);
+        add_gate(c, head, first, row, kRows);
+      }
       t.tiles.pack(row, std::min(kRows, rows - row), round_up(c.count, kPanelWidth), dvalue.data, dkey.data,
                    needs_dquery());
     }
@@ -172,15 +185,22 @@ template <class Products> class Backward {
 
   // Adds rows [row, row + rows) of the tile to the task's share of dbias.
   void add_dbias(Column &c, const Head &head, int first, int row, int rows) {
-    if (!dbias) return;
+    if (!dbias_sums.needed()) return;
     dbias_sums.add_tile(c.thread, c.block.tiles.dscores(row), kTileStride, first + row, c.first, rows,
-                        round_up(c.count, kPanelWidth), gathered.from(head.b, head.h, first + row, c.first));
+                        round_up(c.count, kPanelWidth), scorer.gathered.from(head.b, head.h, first + row, c.first),
+                        gate_sums.column(head.slot, first + row));
+  }
+
+  // Adds rows [row, row + rows) of the tile to the head's sums of a gate.
+  void add_gate(Column &c, const Head &head, int first, int row, int rows) {
+    gate_sums.add_tile(head, c.block.tiles.dscores(row), kTileStride, first + row, c.first, rows,
+                       round_up(c.count, kPanelWidth), c.block.gate_sums + row);
   }
 
   // Rows [row, row + rows) of the tile.
   void fill_rows(Column &c, const Head &head, int first, int row, int rows, Range used) {
     Block &t = c.block;
-    const Band &band = bands[size_t(head.b)];
+    const Band &band = scorer.bands[size_t(head.b)];
     const int query = first + row, width = round_up(c.count, kPanelWidth);
     const Range attended = band.keys_of(query, query + rows).clip(used.begin, used.end);
     const Range columns = attended.empty() ? Range{0, 0}
@@ -189,18 +209,14 @@ template <class Products> class Backward {
     Real *probs = t.tiles.probs(row), *dscores = t.tiles.dscores(row);
     clear_outside(probs, kTileStride, rows, columns, width);
     clear_outside(dscores, kTileStride, rows, columns, width);
+    std::fill_n(t.gate_sums + row, rows, Real(0));
     if (columns.empty()) return;
     const int64_t base = query_rows.index(head, query);
-    const bool biased = p.bias || !band.covers(query, query + rows, c.first + columns.begin, c.first + columns.end);
-    const GatheredTile<Real> gathered_tile = gathered.from(head.b, head.h, query, c.first);
-    const ScoreTerms<Real> terms{
-        scale.products, biased && !bias_tiles.present() ? strips.at(head.b, head.h, c.first - query) : nullptr,
-        gathered.present() ? &gathered_tile : nullptr, mask.present() ? mask.at(head.b) + c.first : nullptr,
-        biased ? bias_tiles.at(head.slot, query, c.first) : nullptr};
-    Products::scores(query_rows.queries.left(head.slot, query), query_rows.queries.panel_stride, t.key_columns, chunks,
-                     probs, kTileStride, terms, rows, columns, c.count);
+    const PairTile tile{head.slot, head.b, head.h, query, c.first, rows, columns};
+    scorer.scores(tile, query_rows.queries.left(head.slot, query), query_rows.queries.panel_stride, t.key_columns,
+                  chunks, probs, kTileStride, gate_sums.rows(head.slot, query), t.gate_products);
     const auto prob = [&](const Real *x, Vec maximum, Vec factor) {
-      return factor * Lanes::exp2(Products::scaled(Lanes::load(x), scale.scores) - maximum);
+      return factor * Lanes::exp2(Products::scaled(Lanes::load(x), scorer.scale.scores) - maximum);
     };
     for (int r = 0; r < rows; ++r) {
       const Vec maximum = Lanes::broadcast(query_rows.max.get()[base + r]),
@@ -223,12 +239,13 @@ template <class Products> class Backward {
     };
     if (needs_dscores()) p.has_dropout ? make_with(std::true_type()) : make_with(std::false_type());
     if (p.has_dropout) drop(probs, kTileStride, rows, columns, kept);
+    gate_sums.sum_rows(scorer, tile, dscores, kTileStride, t.gate_sums + row);
   }
 
   // dV += P^T dO, dK += dS^T Q, dQ += dS K
   void accumulate(Column &c, const Head &head, int first, int rows) {
     Block &t = c.block;
-    const Band &band = bands[size_t(head.b)];
+    const Band &band = scorer.bands[size_t(head.b)];
     const int padded_keys = round_up(c.count, Products::kTile);
     const auto query_range = [&](int j, int count) {
       return band.queries_of(c.first + j, c.first + j + count).clip(first, first + rows).shift(-first);
@@ -248,30 +265,33 @@ template <class Products> class Backward {
           query_rows.dquery_at(head, first), chunks * kPanelWidth, rows, chunks, nullptr, key_range);
   }
 
-  // Pass 3: adds the head's sums of dbias to its row of the table. Heads follow one another, as they may share the row.
+  // Pass 3: writes a block of dQ and of the gate's gradient.
+  void write_rows_of(const Head &head, int first) const {
+    query_rows.write_dquery(head, first, before);
+    gate_sums.write_dgate(head, first);
+  }
+
+  // Adds the head's sums of dbias to its row of the table. Heads follow one another, as they may share the row.
   void sum_dbias(int64_t head, OrderedSteps &order) {
     if (!dbias) return;
     if (head > 0) order.wait(head - 1, 0);
     for (int64_t g = 0; g < group; ++g) {
-      const auto [slot, b, h] = head_of(head, g);
-      dbias_sums.add_head(slot, b, h);
+      const Head one = head_of(head, g);
+      if (dbias_sums.needed()) dbias_sums.add_head(one.slot, one.b, one.h);
+      else gate_sums.add_head(one);
     }
     order.finish(head, 0);
   }
 
   bool needs_dquery() const { return query_tensors.dquery.data; }
-  bool needs_dscores() const { return needs_dquery() || dkey.data || dbias; }
+  bool needs_dscores() const { return needs_dquery() || dkey.data || dbias || dgate.data; }
 
   const tob_problem &p;
   const QueryTensors<Real> query_tensors;
-  const tob_tensor &dkey, &dvalue;
+  const tob_tensor &dkey, &dvalue, &dgate;
   Real *dbias;
   // Members are initialised in this order, so each may read only the members above it.
-  const std::vector<Band> bands = bands_of(p);
   const BiasTable<Real> table{p};
-  const BiasStrips<Real> strips{p, table};
-  const GatheredBias<Real> gathered{p, table};
-  const KeyMask<Real> mask{p};
   const Real kept_scale = p.has_dropout ? Real(p.kept_scale) : Real(1);
   const Real before = p.is_part ? Real(1) : Real(0);  // factor on the gradients that other parts have left
   const int chunks = round_up(int(p.dim), kPanelWidth) / kPanelWidth,
@@ -283,10 +303,10 @@ template <class Products> class Backward {
   const int64_t heads = p.batch * p.heads_kv;                     // key heads
   const Schedule schedule{heads, 3, key_blocks, p.num_threads};
   const int64_t slots = schedule.slots, slots_q = slots * group;  // heads at work
-  const typename Products::BiasTiles bias_tiles{p, strips, slots_q};
-  const Scale<Real, Operand> scale{p.scale, bias_tiles.present()};
-  const QueryRows<Products> query_rows{p, query_tensors, slots_q, scale.query};
-  const DbiasSums<Real> dbias_sums{p, dbias != nullptr, p.num_threads, slots_q};
+  const Scorer<Products> scorer{p, table, slots_q, dgate.data != nullptr};
+  const QueryRows<Products> query_rows{p, query_tensors, slots_q, scorer.scale.query};
+  const DbiasSums<Real> dbias_sums{p, dbias != nullptr && p.rank == 1, p.num_threads, slots_q};
+  const GateSums<Products> gate_sums{p, scorer.gate, dgate, dbias != nullptr, slots_q};
 };
 
 }  // namespace tob

@@ -29,12 +29,26 @@ template <class Real> struct GatheredTile {
     return query_positions[row] - keys_of_vector;
   }
 
-  // The bias in bits, -inf outside the band.
+  // The numbers of the table in bits, whether pairs are in the band or not.
+  TOB_INLINE typename Simd<Real>::Vec numbers(int row, int column) const {
+    const auto columns = columns_of(offsets_of(row, column));
+    typename Simd<Real>::Vec values;
+    for (int lane = 0; lane < Simd<Real>::kLanes; ++lane) values[lane] = table[columns[lane]];
+    return values;
+  }
+
+  // The bias in bits, -inf outside the band; with a gate its factor for the row is given.
   TOB_INLINE typename Simd<Real>::Vec bias(int row, int column) const {
+    return inside_band(row, column, numbers(row, column));
+  }
+  TOB_INLINE typename Simd<Real>::Vec bias(int row, int column, Real gate) const {
+    return inside_band(row, column, Simd<Real>::broadcast(gate) * numbers(row, column));
+  }
+
+ private:
+  TOB_INLINE typename Simd<Real>::Vec inside_band(int row, int column, typename Simd<Real>::Vec values) const {
     using Lanes = Simd<Real>;
-    const auto offsets = offsets_of(row, column), columns = columns_of(offsets);
-    typename Lanes::Vec values;
-    for (int lane = 0; lane < Lanes::kLanes; ++lane) values[lane] = table[columns[lane]];
+    const auto offsets = offsets_of(row, column);
     typename Simd<Real>::IntVec columns_ahead;
     for (int lane = 0; lane < Lanes::kLanes; ++lane) columns_ahead[lane] = column + lane - row;
     const typename Lanes::Vec forbidden = Lanes::broadcast(-std::numeric_limits<Real>::infinity());

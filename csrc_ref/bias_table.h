@@ -29,14 +29,14 @@ inline int64_t bias_column(const tob_problem &p, int64_t offset) {
 // softmax does not change, and the scores keep the digits that a large bias would take from them. The constant is the
 // row's finite number of least magnitude, if all finite numbers of the row have one sign and lie within a factor 2 of
 // one another, since the subtraction is exact then (Sterbenz 1974). It is 0 otherwise, and for 16-bit queries, whose
-// scores do not have such digits. It is 0 for parts, whose tables are cut to what they reach.
+// scores do not have such digits. It is 0 for parts, whose tables are cut to what they reach, and with gates.
 template <class Real> class BiasTable {
  public:
   explicit BiasTable(const tob_problem &p)
       : columns_(p.bias ? p.bias_columns : 0),
         nats_(static_cast<const Real *>(p.bias)),
         constants_(size_t(p.bias ? p.bias_batch * p.bias_heads : 1)) {
-    const bool has_digits = !p.is_part && (p.dtype == TOB_FLOAT32 || p.dtype == TOB_FLOAT64);
+    const bool has_digits = !p.is_part && !p.gate.data && (p.dtype == TOB_FLOAT32 || p.dtype == TOB_FLOAT64);
     for (size_t row = 0; p.bias && has_digits && row < constants_.size(); ++row)
       constants_[row] = constant_of(nats_ + int64_t(row) * columns_);
   }
@@ -82,6 +82,15 @@ template <class Real> class BiasTable {
   int64_t columns_;
   const Real *nats_;
   std::vector<Real> constants_;
+};
+
+// A row of the table, as a strip is made of it.
+template <class Real> struct BiasRow {
+  const BiasTable<Real> &table;
+  int64_t row;
+
+  Real bits(int64_t column) const { return table.bits(row, column); }
+  void reversed(int64_t last, int64_t count, Real *bits) const { table.reversed(row, last, count, bits); }
 };
 
 }  // namespace tob

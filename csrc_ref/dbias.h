@@ -6,9 +6,10 @@
 
 namespace tob {
 
-// strip[column - row] += dS for every element of a tile. Each step adds up a vector of neighbouring diagonals, which
-// begin one column further right in each row.
-template <class Real> void add_diagonals(const Real *dscores, int64_t stride, int rows, int width, Real *strip) {
+// strip[column - row] += dS for every element of a tile, times gates[row] if there are any. Each step adds up a vector
+// of neighbouring diagonals, which begin one column further right in each row.
+template <bool kGated, class Real>
+void add_diagonals(const Real *dscores, int64_t stride, int rows, int width, const Real *gates, Real *strip) {
   using Lanes = Simd<Real>;
   constexpr int W = Lanes::kLanes;
   const int64_t next = stride + 1;
@@ -17,24 +18,30 @@ template <class Real> void add_diagonals(const Real *dscores, int64_t stride, in
     if (begin >= end) continue;
     typename Lanes::Vec sums[4] = {};
     const Real *at = dscores + begin * next + x;
+    const auto term = [&](int row, const Real *from) {
+      if constexpr (kGated) return Lanes::broadcast(gates[row]) * Lanes::load(from);
+      else return Lanes::load(from);
+    };
     int r = begin;
     for (; r + 4 <= end; r += 4, at += 4 * next)
-      for (int i = 0; i < 4; ++i) sums[i] += Lanes::load(at + i * next);
-    for (; r < end; ++r, at += next) sums[0] += Lanes::load(at);
+      for (int i = 0; i < 4; ++i) sums[i] += term(r + i, at + i * next);
+    for (; r < end; ++r, at += next) sums[0] += term(r, at);
     Lanes::store(strip + x, Lanes::load(strip + x) + ((sums[0] + sums[1]) + (sums[2] + sums[3])));
   }
 }
 
-// table[column of the offset] += dS for every element of a tile, one after another.
+// table[column of the offset] += dS for every element of a tile, times gates[row] if there are any, one after another.
 template <class Real>
 void add_elements(const Real *dscores, int64_t stride, int rows, int width, const GatheredTile<Real> &gathered,
-                  double *table) {
+                  const Real *gates, double *table) {
   constexpr int W = Simd<Real>::kLanes;
-  for (int r = 0; r < rows; ++r)
+  for (int r = 0; r < rows; ++r) {
+    const double gate = gates ? double(gates[r]) : 1;
     for (int column = 0; column < width; column += W) {
       const auto columns = gathered.columns_of(gathered.offsets_of(r, column));
-      for (int lane = 0; lane < W; ++lane) table[columns[lane]] += double(dscores[r * stride + column + lane]);
+      for (int lane = 0; lane < W; ++lane) table[columns[lane]] += gate * double(dscores[r * stride + column + lane]);
     }
+  }
 }
 
 // The sum of a task, and of a head, is a strip over x = j - i if positions are contiguous. If tensors give the
@@ -63,10 +70,13 @@ template <class Real> class DbiasSums {
   }
 
   // Adds the tile of dS whose corner is (row, column), with a vector of zeros before and after each of its rows.
+  // `gates` are factors of the rows, or null.
   void add_tile(int thread, const Real *dscores, int64_t stride, int row, int column, int rows, int width,
-                const GatheredTile<Real> &gathered) const {
-    if (is_gathered_) add_elements(dscores, stride, rows, width, gathered, table_rows_.get() + thread * length_);
-    else add_diagonals(dscores, stride, rows, width, strips_.get() + thread * length_ + kPad + p_.len_q + column - row);
+                const GatheredTile<Real> &gathered, const Real *gates) const {
+    Real *const strip = strips_.get() + thread * length_ + kPad + p_.len_q + column - row;
+    if (is_gathered_) add_elements(dscores, stride, rows, width, gathered, gates, table_rows_.get() + thread * length_);
+    else if (gates) add_diagonals<true>(dscores, stride, rows, width, gates, strip);
+    else add_diagonals<false>(dscores, stride, rows, width, gates, strip);
   }
 
   void begin_head(int64_t slot) const { std::fill_n(heads_.get() + slot * length_, length_, 0.0); }

@@ -4,6 +4,7 @@
 #pragma once
 
 #include "bias_strips.h"
+#include "gated_row.h"
 #include "outputs.h"
 
 namespace tob {
@@ -42,6 +43,7 @@ template <class Real, class Operand> class Decode {
   struct Block {
     Operand query[kMaxRows * kMaxDim], copy[kCopied * kMaxDim];
     Real strip[kMaxKeys + kMaxRows + W];
+    Real gates[kMaxRank];
     Real scores[kMaxRows * kScores];  // later E, as a left factor, in the same place
   };
 
@@ -91,9 +93,12 @@ template <class Real, class Operand> class Decode {
     });
     const int64_t first_y = keys.begin - (s.query_start + len_q - 1);
     for (int row = 0; row < used_rows; ++row) {
-      if (row % len_q == 0) {
-        const int64_t table_row = bias_row(p, b, h * group + row / len_q);
-        fill_strip(p, outputs.table, table_row, first_y, first_y + count + len_q - 2, t.strip);
+      const int64_t head = h * group + row / len_q, last_y = first_y + count + len_q - 2;
+      if (p.gate.data) {
+        read_rows(gate_matrix<Real>(p, p.gate, b, head), row % len_q, 1, t.gates, int(p.rank));
+        fill_strip(p, GatedRow<Real>(p, b, head, t.gates), true, first_y, last_y, t.strip);
+      } else if (row % len_q == 0) {
+        fill_strip(p, BiasRow<Real>{outputs.table, bias_row(p, b, head)}, true, first_y, last_y, t.strip);
       }
       Real *scores = t.scores + row * kScores;
       make_scores(scores, t.strip + len_q - 1 - row % len_q, mask.present() ? mask.at(b) + keys.begin : nullptr, count);

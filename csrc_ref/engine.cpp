@@ -36,7 +36,9 @@ bool is_valid(const tob_problem &p) {
   const bool heads = p.heads_kv > 0 ? p.heads_q % p.heads_kv == 0 : p.heads_q == 0;
   const bool bias = !p.bias || ((p.bias_batch == 1 || p.bias_batch == p.batch) &&
                                 (p.bias_heads == 1 || p.bias_heads == p.heads_q) && p.bias_columns >= 1);
-  return sizes && lengths && heads && bias && p.dtype >= TOB_FLOAT32 && p.dtype <= TOB_FLOAT16;
+  const bool gate = p.gate.data ? p.bias && p.rank >= 1 && p.rank <= TOB_MAX_RANK && !p.is_part : p.rank == 1;
+  const bool rank = p.rank == 1 || !p.query_positions;
+  return sizes && lengths && heads && bias && gate && rank && p.dtype >= TOB_FLOAT32 && p.dtype <= TOB_FLOAT16;
 }
 
 template <class Run> int guarded(const tob_problem &problem, Run run) {
@@ -85,10 +87,10 @@ int tob_forward(const tob_problem *problem, const tob_tensor *out, void *lse, co
 
 int tob_backward(const tob_problem *problem, const tob_tensor *out, const tob_row_stats *stats, const tob_tensor *dout,
                  const void *dlse, const tob_tensor *dquery, const tob_tensor *dkey, const tob_tensor *dvalue,
-                 void *dbias) {
+                 const tob_tensor *dgate, void *dbias) {
   if (problem->len_q < 1 || problem->len_k < 1) return TOB_ERROR_ARGUMENT;
   return guarded(*problem, [&](auto products) {
-    tob::Backward<decltype(products)>(*problem, *out, *stats, *dout, dlse, *dquery, *dkey, *dvalue, dbias).run();
+    tob::Backward<decltype(products)>(*problem, *out, *stats, *dout, dlse, *dquery, *dkey, *dvalue, *dgate, dbias).run();
   });
 }
 

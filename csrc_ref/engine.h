@@ -31,6 +31,7 @@ enum { TOB_FLOAT32 = 0, TOB_FLOAT64 = 1, TOB_BFLOAT16 = 2, TOB_FLOAT16 = 3 };
 enum { TOB_ERROR_MEMORY = 1, TOB_ERROR_ARGUMENT = 2 };
 
 #define TOB_MAX_DIM 256                   /* of query, key and value */
+#define TOB_MAX_RANK 256                  /* of gates */
 #define TOB_MAX_LENGTH ((int64_t)1 << 30) /* lengths are below it */
 #define TOB_MAX_SPREAD ((int64_t)1 << 29) /* given positions of a sequence differ by less */
 #define TOB_UNLIMITED ((int64_t)1 << 61)  /* as max_offset, and negated as min_offset: every offset is allowed */
@@ -63,6 +64,12 @@ typedef struct {
      heads_q. */
   const void *bias;
   int64_t bias_batch, bias_heads, bias_columns, bias_first;
+  /* data is NULL, or points at reals, (batch, heads_q, len_q, rank), that are factors of the bias. The bias is then
+     (bias_batch, bias_heads, rank, bias_columns), all finite, and that of a pair is the sum over r of gate[b,h,i,r]
+     times the number of row r in the pair's column. rank is 1..TOB_MAX_RANK; it is 1 without a gate or with positions.
+     A gate needs a bias, and is_part 0. */
+  tob_tensor gate;
+  int64_t rank;
   /* NULL, or (batch, len_k) contiguous bytes: 0 = do not attend. */
   const uint8_t *key_mask;
   /* NULL, or the positions of the len_q queries and of the len_k keys of each sequence. The positions of sequence b
@@ -102,14 +109,14 @@ TOB_API int tob_forward(const tob_problem *problem, const tob_tensor *out, void 
                         const tob_row_stats *stats);
 
 /* Writes the gradients. len_q and len_k must be at least 1. dlse may be NULL, which stands for zeros. A gradient is not
-   computed if dbias, or the `data` of dquery, dkey or dvalue, is NULL. dbias has the shape of bias: it is summed over
-   the batch where bias_batch is 1, and over the heads where bias_heads is 1.
+   computed if dbias, or the `data` of dquery, dkey, dvalue or dgate, is NULL. dbias has the shape of bias: it is summed
+   over the batch where bias_batch is 1, and over the heads where bias_heads is 1. dgate holds reals, as gate does.
    `problem` may hold a part of the keys that out and stats were computed from, with the same bias: the gradients of all
    parts add up to the gradients of the whole. If is_part is not 0, dquery, dkey and dvalue are added to, and out is
    still the output of whole rows in `dtype`. */
 TOB_API int tob_backward(const tob_problem *problem, const tob_tensor *out, const tob_row_stats *stats,
                          const tob_tensor *dout, const void *dlse, const tob_tensor *dquery, const tob_tensor *dkey,
-                         const tob_tensor *dvalue, void *dbias);
+                         const tob_tensor *dvalue, const tob_tensor *dgate, void *dbias);
 
 /* The widest build of this engine that the processor can run: "amx", "avx512_bf16", "avx512", "avx2" or "portable". The
    processor can also run every build that stands later in this list. */

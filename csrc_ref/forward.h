@@ -3,7 +3,7 @@
 #pragma once
 
 #include "outputs.h"
-#include "products.h"
+#include "scorer.h"
 
 namespace tob {
 
@@ -44,6 +44,9 @@ template <class Products> class Forward {
     Real sum[kMaxQueries * W];  // for each row a vector of partial sums
     Real rescale[kRows + W];
     KeptWeights<kMaxQueries, kKeys> kept;
+    alignas(64) Real gates[kMaxQueries * (kMaxRank + kPanelWidth)];  // see GateRows
+    Real gate_ends[2][kMaxQueries + W];
+    GateProducts<Real, kRows, kKeys> gate_products;
 
     // E, as a left factor: in the place of the scores, unless the next step's scores are there already.
     TOB_INLINE Real *exps() { return Products::kScoresAhead ? weights : scores; }
@@ -75,7 +78,7 @@ template <class Products> class Forward {
   void pack(int64_t head, int first) {
     const int64_t b = head / p.heads_kv, h = head % p.heads_kv;
     const tob_sequence &s = p.sequences[b];
-    for (int64_t g = 0; g < group && first == 0; ++g) bias_tiles.make(slot_of(head, g), b, h * group + g);
+    for (int64_t g = 0; g < group && first == 0; ++g) scorer.make(slot_of(head, g), b, h * group + g);
     const Matrix k = matrix_of(p.key, p.dtype, int(p.dim), b, h, s.first_key);
     const Matrix v = matrix_of(p.value, p.dtype, int(p.dim_v), b, h, s.first_key);
     for (int j = first; j < std::min(first + kPackedKeys, round_up(int(s.len_k), kPanelWidth)); j += kPanelWidth) {
@@ -91,18 +94,21 @@ template <class Products> class Forward {
     const int first = int(blocks / group - 1 - block / group) * task_queries;  // under causality the long ones first
     const tob_sequence &s = p.sequences[b];
     if (first >= s.len_q) return;
-    const Band &band = bands[size_t(b)];
+    const Band &band = scorer.bands[size_t(b)];
     const int count = std::min(task_queries, int(s.len_q) - first);
     const int rows = round_up(count, Products::kTile);
-    pack_left<Operand>(matrix_of(p.query, p.dtype, int(p.dim), b, h, s.first_query), first, count, rows, scale.query,
-                       t.query, int64_t(rows) * kChunk);
+    pack_left<Operand>(matrix_of(p.query, p.dtype, int(p.dim), b, h, s.first_query), first, count, rows,
+                       scorer.scale.query, t.query, int64_t(rows) * kChunk);
+    if (scorer.gate.present())
+      scorer.gate.pack_rows(b, h, first, count, rows, t.gates, int64_t(rows) * kPanelWidth,
+                            {t.gate_ends[0], t.gate_ends[1]});
     std::fill(t.acc, t.acc + rows * chunks_v * kPanelWidth, Real(0));
     std::fill(t.max, t.max + rows + W, kNoScore);
     std::fill(t.sum, t.sum + rows * W, Real(0));
 
     const Task task{t, head, slot_of(head, block % group), b, h, first, rows};
     Step last{};  // a step whose product with the values is still to be added
-    const Range used = mask.used(b), keys = band.keys_of(first, first + count).clip(used.begin, used.end);
+    const Range used = scorer.mask.used(b), keys = band.keys_of(first, first + count).clip(used.begin, used.end);
     for (int key = round_down(keys.begin, kPanelWidth); key < keys.end; key += kKeys) {
       if (p.has_dropout) t.kept.fill(p, b, h, first, key, count, std::min(kKeys, keys.end - key));
       for (int row = 0; row < rows; row += kRows) {
@@ -128,22 +134,16 @@ template <class Products> class Forward {
 
   TOB_INLINE void make_scores(const Task &task, const Step &step) const {
     const auto &[t, head, slot, b, h, first, rows] = task;
-    const int query = step.query, key = step.key;
-    const bool biased =
-        p.bias || !bands[size_t(b)].covers(query, query + step.rows, key + step.columns.begin, key + step.columns.end);
-    const GatheredTile<Real> gathered_tile = gathered.from(b, h, query, key);
-    const ScoreTerms<Real> terms{
-        scale.products, biased && !bias_tiles.present() ? strips.at(b, h, key - query) : nullptr,
-        gathered.present() ? &gathered_tile : nullptr, mask.present() ? mask.at(b) + key : nullptr,
-        biased ? bias_tiles.at(slot, query, key) : nullptr};
-    Products::scores(t.query + step.row * kChunk, int64_t(rows) * kChunk, key_panels_at(head, key), chunks, t.scores,
-                     kScoreStride, terms, step.rows, step.columns, int(p.sequences[b].len_k) - key);
+    const GateRows<Real> gates = scorer.gate.rows(t.gates, int64_t(rows) * kPanelWidth, t.gate_ends[0], t.gate_ends[1]);
+    scorer.scores({slot, b, h, step.query, step.key, step.rows, step.columns}, t.query + step.row * kChunk,
+                  int64_t(rows) * kChunk, key_panels_at(head, step.key), chunks, t.scores, kScoreStride,
+                  gates.from(step.row), t.gate_products);
   }
 
   // acc = t.rescale * acc + E V of a step.
   TOB_INLINE void add_values(const Task &task, const Step &step) const {
     Block &t = task.block;
-    const Band &band = bands[size_t(task.b)];
+    const Band &band = scorer.bands[size_t(task.b)];
     const int query = step.query, key = step.key;
     const Range columns = step.columns;
     Products::template accumulate<true>(
@@ -164,7 +164,7 @@ template <class Products> class Forward {
     for (int r = 0; r < rows; r += W)
       Lanes::store(t.rescale + r, Lanes::exp2(Lanes::load(old_max + r) - Lanes::load(t.max + row + r)));
     Products::rescale(t.acc + row * chunks_v * kPanelWidth, chunks_v * kPanelWidth, t.rescale, rows);
-    const auto score = [&](const Real *at) { return Products::scaled(Lanes::load(at), scale.scores); };
+    const auto score = [&](const Real *at) { return Products::scaled(Lanes::load(at), scorer.scale.scores); };
     for (int r = 0; r < rows; r += 2) {
       const Real *s = t.scores + r * kScoreStride, *next = s + kScoreStride;
       Real *exps = t.exps() + r * kScoreStride, *next_exps = exps + kScoreStride, *sum = t.sum + (row + r) * W;
@@ -206,7 +206,7 @@ template <class Products> class Forward {
         Vec maxima[W];
         for (int i = 0; i < W; ++i)
           maxima[i] = largest(r + i, Lanes::broadcast(-std::numeric_limits<Real>::infinity()));
-        const Vec scores = Products::scaled(Lanes::max_each(maxima), scale.scores);
+        const Vec scores = Products::scaled(Lanes::max_each(maxima), scorer.scale.scores);
         Lanes::store(max + r, Lanes::max(Lanes::load(max + r), scores));
       }
     } else {
@@ -228,10 +228,6 @@ template <class Products> class Forward {
   const tob_problem &p;
   const Outputs<Real> &outputs;
   // Members are initialised in this order, so each may read only the members above it.
-  const std::vector<Band> bands = bands_of(p);
-  const BiasStrips<Real> strips{p, outputs.table};
-  const GatheredBias<Real> gathered{p, outputs.table};
-  const KeyMask<Real> mask{p};
   const int chunks = round_up(int(p.dim), kPanelWidth) / kPanelWidth,
             chunks_v = round_up(int(p.dim_v), kPanelWidth) / kPanelWidth;  // dims, counted in panels
   const int keys_padded = round_up(int(p.len_k), kPanelWidth);
@@ -241,8 +237,7 @@ template <class Products> class Forward {
   const int64_t heads = p.batch * p.heads_kv;                                    // key heads
   const Schedule schedule{heads, 2, blocks, p.num_threads};
   const int64_t slots = schedule.slots;
-  const typename Products::BiasTiles bias_tiles{p, strips, slots * group};
-  const Scale<Real, Operand> scale{p.scale, bias_tiles.present()};
+  const Scorer<Products> scorer{p, outputs.table, slots * group, false};
   const int64_t value_stride = int64_t(keys_padded) / kPerCell * kPanelWidth;  // from one panel of values to the next
   const Scratch<Real> key_panels{slots * keys_padded * chunks * kChunk}, value_panels{slots * chunks_v * value_stride};
 };

@@ -30,19 +30,20 @@ template <class Visit> TOB_INLINE void visit_tiles(int rows, Visit visit) {
     for (; row < rows; row += kSmallTileRows) visit(row, std::integral_constant<int, kSmallTileRows>());
 }
 
-// tile += A B, `depth` cells deep: A[r][k] is a[r * row_stride + k * depth_stride], B one panel.
-template <class Operand, class Real, int kRows>
+// tile += A B, `depth` cells deep: A[r][k] is a[r * row_stride + k * depth_stride], B one panel, whose right vectors
+// lie `right_at` behind its left ones. A half has left vectors only.
+template <class Operand, bool kHalf = false, class Real, int kRows>
 TOB_INLINE void multiply_add(Tile<Real, kRows> &tile, const Real *a, int64_t row_stride, int64_t depth_stride,
-                             const Real *panel, int depth) {
+                             const Real *panel, int depth, int64_t right_at = Simd<Real>::kLanes) {
   using Lanes = Simd<Real>;
 #pragma GCC unroll 4
   for (int k = 0; k < depth; ++k) {
-    const typename Lanes::Vec left = Lanes::load(panel), right = Lanes::load(panel + Lanes::kLanes);
+    const typename Lanes::Vec left = Lanes::load(panel), right = kHalf ? left : Lanes::load(panel + right_at);
 #pragma GCC unroll 12
     for (int r = 0; r < kRows; ++r) {
       const typename Lanes::Vec x = broadcast_cell<Operand>(a + r * row_stride);
       tile.left[r] = add_product<Operand, Real>(tile.left[r], x, left);
-      tile.right[r] = add_product<Operand, Real>(tile.right[r], x, right);
+      if constexpr (!kHalf) tile.right[r] = add_product<Operand, Real>(tile.right[r], x, right);
     }
     a += depth_stride;
     panel += kPanel<Real>;
@@ -51,8 +52,8 @@ TOB_INLINE void multiply_add(Tile<Real, kRows> &tile, const Real *a, int64_t row
 
 // C = alpha[row] * C + A B, for `rows` rows (a multiple of kSmallTileRows) and `panels` panels of B; C is row-major.
 // For `height` rows from r on the product runs over the depths depth_range(r, height), in operands: outside of them A
-// is zero.
-template <bool kScaled, class Operand, class Real, class DepthRange>
+// is zero. A half has one panel, of which only the left vectors count, and as many columns of C.
+template <bool kScaled, class Operand, bool kHalf = false, class Real, class DepthRange>
 TOB_INLINE void accumulate_product(const Real *a, int64_t row_stride, int64_t depth_stride, const Real *b,
                                    int64_t panel_stride, Real *c, int64_t c_stride, int rows, int panels,
                                    const Real *alpha, DepthRange depth_range) {
@@ -65,14 +66,15 @@ TOB_INLINE void accumulate_product(const Real *a, int64_t row_stride, int64_t de
       if (!kScaled && begin >= end) return;
       constexpr int kRows = decltype(height)::value;
       Tile<Real, kRows> tile{};
-      multiply_add<Operand>(tile, a + r0 * row_stride + begin * depth_stride, row_stride, depth_stride,
-                            b + p * panel_stride + begin * kPanel<Real>, end - begin);
+      multiply_add<Operand, kHalf>(tile, a + r0 * row_stride + begin * depth_stride, row_stride, depth_stride,
+                                   b + p * panel_stride + begin * kPanel<Real>, end - begin);
 #pragma GCC unroll 12
       for (int r = 0; r < kRows; ++r) {
         Real *row = c + (r0 + r) * c_stride + p * kPanel<Real>;
         const typename Lanes::Vec factor = Lanes::broadcast(kScaled ? alpha[r0 + r] : Real(1));
         Lanes::store(row, factor * Lanes::load(row) + tile.left[r]);
-        Lanes::store(row + Lanes::kLanes, factor * Lanes::load(row + Lanes::kLanes) + tile.right[r]);
+        if constexpr (!kHalf)
+          Lanes::store(row + Lanes::kLanes, factor * Lanes::load(row + Lanes::kLanes) + tile.right[r]);
       }
     });
 }

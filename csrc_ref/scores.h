@@ -28,9 +28,15 @@ template <class Real> struct ScoreTerms {
   const GatheredTile<Real> *gathered;  // instead of the strip, or null
   const Real *key_mask;                // key_mask[column], or null
   const Real *bias_tile;               // instead of both, where BiasTiles has the bias, or null
+  const Real *gates = nullptr;         // gates[row], factors of the strip or of what is gathered, or null
+  const Real *sheared = nullptr;       // sheared[row * sheared_stride + column] instead of the strip, or null
+  int64_t sheared_stride = 0;
+  const Real *row_biases = nullptr;  // row_biases[row] instead of the strip, or null
+
+  bool has_bias() const { return strip || gathered || sheared || row_biases; }
 };
 
-enum class Bias { kNone, kStrip, kGathered };
+enum class Bias { kNone, kStrip, kGathered, kGatedStrip, kGatedGathered, kSheared, kRows };
 
 // A register tile of A B at (row, column). pack_left has packed the rows of A, pack_right_transposed the columns of B.
 template <class Operand, int kRows, class Real>
@@ -53,6 +59,11 @@ TOB_INLINE typename Simd<Real>::Vec with_terms(typename Simd<Real>::Vec x, const
   if constexpr (kScaled) x *= Lanes::broadcast(terms.scale);
   if constexpr (kBias == Bias::kStrip) x += Lanes::load(terms.strip + (column - row));
   if constexpr (kBias == Bias::kGathered) x += terms.gathered->bias(row, column);
+  if constexpr (kBias == Bias::kGatedStrip)
+    x += Lanes::broadcast(terms.gates[row]) * Lanes::load(terms.strip + (column - row));
+  if constexpr (kBias == Bias::kGatedGathered) x += terms.gathered->bias(row, column, terms.gates[row]);
+  if constexpr (kBias == Bias::kSheared) x += Lanes::load(terms.sheared + row * terms.sheared_stride + column);
+  if constexpr (kBias == Bias::kRows) x += Lanes::broadcast(terms.row_biases[row]);
   if constexpr (kMask) x += Lanes::load(terms.key_mask + column);
   return x;
 }
@@ -63,8 +74,12 @@ template <class Real, class Run> TOB_INLINE void visit_terms(const ScoreTerms<Re
     if (terms.key_mask) run(bias, std::true_type());
     else run(bias, std::false_type());
   };
-  if (terms.gathered) run_with(std::integral_constant<Bias, Bias::kGathered>());
+  if (terms.gathered && terms.gates) run_with(std::integral_constant<Bias, Bias::kGatedGathered>());
+  else if (terms.gathered) run_with(std::integral_constant<Bias, Bias::kGathered>());
+  else if (terms.strip && terms.gates) run_with(std::integral_constant<Bias, Bias::kGatedStrip>());
   else if (terms.strip) run_with(std::integral_constant<Bias, Bias::kStrip>());
+  else if (terms.sheared) run_with(std::integral_constant<Bias, Bias::kSheared>());
+  else if (terms.row_biases) run_with(std::integral_constant<Bias, Bias::kRows>());
   else run_with(std::integral_constant<Bias, Bias::kNone>());
 }
 
@@ -72,6 +87,18 @@ template <class Real, class Run> TOB_INLINE void visit_terms(const ScoreTerms<Re
 template <class Real> TOB_INLINE void forbid(Real *scores, int64_t stride, int rows, int begin, int end) {
   for (int row = 0; begin < end && row < rows; ++row)
     std::fill(scores + row * stride + begin, scores + row * stride + end, -std::numeric_limits<Real>::infinity());
+}
+
+// Makes the pairs of a tile that are outside the band -inf. The tile's corner is the pair (query, key). A bias with a
+// gate has no -inf in its strip, since 0 * -inf is NaN.
+template <class Real>
+void forbid_outside(const Band &band, Real *scores, int64_t stride, int query, int key, int rows, Range columns) {
+  for (int row = 0; row < rows; ++row, scores += stride) {
+    const Range inside = band.keys_of(query + row, query + row + 1).shift(-key).clip(columns.begin, columns.end);
+    const int end = inside.empty() ? columns.end : inside.begin;
+    forbid(scores, stride, 1, columns.begin, end);
+    forbid(scores, stride, 1, std::max(end, inside.end), columns.end);
+  }
 }
 
 // Forward and backward both make their scores here, so that their roundings are the same.

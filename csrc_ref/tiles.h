@@ -14,25 +14,27 @@ template <class Real, class Operand, int kQueries, int kKeys, int kKeptRows> cla
   static constexpr int kPanelWidth = kPanel<Real>, W = Lanes::kLanes, kPerCell = kOperandsPerCell<Real, Operand>;
 
  public:
-  static constexpr int64_t kStride = kKeys + 2 * W;  // from one row to the next, of reals or cells
+  // A register tile that reads dS sheared overhangs it by as many columns as it has rows, less one.
+  static constexpr int kMargin = round_up(kTileRows - 1, W);
+  static constexpr int64_t kStride = kKeys + std::max(2 * W, kMargin);  // from one row to the next, of reals or cells
   static_assert(kQueries % kPerCell == 0 && kSmallTileRows % kPerCell == 0);
   static_assert(kKeptRows == kQueries || (kPerCell > 1 && kQueries % kKeptRows == 0));
 
-  // Puts a vector of zeros before and after each row of dS, which is `width` wide.
+  // Puts kMargin zeros before and after each row of dS, which is `width` wide. Neighbouring rows share some of them.
   void clear_margins(int width) {
     for (int row = 0; row < kKeptRows; ++row) {
-      std::fill_n(dscores(row) - W, W, Real(0));
-      std::fill_n(dscores(row) + width, W, Real(0));
+      std::fill_n(dscores(row) - kMargin, kMargin, Real(0));
+      std::fill_n(dscores(row) + width, kMargin, Real(0));
     }
   }
 
   Real *probs(int row) { return probs_ + row % kKeptRows * kStride; }
-  Real *dscores(int row) { return dscores_ + W + row % kKeptRows * kStride; }
+  Real *dscores(int row) { return dscores_ + kMargin + row % kKeptRows * kStride; }
 
   // The factors. Reals are multiplied as they lie in the tiles; `pack` makes the factors of bfloat16 numbers.
   const Real *transposed_probs() const { return kPerCell == 1 ? probs_ : cells_[0]; }
-  const Real *transposed_dscores() const { return kPerCell == 1 ? dscores_ + W : cells_[1]; }
-  const Real *dscores_factor() const { return kPerCell == 1 ? dscores_ + W : cells_[2]; }
+  const Real *transposed_dscores() const { return kPerCell == 1 ? dscores_ + kMargin : cells_[1]; }
+  const Real *dscores_factor() const { return kPerCell == 1 ? dscores_ + kMargin : cells_[2]; }
 
   // Makes the factors that are needed from rows [row, row + rows) and `width` columns, which are whole cells and
   // panels.

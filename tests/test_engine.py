@@ -195,8 +195,8 @@ def test_every_build_agrees_with_the_oracle_and_reads_no_memory_before_writing_i
     assert state == f"{build} []"
     # Filling what "indices beyond 2**31" reserves would take gigabytes.
     wanted = "cpp and not named and not indices"
-    wanted += " or test_exponentials"
-    files = ["attention", "empty_rows", "half_precision", "checks", "one_key", "exponentials"]
+    wanted += " or test_exponentials or test_gate_engine"
+    files = ["attention", "empty_rows", "half_precision", "checks", "one_key", "exponentials", "gate", "gate_engine"]
     assert _passed(wanted, files, **POISON, **{cpp.BUILD_VARIABLE: build}) > 90
 
 
@@ -221,8 +221,10 @@ def test_products_of_bfloat16_numbers_are_right_where_no_instruction_multiplies_
         "one_key",
         "hostile",
         "bfloat16",
+        "gate",
+        "gate_engine",
     ]
-    wanted = "(cpp or engine_fuzz or test_bfloat16) and not indices and not 2_to_the_31"
+    wanted = "(cpp or engine_fuzz or test_bfloat16 or test_gate_engine) and not indices and not 2_to_the_31"
     assert _passed(wanted, files, **environment) > 150
     assert _passed("bitwise or denormals", ["engine"], **environment) > 5
 

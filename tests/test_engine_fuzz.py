@@ -12,7 +12,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
-from oracle import NAMES, Results
+from oracle import GATED_NAMES, Results
 from tolerance import assert_accurate
 from torch import Tensor
 
@@ -42,7 +42,7 @@ DROPOUT_SEED = 3
 
 @dataclass
 class Drawn:
-    """A call: query, key, value, the table or None, the arguments after it, keywords, incoming gradients, threads."""
+    """A call: query, key, value, the table or None, more arguments, keywords, incoming gradients, threads, the gate."""
 
     function: Callable
     inputs: list[Tensor | None]
@@ -51,15 +51,18 @@ class Drawn:
     dout: Tensor
     dlse: Tensor
     threads: int
+    gate: Tensor | None = None
 
     def results(self, backend: str, dtype: torch.dtype | None = None) -> Results:
         """Output, log-sum-exp and gradients, with the floating-point tensors in `dtype` if there is one."""
-        leaves = [None if x is None else x.detach().to(dtype or x.dtype) for x in self.inputs]
+        leaves = [None if x is None else x.detach().to(dtype or x.dtype) for x in (*self.inputs, self.gate)]
         given = [x for x in leaves if x is not None]
         for x in given:
             x.requires_grad_()
         torch.manual_seed(DROPOUT_SEED)
-        out, lse = self.function(*leaves, *self.arguments, **self.options, return_lse=True, backend=backend)
+        *inputs, gate = leaves
+        options = {**self.options, "bias_gate": gate, "return_lse": True, "backend": backend}
+        out, lse = self.function(*inputs, *self.arguments, **options)
         gradients = torch.autograd.grad([out, lse], given, [self.dout.to(out.dtype), self.dlse.to(lse.dtype)])
         return Results(out.detach(), lse.detach(), *gradients)
 
@@ -73,7 +76,11 @@ def assert_matches_reference(drawn: Drawn) -> None:
     score = query.shape[-1] * largest**2
     incoming = float(drawn.dout.double().abs().sum()) * largest + float(drawn.dlse.double().abs().sum())
     rounding = torch.finfo(torch.promote_types(query.dtype, torch.float32)).eps
-    for name in NAMES:
+    if drawn.gate is not None and drawn.gate.numel():
+        factors = [float(x.abs().max()) for x in (drawn.gate, drawn.inputs[3])]
+        score += drawn.gate.numel() / max(1, drawn.dlse.numel()) * factors[0] * factors[1]
+        incoming *= max(1.0, *factors)
+    for name in GATED_NAMES:
         value = getattr(got, name)
         if value is None:
             continue
@@ -113,6 +120,18 @@ def tables(draw, batch: int, heads: int) -> Tensor | None:
         return None
     table = torch.randn(*shapes[kind], draw(st.integers(1, 80)), dtype=draw(TABLE_DTYPES))
     return table.masked_fill(torch.rand(table.shape) < draw(st.sampled_from([0.0, 0.0, 0.1, 1.0])), float("-inf"))
+
+
+@st.composite
+def gated_tables(draw, rows: tuple[int, ...], batch: int, heads: int, highest_rank: int) -> tuple[Tensor, Tensor]:
+    """A table and a gate for the rows of queries. Often the table is short, so that most pairs are beyond it."""
+    shapes = {"N": (), "1N": (1,), "HN": (heads,), "B1N": (batch, 1), "BHN": (batch, heads)}
+    rank = draw(st.sampled_from([None, 1, 2, 3, 8, 15, 16, 17, 33, 64, 100, 256]))
+    ranks = () if rank is None else (min(rank, highest_rank),)
+    axes = (*shapes[draw(st.sampled_from(list(shapes)))], *ranks, draw(st.integers(1, 300)))
+    gate = torch.randn(*rows, *ranks, dtype=draw(TABLE_DTYPES))
+    gate = gate.mT.contiguous().mT if draw(st.booleans()) else gate
+    return torch.randn(axes, dtype=draw(TABLE_DTYPES)) / sum(ranks, start=1) ** 0.5, gate
 
 
 @st.composite
@@ -161,14 +180,19 @@ def calls(draw) -> Drawn:
     if draw(st.booleans()):
         options["key_padding_mask"] = torch.rand(batch, len_k) < draw(st.sampled_from([0.0, 0.1, 0.5, 0.95]))
     shapes = [(batch, heads, len_q, dim), (batch, heads_kv, len_k, dim), (batch, heads_kv, len_k, dim_v)]
+    table, gate = draw(tables(batch, heads)), None
+    if draw(st.booleans()):
+        highest_rank = 1 if "query_positions" in options else 256
+        table, gate = draw(gated_tables((batch, heads, len_q), batch, heads, highest_rank))
     return Drawn(
         offset_bias_attention,
-        [*(draw(tensors(shape, dtype)) for shape in shapes), draw(tables(batch, heads))],
+        [*(draw(tensors(shape, dtype)) for shape in shapes), table],
         [],
         options,
         draw(tensors((batch, heads, len_q, dim_v), dtype)),
         torch.randn(batch, heads, len_q) * draw(st.sampled_from([0, 1])),
         draw(st.integers(1, 3)),
+        gate,
     )
 
 
@@ -183,14 +207,18 @@ def packed_calls(draw) -> Drawn:
     heads_kv, group, dtype = *(draw(st.integers(1, 3)) for _ in "kg"), draw(DTYPES)
     heads, dim, dim_v = heads_kv * group, draw(DIMS), draw(DIMS)
     shapes = [(1, total_q, heads, dim), (1, total_k, heads_kv, dim), (1, total_k, heads_kv, dim_v)]
+    table, gate = draw(tables(len(pairs), heads)), None
+    if draw(st.booleans()):
+        table, gate = draw(gated_tables((total_q, heads), len(pairs), heads, 256))
     return Drawn(
         offset_bias_attention_varlen,
-        [*(draw(tensors(shape, dtype))[0] for shape in shapes), draw(tables(len(pairs), heads))],
+        [*(draw(tensors(shape, dtype))[0] for shape in shapes), table],
         [bounds[:, 0], bounds[:, 1].contiguous(), max_q + draw(st.integers(0, 9)), max_k + draw(st.integers(0, 9))],
         draw(shared_options()),
         draw(tensors((1, total_q, heads, dim_v), dtype))[0],
         torch.randn(heads, total_q) * draw(st.sampled_from([0, 1])),
         draw(st.integers(1, 3)),
+        gate,
     )
 
 

@@ -19,7 +19,7 @@ from triton_offset_bias.problem import Problem
 
 PROPERTIES = {
     "serves": "CPU tensors; float16, bfloat16, float32, float64; head dims 1 to 256",
-    "options and packed sequences": "all but `bias_gate`",
+    "options and packed sequences": "all",
     "runs on": "CPUs: AVX2, AVX-512, AVX512_BF16, AMX, any other with GCC or Clang",
     "memory": "O(Lq + Lk)",
     "few queries against a long key cache": "keys split among threads, read where they lie",
@@ -51,8 +51,9 @@ def unsupported_reasons(problem: Problem) -> list[str]:
     reasons = unavailable_reasons()
     if problem.query.device.type != "cpu":
         reasons.append(f"serves CPU tensors, got {problem.query.device.type}")
-    if problem.bias_gate is not None:
-        reasons.append("serves no bias_gate")
+    gate = problem.bias_gate
+    if gate is not None and gate.shape[3] > 1 and problem.query_positions is not None:
+        reasons.append(f"serves positions with gates of rank 1, got rank {gate.shape[3]}")
     return reasons + exceeded_limits(problem)
 
 
@@ -80,13 +81,12 @@ def backward(
 
     The rows' statistics and `dlse` are contiguous.
     """
-    assert dgate is None  # no problem with a gate is served
     call = _Call(problem)
     stats = structs.ROW_STATS.pack(row_max.data_ptr(), row_sum.data_ptr())
     dbias = torch.empty_like(call.bias) if needs_dbias and call.bias is not None else None
     status = _engine().tob_backward(
         *(call.problem, call.tensor(out), stats, call.tensor(dout), _address(dlse)),
-        *(call.tensor(dquery), call.tensor(dkey), call.tensor(dvalue), _address(dbias)),
+        *(call.tensor(dquery), call.tensor(dkey), call.tensor(dvalue), call.tensor(dgate), _address(dbias)),
     )
     _check_status(status)
     for gradient in (dkey, dvalue):
@@ -120,7 +120,7 @@ def backward_part(
     part = None if dbias is None or call.bias is None else torch.empty_like(call.bias)
     status = _engine().tob_backward(
         *(call.problem, call.tensor(out), stats, call.tensor(dout), _address(dlse)),
-        *(call.tensor(dquery), call.tensor(dkey), call.tensor(dvalue), _address(part)),
+        *(call.tensor(dquery), call.tensor(dkey), call.tensor(dvalue), call.tensor(None), _address(part)),
     )
     _check_status(status)
     if dbias is not None and part is not None:
@@ -139,6 +139,8 @@ class _Call:
         heads_q, rows_q = query.shape[1:3]
         placed = positions.placed(problem)
         self.bias, bias_first = self._clamped_table()
+        self._gate = None if problem.bias_gate is None else problem.bias_gate.to(self._real())
+        rank = 1 if self._gate is None else self._gate.shape[3]
         mask = problem.key_padding_mask
         mask = None if mask is None else mask[:, : placed.longest_k].contiguous()
         self._placed, self._mask = placed, mask
@@ -152,8 +154,10 @@ class _Call:
             placed.sequences.buffer_info()[0],
             *(0 if problem.cu_seqlens_q is not None else row_strides[0], row_strides[1]),
             _address(self.bias),
-            *((1, 1, 1) if self.bias is None else (1, 1, *self.bias.shape)[-3:]),
+            *self._table_sizes(),
             bias_first,
+            *self._tensor(self._gate),
+            rank,
             *(_address(mask), _address(placed.query_positions), _address(placed.key_positions)),
             *(_stride_between(placed.query_positions), _stride_between(placed.key_positions)),
             problem.is_causal_by_index,
@@ -170,9 +174,18 @@ class _Call:
         bias = self._source.bias
         if bias is None:
             return None, 0
-        real = torch.float64 if self._source.query.dtype == torch.float64 else torch.float32
         bias, first = table.extended(bias, self._source.bias_origin, self._source.beyond)
-        return bias.to(real).contiguous(), first
+        return bias.to(self._real()).contiguous(), first
+
+    def _real(self) -> torch.dtype:
+        return torch.float64 if self._source.query.dtype == torch.float64 else torch.float32
+
+    def _table_sizes(self) -> tuple[int, ...]:
+        """The batch size, the number of heads and the number of columns of the engine's table."""
+        if self.bias is None:
+            return 1, 1, 1
+        axes = self.bias.shape if self._gate is None else (*self.bias.shape[:-2], self.bias.shape[-1])
+        return (1, 1, *axes)[-3:]
 
     def tensor(self, tensor: Tensor | None) -> bytes:
         """The C struct of a tensor with the rows of this call."""

@@ -11,7 +11,7 @@ import torch
 
 from triton_offset_bias import table
 from triton_offset_bias.backends.cpp.positions import LARGEST_SPREAD
-from triton_offset_bias.backends.limits import MAX_HEAD_DIM, MAX_LENGTH
+from triton_offset_bias.backends.limits import MAX_HEAD_DIM, MAX_LENGTH, MAX_RANK
 
 # Declarations as in C: a type, then its fields. A type is a letter of Python's `struct`, or the name of a struct above.
 STRUCTS = {
@@ -21,13 +21,13 @@ STRUCTS = {
     "tob_problem": (
         "q dtype num_threads batch heads_q heads_kv len_q len_k dim dim_v min_offset max_offset, d scale,"
         "tob_tensor query key value, P sequences, q row_stride_b row_stride_h,"
-        "P bias, q bias_batch bias_heads bias_columns bias_first,"
+        "P bias, q bias_batch bias_heads bias_columns bias_first, tob_tensor gate, q rank,"
         "P key_mask query_positions key_positions, q position_stride_q position_stride_k is_causal_by_index,"
         "q has_dropout, Q seed, I largest_dropped, d kept_scale,"
         "q dropout_query dropout_key dropout_head dropout_heads, q is_part"
     ),
 }
-FUNCTIONS = {"tob_forward": 4, "tob_backward": 9}  # numbers of arguments, each an address or the bytes of a struct
+FUNCTIONS = {"tob_forward": 4, "tob_backward": 10}  # numbers of arguments, each an address or the bytes of a struct
 DTYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
 ERROR_MEMORY = 1
 NUMBERS = {
@@ -37,6 +37,7 @@ NUMBERS = {
     "TOB_FLOAT16": DTYPES[torch.float16],
     "TOB_ERROR_MEMORY": ERROR_MEMORY,
     "TOB_MAX_DIM": MAX_HEAD_DIM,
+    "TOB_MAX_RANK": MAX_RANK,
     "TOB_MAX_LENGTH": MAX_LENGTH,
     "TOB_MAX_SPREAD": LARGEST_SPREAD,
     "TOB_UNLIMITED": table.UNLIMITED,
