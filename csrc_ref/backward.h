@@ -27,17 +27,10 @@ template <class Products> class Backward {
   static constexpr int64_t kTileStride = TilePair::kStride;
 
  public:
-  Backward(const tob_problem &problem, const tob_tensor &output, const tob_row_stats &stats,
-           const tob_tensor &output_gradient, const void *lse_gradient, const tob_tensor &query_gradient,
-           const tob_tensor &key_gradient, const tob_tensor &value_gradient, const tob_tensor &gate_gradient,
-           void *bias_gradient)
+  Backward(const tob_problem &problem, const QueryTensors<Real> &tensors, const tob_tensor &key_gradient,
+           const tob_tensor &value_gradient, const tob_tensor &gate_gradient, void *bias_gradient)
       : p(problem),
-        query_tensors{output,
-                      output_gradient,
-                      query_gradient,
-                      static_cast<const Real *>(stats.row_max),
-                      static_cast<const Real *>(stats.row_sum),
-                      static_cast<const Real *>(lse_gradient)},
+        query_tensors(tensors),
         dkey(key_gradient),
         dvalue(value_gradient),
         dgate(gate_gradient),
@@ -63,7 +56,7 @@ template <class Products> class Backward {
             else write_rows_of(head_of(head, (task - 1) % group), int((task - 1) / group) * kQueries);
           }}});
     if (dbias_sums.needed()) dbias_sums.write(dbias);
-    else if (dbias) gate_sums.write_table(dbias);
+    else gate_sums.write_table();
   }
 
  private:
@@ -306,7 +299,7 @@ template <class Products> class Backward {
   const Scorer<Products> scorer{p, table, slots_q, dgate.data != nullptr};
   const QueryRows<Products> query_rows{p, query_tensors, slots_q, scorer.scale.query};
   const DbiasSums<Real> dbias_sums{p, dbias != nullptr && p.rank == 1, p.num_threads, slots_q};
-  const GateSums<Products> gate_sums{p, scorer.gate, dgate, dbias != nullptr, slots_q};
+  const GateSums<Products> gate_sums{p, scorer.gate, dgate, dbias, slots_q};
 };
 
 }  // namespace tob

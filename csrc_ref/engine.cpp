@@ -90,7 +90,11 @@ int tob_backward(const tob_problem *problem, const tob_tensor *out, const tob_ro
                  const tob_tensor *dgate, void *dbias) {
   if (problem->len_q < 1 || problem->len_k < 1) return TOB_ERROR_ARGUMENT;
   return guarded(*problem, [&](auto products) {
-    tob::Backward<decltype(products)>(*problem, *out, *stats, *dout, dlse, *dquery, *dkey, *dvalue, *dgate, dbias).run();
+    using Real = typename decltype(products)::Real;
+    const auto reals = [](const void *data) { return static_cast<const Real *>(data); };
+    const tob::QueryTensors<Real> tensors{*out,       *dout, *dquery, reals(stats->row_max), reals(stats->row_sum),
+                                          reals(dlse)};
+    tob::Backward<decltype(products)>(*problem, tensors, *dkey, *dvalue, *dgate, dbias).run();
   });
 }
 

@@ -20,22 +20,22 @@ template <class Products> class GateSums {
   static constexpr int kPanelWidth = kPanel<Real>, W = Lanes::kLanes, kQueries = Products::kBackwardQueries;
 
  public:
-  GateSums(const tob_problem &p, const GateTable<Real> &table, const tob_tensor &dgate, bool needs_table, int64_t slots)
+  GateSums(const tob_problem &p, const GateTable<Real> &table, const tob_tensor &dgate, Real *dbias, int64_t slots)
       : p_(p),
         table_(table),
         dgate_(dgate),
         is_column_(p.rank == 1),
-        needs_table_(needs_table && table.present() && !is_column_),
+        dbias_(table.present() && !is_column_ ? dbias : nullptr),
         rows_padded_(table.present() ? round_up(int(p.len_q), Products::kRows) : 0),
         width_(is_column_ ? 1 : table.rank_panels() * kPanelWidth),
         gates_(slots * rows_padded_ * width_),
         ends_(is_column_ ? 0 : slots * 2 * rows_padded_),
         dgate_sums_(dgate.data ? slots * rows_padded_ * width_ : 0),
         far_sums_(is_column_ ? 0 : slots * 2 * rows_padded_),
-        image_size_(needs_table_ ? int64_t(table.near_size() + kTileRows) * width_ : 0),
+        image_size_(dbias_ ? int64_t(table.near_size() + kTileRows) * width_ : 0),
         image_(slots * image_size_),
-        table_sums_(needs_table_ ? table_size() : 0) {
-    if (needs_table_) std::fill_n(table_sums_.get(), table_size(), 0.0);
+        table_sums_(dbias_ && is_shared(p) ? table_size() : 0) {
+    if (dbias_ && is_shared(p)) std::fill_n(table_sums_.get(), table_size(), 0.0);
   }
 
   // Prepares a block of rows, and at the first block what a head begins with.
@@ -88,7 +88,7 @@ template <class Products> class GateSums {
       for (int r = 0; r < rows && dgate_.data; ++r) dgate_at(head.slot, row)[r] += sums[r];
       return;
     }
-    if (!dgate_.data && !needs_table_) return;
+    if (!dgate_.data && !dbias_) return;
     const int corner = table_.x_of(head.b, row, column), near_size = table_.near_size();
     const Range seen = Range{corner - (rows - 1), corner + width}.clip(0, near_size);
     if (!seen.empty()) add_near(head, dscores + (seen.begin - corner), stride, row, rows, width, corner, seen);
@@ -116,21 +116,37 @@ template <class Products> class GateSums {
     write_rows(gate_matrix<Real>(p_, dgate_, head.b, head.h), first, count, Real(0), Real(kLn2), sums, width_);
   }
 
-  // Adds a head's sums to its tables' gradient.
+  // Adds a head's sums to its tables' gradient. A head that shares its tables with no other writes the gradient itself.
   void add_head(const Head &head) const {
-    if (!needs_table_) return;
-    double *const sums = table_sums_.get() + bias_row(p_, head.b, head.h) * p_.rank * p_.bias_columns;
+    if (!dbias_) return;
+    const int64_t size = p_.rank * p_.bias_columns, first = bias_row(p_, head.b, head.h) * size;
+    if (!is_shared(p_)) std::fill_n(dbias_ + first, size, Real(0));
+    if (is_shared(p_)) add_sums(head, table_sums_.get() + first);
+    else add_sums(head, dbias_ + first);
+  }
+
+  // Writes the tables' gradient.
+  void write_table() const {
+    if (dbias_ && is_shared(p_)) std::copy_n(table_sums_.get(), table_size(), dbias_);
+  }
+
+ private:
+  // Whether several heads, or sequences, add to one row of the table.
+  static bool is_shared(const tob_problem &p) {
+    return (p.bias_batch == 1 && p.batch > 1) || (p.bias_heads == 1 && p.heads_q > 1);
+  }
+
+  // Adds a head's sums to those of its tables.
+  template <class Sum> void add_sums(const Head &head, Sum *sums) const {
     const Real *const image = image_.get() + head.slot * image_size_;
-    const auto add = [&](int rank, int64_t column, int count, const auto &values) {
-      for (int i = 0; i < count; ++i) sums[rank * p_.bias_columns + column - i] += double(values[i]);
-    };
     for (int x = 0; x < table_.near_size(); x += W)
       for (int d = 0; d < p_.rank; d += W) {
         const int count = std::min(W, table_.near_size() - x);
         Vec square[W] = {};
         for (int e = 0; e < count; ++e) square[e] = Lanes::load(image + (x + e) * width_ + d);
         Lanes::transpose(square);
-        for (int e = 0; e < std::min(W, int(p_.rank) - d); ++e) add(d + e, table_.first_column() - x, count, square[e]);
+        for (int e = 0; e < std::min(W, int(p_.rank) - d); ++e)
+          add_backwards(square[e], count, sums + (d + e) * p_.bias_columns + table_.first_column() - x);
       }
     const int len_q = int(p_.sequences[head.b].len_q);
     for (int side = 0; side < 2; ++side)
@@ -140,16 +156,20 @@ template <class Products> class GateSums {
         for (int i = 0; i < len_q; ++i)
           total += Lanes::broadcast(far_at(head.slot, side)[i]) * Lanes::load(gates + i * kPanelWidth);
         for (int e = 0; e < std::min(W, int(p_.rank) - d); ++e)
-          sums[(d + e) * p_.bias_columns + (side ? 0 : p_.bias_columns - 1)] += double(total[e]);
+          sums[(d + e) * p_.bias_columns + (side ? 0 : p_.bias_columns - 1)] += Sum(total[e]);
       }
   }
 
-  // Writes the tables' gradient.
-  void write_table(Real *dbias) const {
-    if (needs_table_) std::copy_n(table_sums_.get(), table_size(), dbias);
+  // Adds the first lanes of x to `to` and what lies before it.
+  template <class Sum> static void add_backwards(Vec x, int count, Sum *to) {
+    if constexpr (std::is_same_v<Sum, Real>)
+      if (count == W) {
+        Lanes::store(to - (W - 1), Lanes::load(to - (W - 1)) + Lanes::reverse(x));
+        return;
+      }
+    for (int i = 0; i < count; ++i) to[-i] += Sum(x[i]);
   }
 
- private:
   // The products of the near x that a tile sees. `dscores` is dS at row 0 and the first of them.
   void add_near(const Head &head, const Real *dscores, int64_t stride, int row, int rows, int width, int corner,
                 Range seen) const {
@@ -159,7 +179,7 @@ template <class Products> class GateSums {
                    const Range x{corner - (r + height - 1), corner - r + width};
                    return x.clip(seen.begin, seen.end).shift(-seen.begin);
                  });
-    if (needs_table_)  // A[k][r]
+    if (dbias_)  // A[k][r]
       accumulate(dscores, 1, stride + 1, gates_at(head.slot, row), chunk_stride(),
                  image_.get() + head.slot * image_size_ + int64_t(seen.begin) * width_,
                  round_up(seen.size(), kSmallTileRows), [&](int k, int height) {
@@ -214,7 +234,8 @@ template <class Products> class GateSums {
   const tob_problem &p_;
   const GateTable<Real> &table_;
   const tob_tensor &dgate_;
-  const bool is_column_, needs_table_;
+  const bool is_column_;
+  Real *const dbias_;  // null if it is not needed here
   const int rows_padded_, width_;
   const Scratch<Real> gates_, ends_, dgate_sums_, far_sums_;
   const int64_t image_size_;
