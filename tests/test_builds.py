@@ -176,7 +176,7 @@ def test_an_engine_beside_a_package_with_other_structs_is_not_called(monkeypatch
         (structs.NUMBERS, "TOB_MAX_LENGTH", f"'TOB_MAX_LENGTH: number {2**30}' where"),
         (structs.NUMBERS, "TOB_MAX_SPREAD", f"'TOB_MAX_SPREAD: number {2**29}' where"),
         (structs.NUMBERS, "TOB_UNLIMITED", f"'TOB_UNLIMITED: number {2**61}' where"),
-        (structs.FUNCTIONS, "tob_backward", "'tob_backward: pointers 9' where 'tob_backward: pointers 10'"),
+        (structs.FUNCTIONS, "tob_backward", "'tob_backward: pointers 10' where 'tob_backward: pointers 11'"),
     ],
 )
 def test_an_engine_beside_a_package_with_other_numbers_is_not_called(monkeypatch, names, name, difference):

@@ -268,14 +268,6 @@ def test_a_wrong_gate_is_an_error_that_names_it(backend, wrong, error, message):
         offset_bias_attention(**arguments | wrong, backend=backend)
 
 
-@pytest.mark.parametrize("name", ["triton"])
-def test_a_backend_that_serves_no_gate_says_so(name):
-    """A named backend does not fall back."""
-    q = torch.ones(1, 2, 5, 8)
-    with pytest.raises(NotImplementedError, match=f"{name}: .*serves no bias_gate"):
-        offset_bias_attention(q, q, q, torch.ones(9), bias_gate=torch.ones(1, 2, 5), backend=name)
-
-
 def test_auto_takes_the_reference_for_ranks_above_256_and_warns():
     """The warning has the reason."""
     q = torch.ones(1, 2, 5, 8)

@@ -47,8 +47,8 @@ ENGINE = mutants_in("csrc_ref", {
     ],
     "gated_row.h": [
         ("a decoded query's first factor counts for all tables", "test_gate_engine.py", "accurate and decoding",
-         "Lanes::broadcast(gates_[r]) *",
-         "Lanes::broadcast(gates_[0]) *"),
+         "gates_[r]) * in_bits<Real>(Lanes::load(",
+         "gates_[0]) * in_bits<Real>(Lanes::load("),
     ],
     "gate_table.h": [
         ("the right vector of a tile of G is read from the panel of its left one", "test_gate_engine.py", "several",
