@@ -276,7 +276,7 @@ ENGINE = mutants_in("csrc_ref", {
          "rows_below(dscores(r) + j)",
          "rows_below(dscores(r + 1) + j)"),
         ("dQ takes the cells of dK", "test_attention.py", "cpp and bfloat16",
-         "dscores_ + W : cells_[2]",
-         "dscores_ + W : cells_[1]"),
+         "dscores_ + kMargin : cells_[2]",
+         "dscores_ + kMargin : cells_[1]"),
     ],
 })  # fmt: skip
