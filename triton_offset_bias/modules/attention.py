@@ -6,6 +6,7 @@ from torch import Tensor, nn
 
 from triton_offset_bias.checks.arguments import check_flag, check_tensor, checked_count, checked_dropout, shape
 from triton_offset_bias.functional import offset_bias_attention
+from triton_offset_bias.modules.gated import GatedBias
 from triton_offset_bias.modules.windowed_bias import WindowedBias
 
 
@@ -16,7 +17,8 @@ class OffsetBiasAttention(nn.Module):
         embed_dim: width of input and output; a multiple of `num_heads`.
         num_heads: query heads.
         bias: a module that gives a table, ``bias(min_offset, max_offset) -> (H, offsets)``, such as `OffsetBias`; the
-            same module may serve several layers. None: no position bias.
+            same module may serve several layers. A `GatedBias` gives factors from the query as well. None: no position
+            bias.
         num_kv_heads: key and value heads, a divisor of `num_heads` (grouped-query attention); default `num_heads`.
         is_causal: attend only to keys at or before the query.
         dropout_p: probability of dropping an attention weight while training.
@@ -91,8 +93,11 @@ class OffsetBiasAttention(nn.Module):
         length = x.shape[1] * self._ranks
         min_offset = 0 if self.is_causal else 1 - length
         bias = None if self.bias is None or length == 0 else self.bias(min_offset, length - 1)
+        query, gated = self._split_heads("q_proj", x), {}
+        if bias is not None and isinstance(self.bias, GatedBias):
+            query, gated["bias_gate"] = self.bias.factors(x, query)
         out = self._attend(
-            self._split_heads("q_proj", x),
+            query,
             self._split_heads("k_proj", x),
             self._split_heads("v_proj", x),
             bias,
@@ -101,6 +106,7 @@ class OffsetBiasAttention(nn.Module):
             enable_gqa=self.num_kv_heads != self.num_heads,
             bias_origin=-min_offset,
             key_padding_mask=key_padding_mask,
+            **gated,
         )
         return self.out_proj(out.transpose(1, 2).flatten(2))
 
