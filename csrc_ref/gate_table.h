@@ -114,7 +114,8 @@ template <class Real> class GateTable {
   }
 
   // Sets the bias of a tile of scores whose corner is the pair (query, key). `rows` are its gates, `columns` the
-  // columns that are needed. G is made in `products`, rows `stride` apart, if the tile is near.
+  // columns that are needed. If some are near, G is made in `products`. The last near vector is a product wherever it
+  // is needed, so that forward and backward round alike.
   template <int kRows, int kColumns>
   TOB_INLINE void set_terms(ScoreTerms<Real> &terms, int64_t slot, int64_t b, const GateRows<Real> &rows, int query,
                             int key, int count, Range columns, GateProducts<Real, kRows, kColumns> &products) const {
@@ -124,7 +125,7 @@ template <class Real> class GateTable {
     }
     const int corner = x_of(b, query, key);
     const Range seen{corner + columns.begin - (count - 1), corner + columns.end};
-    if (seen.end <= 0 || seen.begin >= near_size_) {
+    if (seen.end <= 0 || seen.begin >= round_up(near_size_, W)) {
       terms.row_biases = rows.ends[seen.end <= 0 ? 0 : 1];
     } else {
       fill(slot, rows, seen, count, products.values, products.kStride);
