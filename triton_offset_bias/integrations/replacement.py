@@ -22,6 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from triton_offset_bias.functional import offset_bias_attention
+from triton_offset_bias.integrations.packing import packed_attention
 
 
 class Replacement:
@@ -80,12 +81,16 @@ class ReplacedAttention(Replacement):
         return result
 
     def attention(self, query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None, **options: Any) -> Tensor:
-        """Calls `offset_bias_attention` on this module's backend, and lays heads side by side: (B, Lq, Hq * Dv)."""
+        """Calls `offset_bias_attention` on this module's backend, and lays heads side by side: (B, Lq, Hq * Dv).
+
+        With the option `bounds` it calls `packed_attention`.
+        """
         if torch.compiler.is_compiling():
             self._is_compiled = True
         else:
             self._last_attention = object()
-        out = offset_bias_attention(query, key, value, bias, backend=self.offset_bias_backend, **options)
+        attend = packed_attention if "bounds" in options else offset_bias_attention
+        out = attend(query, key, value, bias, backend=self.offset_bias_backend, **options)
         return out.transpose(1, 2).flatten(2)
 
 

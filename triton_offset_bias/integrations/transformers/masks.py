@@ -4,17 +4,23 @@ Models call `key_mask` where they would build a (batch, 1, queries, keys) mask. 
 is causal, since each layer knows that itself.
 """
 
+import inspect
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 from transformers import AttentionMaskInterface, PretrainedConfig
-from transformers.masking_utils import bidirectional_mask_function, causal_mask_function
+from transformers.masking_utils import (
+    bidirectional_mask_function,
+    causal_mask_function,
+    packed_sequence_mask_function,
+)
 
-# The names under which models find these masks, as `config._attn_implementation`. TABLE is also the name of an
-# attention function. transformers refuses to build models from a configuration with one of the other names.
-PLAIN, TABLE, NUMBERED = "offset_bias", "offset_bias_table", "offset_bias_numbered"
+# The names under which models find these masks, as `config._attn_implementation`. TABLE and INTERFACE are also names of
+# attention functions. transformers refuses to build models from a configuration with one of the other names.
+PLAIN, TABLE, NUMBERED = "offset_bias_keys", "offset_bias_table", "offset_bias_numbered"
+INTERFACE = "offset_bias"  # for users
 
 
 def key_mask(
@@ -34,17 +40,21 @@ def key_mask(
     A causal mask ends with the last query's own key. A static cache also has places for later keys, which are cut off.
 
     Returns:
-        (batch_size, keys) bool; None if nothing is padded and the attention is not causal.
+        (batch_size, keys) bool; None if nothing is padded and the attention is not causal; for packed sequences, which
+        the models find by their `position_ids`, the bounds (sequences + 1,) int32 among all batch_size * keys tokens.
 
     Raises:
-        NotImplementedError: the mask is more than causal or bidirectional attention with padding.
+        NotImplementedError: the mask is more than causal or bidirectional attention with padding or packed sequences.
         ValueError: `attention_mask` is not of shape (batch, keys).
     """
+    packed = _packed_sequences(mask_function)
+    if packed is not None and attention_mask is None and q_length == kv_length:
+        return _bounds(packed)
     is_causal = mask_function is causal_mask_function
     is_switched = not getattr(config, "is_causal", True)
     if not (is_causal or mask_function is bidirectional_mask_function) or is_switched or kv_offset:
         raise NotImplementedError(
-            "offset-bias attention serves causal or bidirectional attention with padding masks; packed sequences, "
+            "offset-bias attention serves causal or bidirectional attention with padding masks or packed sequences; "
             "sliding or chunked caches, `config.is_causal=False` and custom mask functions are not served"
         )
     if attention_mask is not None and attention_mask.dim() != 2:
@@ -55,6 +65,26 @@ def key_mask(
         return torch.ones(batch_size, num_keys, dtype=torch.bool, device=device) if is_causal else None
     missing = max(num_keys - attention_mask.shape[1], 0)
     return torch.nn.functional.pad(attention_mask.bool(), (0, missing))[:, :num_keys]
+
+
+def _packed_sequences(mask_function: Callable[..., object]) -> Tensor | None:
+    """The number of each token's sequence, (batch, tokens), if a mask is causal within packed sequences; else None."""
+    parts = inspect.getclosurevars(mask_function).nonlocals.get("mask_functions", ())
+    if len(parts) != 2 or not all(inspect.isfunction(part) for part in parts):
+        return None
+    within, packed = (inspect.getclosurevars(part).nonlocals for part in parts)
+    is_packed = parts[1].__code__ in packed_sequence_mask_function.__code__.co_consts
+    # Newer versions compare positions within a sequence, older ones compare places, with the same result.
+    is_causal = causal_mask_function in (parts[0], within.get("mask_function"))
+    return packed["packed_sequence_mask"] if is_packed and is_causal else None
+
+
+def _bounds(sequences: Tensor) -> Tensor:
+    """The bounds of sequences, (sequences + 1,) int32, from each token's number, (batch, tokens)."""
+    is_first = torch.ones_like(sequences, dtype=torch.bool)
+    is_first[:, 1:] = sequences.diff(dim=-1) != 0
+    firsts = is_first.flatten().nonzero().squeeze(1)
+    return torch.cat([firsts, firsts.new_tensor([sequences.numel()])]).int()
 
 
 def numbered_key_mask(

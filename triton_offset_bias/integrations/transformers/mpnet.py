@@ -2,8 +2,10 @@
 
 from torch import Tensor
 from transformers import PretrainedConfig
+from transformers.modeling_outputs import BaseModelOutput
 from transformers.models.mpnet.modeling_mpnet import MPNetEncoder, MPNetSelfAttention
 
+from triton_offset_bias.integrations.packing import packing_of
 from triton_offset_bias.integrations.replacement import Replacement
 from triton_offset_bias.integrations.transformers.attention import MaskedAttention, refuse_attentions
 from triton_offset_bias.modules.t5 import t5_buckets
@@ -19,6 +21,33 @@ def unserved_reason(config: PretrainedConfig) -> None:
 
 class OffsetBiasMPNetEncoder(Replacement, MPNetEncoder):
     """MPNet's encoder, whose `position_bias` is a table."""
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        attention_mask: Tensor | None = None,
+        output_attentions: bool = False,
+        output_hidden_states: bool = False,
+        return_dict: bool = False,
+        **kwargs: object,
+    ) -> BaseModelOutput | tuple[Tensor]:
+        """Encodes the tokens that are no padding. The states of padding are 0 where `packing_of` packs the batch.
+
+        Args:
+            hidden_states: (B, L, hidden_size).
+            attention_mask: (B, L) bool of `key_mask`, or None.
+            output_attentions: must be False.
+            output_hidden_states: whether to return the states of all layers. The batch is not packed then.
+            return_dict: whether to return a `BaseModelOutput`.
+        """
+        packing = None if output_hidden_states else packing_of(attention_mask)
+        if packing is None:
+            return super().forward(
+                hidden_states, attention_mask, output_attentions, output_hidden_states, return_dict, **kwargs
+            )
+        states = super().forward(packing.packed(hidden_states), packing.bounds, output_attentions, **kwargs)[0]
+        padded = packing.padded(states)
+        return BaseModelOutput(last_hidden_state=padded) if return_dict else (padded,)
 
     def compute_position_bias(
         self, x: Tensor, position_ids: Tensor | None = None, num_buckets: int = _NUM_BUCKETS
@@ -49,7 +78,7 @@ class OffsetBiasMPNetSelfAttention(MaskedAttention, MPNetSelfAttention):
 
         Args:
             hidden_states: (B, L, hidden_size).
-            attention_mask: what `padding_of` takes.
+            attention_mask: what `masked_call` takes.
             position_bias: the table, of 257 offsets.
             output_attentions: must be False.
 

@@ -126,7 +126,7 @@ def attend_with_table(
     Args:
         module: the layer.
         query, key, value: (B, H, Lq, D), (B, H, Lk, D), (B, H, Lk, D).
-        attention_mask: what `padding_of` takes.
+        attention_mask: what `masked_call` takes.
         scaling: factor on the dot products, which is 1 in this family.
         dropout: probability of dropping a weight.
         position_bias: the table of `module` or of the first layer. A table without columns means no bias.
@@ -192,7 +192,7 @@ class OffsetBiasUMT5Attention(_TableAttention, UMT5Attention):
             hidden_states: (B, Lq, d_model).
             encoder_hidden_states: (B, Lk, d_model) in cross-attention, else None.
             cache: the cache that keys and values are added to. Cross-attention adds them once.
-            attention_mask: what `padding_of` takes.
+            attention_mask: what `masked_call` takes.
             past_key_values: the name of `cache` in older versions.
 
         Returns:
