@@ -58,6 +58,30 @@ def test_a_loop_over_a_static_cache_equals_one_pass_over_each_sequence(backend):
     torch.testing.assert_close(torch.cat(outs, 2), torch.cat(expected), rtol=2e-5, atol=2e-6)
 
 
+@torch.no_grad()
+def test_prompts_of_different_lengths_fill_the_cache_chunk_by_chunk(backend):
+    """Prompts of 11 and 4 tokens, in chunks of 4 with padding in front, equal one pass over each prompt."""
+    (query, key, value), table, chunk = _tokens(11), torch.randn(HEADS, 25), 4
+    cache, done, outs = StaticCache(), [0, 0], ([], [])
+    while done != [11, 4]:
+        counts = [min(chunk, 11 - done[0]), min(chunk, 4 - done[1])]
+        queries = torch.full((2, HEADS, chunk, DIM), 1e4)  # padding, whatever it is
+        for row, (start, count) in enumerate(zip(done, counts, strict=True)):
+            queries[row, :, chunk - count :] = query[row, :, start : start + count]
+            for cached, new in ((cache.keys, key), (cache.values, value)):
+                cached[row, :, start : start + count] = new[row, :, start : start + count]
+            done[row] = start + count
+        cache.lengths.copy_(torch.tensor(done))
+        out = cache.attend(queries, table, backend)
+        for row, count in enumerate(counts):
+            outs[row].append(out[row, :, chunk - count :])
+    options = {"bias_origin": 0, "is_causal": True, "enable_gqa": True, "backend": backend}
+    for row, length in enumerate((11, 4)):
+        whole = [x[row : row + 1, :, :length] for x in (query, key, value)]
+        expected = offset_bias_attention(*whole, table, **options)[0]
+        torch.testing.assert_close(torch.cat(outs[row], 1), expected, rtol=2e-5, atol=2e-6)
+
+
 @pytest.mark.skipif(torch.device(DEVICE).type != "cuda", reason="captures a CUDA graph: TEST_DEVICE=cuda")
 @pytest.mark.parametrize("tokens", [1, 5])
 @torch.no_grad()
