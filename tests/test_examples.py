@@ -10,6 +10,7 @@ from matplotlib.image import imread
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
 
+import chronos_co2
 import length_generalization
 import swin_windows
 from _byte_model import ByteTransformer
@@ -172,6 +173,20 @@ def test_the_length_example_learns_and_draws(tmp_path, capsys):
     _assert_is_a_picture(output)
 
 
+def test_chronos_learns_the_same_both_ways_and_draws(tmp_path, capsys):
+    """The losses and forecasts of both attentions agree. A repeated year is about 1 ppm off."""
+    output = tmp_path / "new" / "co2.png"
+    table = chronos_co2.main(["--steps", "6", "--batch", "4", "--output", str(output)])
+    assert list(table.index) == [chronos_co2.EAGER, chronos_co2.OURS, chronos_co2.REPEATED]
+    columns = ["first loss", "last loss", "error (ppm)", "in 10-90 % (%)"]
+    eager, ours = (table.loc[name, columns].tolist() for name in (chronos_co2.EAGER, chronos_co2.OURS))
+    assert ours[:3] == pytest.approx(eager[:3], rel=1e-3)
+    assert ours[1] < ours[0]
+    assert table.loc[chronos_co2.REPEATED, "error (ppm)"] == pytest.approx(1.02, abs=0.01)
+    assert table.to_string(na_rep="-", float_format="{:.3f}".format) in capsys.readouterr().out
+    _assert_is_a_picture(output)
+
+
 @pytest.mark.parametrize(
     "heights", [[0.5], [0.2, 0.9, 0.6], [0.5, 0.51, 0.49, 0.5], [1.0, 0.99, 0.0, 0.01], [0.4, 0.43, 0.53, 0.58, 0.3]]
 )
@@ -190,6 +205,7 @@ BAD_ARGUMENTS = {
     "no epochs": (swin_windows, ["--epochs", "0"], "`--epochs` must be at least 1, got 0"),
     "no picture": (length_generalization, ["--output", "x.txt"], "`--output` must be a .png file, got x.txt"),
     "a length of one": (length_generalization, ["--length", "1"], "`--length` must be at least 2, got 1"),
+    "no steps": (chronos_co2, ["--steps", "0"], "`--steps` must be at least 1, got 0"),
     "no folder": (length_generalization, ["--text-dir", "/nowhere"], "`--text-dir` must be a directory, got /nowhere"),
 }
 
