@@ -118,6 +118,7 @@ def plot(path: Path, series: pd.Series, forecasts: Tensor, losses: dict[str, lis
     for head, row in enumerate(bias):
         right.plot(np.arange(-reach, reach + 1), row - row.mean(), linewidth=1.4, label=f"head {head}")
     right.set(xlabel="offset (patches of 4 weeks)", ylabel="bias (nats)", title="The bias that the encoder learned")
+    right.set_xlim(-CONTEXT // 4, CONTEXT // 4)
     for axes in (left, middle, right):
         axes.legend(frameon=False)
         axes.grid(alpha=0.3)
