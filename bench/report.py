@@ -10,6 +10,7 @@ import pandas as pd
 from bench.cases import BACKWARD, BOTH, FORWARD
 from bench.providers import SDPA_WITH_BIAS, TRAINABLE_PEERS
 
+OWN = ("own_eager", "own_sdpa")  # a model's own attentions
 Value = Callable[[pd.DataFrame], float]  # not a number where the CSV lacks a row
 
 
@@ -132,6 +133,37 @@ def amx_requirements() -> list[Requirement]:
     ]
 
 
+# Least speed of a model over the same model with its own attention, in inference and in training: float32, bfloat16.
+MODEL_BOUNDS = {
+    "mpnet_b32_l128": (1.15, 1.15),
+    "mpnet_b8_l384": (1.5, 1.5),
+    "t5_encoder_b32_l128": (1.0, 1.0),
+    "t5_encoder_b8_l384": (1.2, 1.2),
+    "mpnet_b32_l128_padded": (1.0, 1.0),
+    "mpnet_b8_l384_padded": (1.0, 1.0),
+    "t5_encoder_b32_l128_padded": (1.0, 1.0),
+    "t5_encoder_b8_l384_padded": (1.0, 1.0),
+    "swin_t": (1.2, 1.1),
+    "beit_b": (1.2, 1.1),
+    "maxvit_t": (1.2, 1.1),
+}
+
+
+def model_requirements() -> list[Requirement]:
+    """The figures that whole models must reach, against the faster of their own attentions."""
+    return [
+        Requirement(f"{mode} vs the model's own attention", name + suffix, _speedup(name + suffix, mode, OWN), bound)
+        for name, bounds in MODEL_BOUNDS.items()
+        for suffix, bound in zip(("", "_bf16"), bounds, strict=True)
+        for mode in (FORWARD, BOTH)
+    ]
+
+
+def has_models(results: pd.DataFrame) -> bool:
+    """Whether some results are of whole models."""
+    return results.provider.isin(OWN).any()
+
+
 def has_amx(results: pd.DataFrame) -> bool:
     """Whether all results are of a processor with AMX."""
     return results.device.str.contains(" AMX, ").all()
@@ -140,16 +172,17 @@ def has_amx(results: pd.DataFrame) -> bool:
 def print_requirements(results: pd.DataFrame) -> None:
     """Prints required | measured | met for every requirement. Those for AMX are of processors that have it."""
     lines = []
-    for requirement in requirements() + (amx_requirements() if has_amx(results) else []):
+    required = requirements() + (amx_requirements() if has_amx(results) else [])
+    for requirement in required + (model_requirements() if has_models(results) else []):
         value = requirement.value(results)
         if requirement.bound is None:
-            required, met = "-", "-"
+            limit, met = "-", "-"
         else:
-            required = f"{'<=' if requirement.is_upper else '>='} {requirement.bound:g}"
+            limit = f"{'<=' if requirement.is_upper else '>='} {requirement.bound:g}"
             is_met = value <= requirement.bound if requirement.is_upper else value >= requirement.bound
             met = "not measured" if pd.isna(value) else "yes" if is_met else "NO"
         measured = "-" if pd.isna(value) else f"{value:.2f}"
-        lines.append((requirement.what, requirement.case, required, measured, met))
+        lines.append((requirement.what, requirement.case, limit, measured, met))
     table = pd.DataFrame(lines, columns=["figure", "case", "required", "measured", "met"])
     print("\nMust be reached (float32 unless the case says bf16, one thread; ratios of medians)")
     print(table.to_string(index=False))

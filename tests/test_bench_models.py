@@ -2,14 +2,17 @@
 
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 
 from bench.__main__ import make_parser, plans_of
 from bench.case import BOTH, FORWARD, ModelCase
+from bench.cases import CASES
 from bench.models import ATTENTIONS, MODELS, model_steps
 from bench.providers import PROVIDERS
-from bench.rows import RowMaker
+from bench.report import model_requirements, print_requirements, read_results
+from bench.rows import RowMaker, write_rows
 from bench.suites import Plan, measure
 from bench.timing import Effort
 
@@ -48,3 +51,20 @@ def test_models_and_attentions_have_cases_and_providers_of_their_own():
         assert isinstance(plan.case, ModelCase) == (plan.suite == "models")
         assert set(plan.providers) <= set(ATTENTIONS if plan.suite == "models" else PROVIDERS)
     assert {plan.suite for plan in plans} == {"models", "speed"}
+
+
+def test_models_have_requirements_of_their_own(tmp_path, capsys):
+    """A model is compared with the faster of its own attentions."""
+    maker = RowMaker("cpu")
+    case = CASES["t5_encoder_b8_l384"]
+    times = {"ours": 10.0, "own_eager": 20.0, "own_sdpa": 11.0}
+    rows = [maker.make(case, name, FORWARD, "time", "ms", np.array([x]), 1) for name, x in times.items()]
+    write_rows(tmp_path / "models.csv", rows, keep_others=False)
+    results = read_results(tmp_path / "models.csv")
+    found = {(x.case, x.what.partition(" ")[0]): x.value(results) for x in model_requirements()}
+    assert found[case.name, FORWARD] == pytest.approx(1.1)
+    assert all(np.isnan(value) for key, value in found.items() if key != (case.name, FORWARD))
+    assert {name for name, _ in found} <= set(CASES)
+    print_requirements(results)
+    line = next(line for line in capsys.readouterr().out.splitlines() if f" {case.name} " in line)
+    assert line.split()[-4:] == [">=", "1.2", "1.10", "NO"]
