@@ -1,4 +1,4 @@
-"""The command lines of `swin_windows.py` and of `length_generalization.py`."""
+"""The command lines of `swin_windows.py`, `length_generalization.py` and `gated_bytes.py`."""
 
 import argparse
 from collections.abc import Sequence

@@ -1,4 +1,4 @@
-"""The optimiser of `swin_windows.py` and of `length_generalization.py`."""
+"""The optimiser of `swin_windows.py`, `length_generalization.py` and `gated_bytes.py`."""
 
 from collections.abc import Iterable
 

@@ -11,6 +11,7 @@ from matplotlib.image import imread
 sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
 
 import chronos_co2
+import gated_bytes
 import length_generalization
 import swin_windows
 from _byte_model import ByteTransformer
@@ -198,6 +199,34 @@ def test_labels_move_apart_keep_their_order_and_stay_inside(heights):
     assert ((moved > LABEL_GAP / 2 - 1e-9) & (moved < 1 - LABEL_GAP / 2 + 1e-9)).all()
     if heights == [0.2, 0.9, 0.6]:
         assert moved.tolist() == heights
+
+
+def test_kinds_of_bytes_tell_indentation_from_other_spaces():
+    """A space after a space or a line's end is indentation."""
+    masks = gated_bytes.kind_masks(torch.tensor([list(b"\n  a b_1.")]))
+    found = {name: mask[0].nonzero().flatten().tolist() for name, mask in masks.items()}
+    assert found["indentation"] == [1, 2]
+    assert found["space in a line"] == [4]
+    assert (found["letter"], found["line end"], found["dot"]) == ([3, 5], [0], [8])
+    assert sum(mask.sum() for mask in masks.values()) == 9
+
+
+def test_the_gated_example_tabulates_and_draws(tmp_path, capsys):
+    """Both models begin equal, the gated one has the parameters of its gates more, and its gates differ by byte."""
+    args = gated_bytes.parse_args(["--width", "16", "--length", "32", "--device", "cpu"])
+    gated, plain = (gated_bytes.build_model(args, is_gated) for is_gated in (True, False))
+    tokens = torch.randint(256, (2, 32))
+    torch.testing.assert_close(gated(tokens), plain(tokens))
+    assert gated.all_gates(tokens).unique().tolist() == [1.0]
+    more = sum(p.numel() for p in gated.parameters()) - sum(p.numel() for p in plain.parameters())
+    assert more == gated_bytes.NUM_LAYERS * gated_bytes.NUM_HEADS * (16 + 1)
+    output = tmp_path / "gated.png"
+    options = ["--steps", "4", "--width", "16", "--length", "64", "--batch", "2", "--device", "cpu"]
+    gates = gated_bytes.main([*options, "--output", str(output)])
+    assert gates.shape == (len(gated_bytes.kinds_of_bytes()) + 2, gated_bytes.NUM_LAYERS * gated_bytes.NUM_HEADS)
+    assert gates.to_numpy().std() > 0
+    assert gates.to_string(float_format="{:.2f}".format) in capsys.readouterr().out
+    assert output.read_bytes().startswith(b"\x89PNG")
 
 
 BAD_ARGUMENTS = {

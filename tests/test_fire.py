@@ -8,7 +8,7 @@ from triton_offset_bias import offset_bias_attention
 from triton_offset_bias.modules import FireBias
 
 HEADS, THRESHOLD = 3, 40
-SERVING = ["reference"]  # gates of any rank
+SERVING = ["cpp", "reference"]  # gates of any rank
 
 
 def _fire() -> FireBias:

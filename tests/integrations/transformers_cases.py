@@ -12,7 +12,7 @@ from triton_offset_bias.integrations.transformers import enable_offset_bias
 
 # A float64 model of transformers is not float64 throughout: its norms and some softmaxes are float32.
 ROUNDING = 16
-TABLES = ("relative_attention_bias", "relative_position_bias_table")
+TABLES = ("relative_attention_bias", "relative_position_bias_table", "rel_attn_embed", "distance_embedding")
 
 
 @dataclass

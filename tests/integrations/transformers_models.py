@@ -146,6 +146,55 @@ _TEXT = {"input_ids": tokens(2, 13, 0)}
 _IMAGES = {"pixel_values": torch.rand(2, 3, 64, 64, generator=torch.Generator().manual_seed(0), device="cpu")}
 SPECTROGRAMS = {"input_features": torch.rand(2, 1, 256, 16, generator=torch.Generator().manual_seed(0), device="cpu")}
 # One model of each served type, and the inputs of its call.
+
+SPEECH = {
+    "vocab_size": 20,
+    "hidden_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "intermediate_size": 48,
+    "hidden_dropout": 0.0,
+    "attention_dropout": 0.0,
+    "activation_dropout": 0.0,
+    "feat_proj_dropout": 0.0,
+    "final_dropout": 0.0,
+    "layerdrop": 0.0,
+    "mask_time_prob": 0.0,
+    "num_conv_pos_embeddings": 8,
+    "num_conv_pos_embedding_groups": 4,
+    "conv_dim": (8, 8),
+    "conv_kernel": (4, 4),
+    "conv_stride": (2, 2),
+    "pad_token_id": 0,
+}
+
+
+def wavlm(**own: object) -> transformers.WavLMForCTC:
+    """WavLM, whose distances from 16 on share a bucket."""
+    config = transformers.WavLMConfig(**{**SPEECH, "num_buckets": 16, "max_bucket_distance": 16, **own})
+    return randomized(transformers.WavLMForCTC, config)
+
+
+def wav2vec2_conformer(**own: object) -> transformers.Wav2Vec2ConformerForCTC:
+    """wav2vec2-conformer with relative positions."""
+    config = transformers.Wav2Vec2ConformerConfig(**{**SPEECH, "conv_depthwise_kernel_size": 5, **own})
+    return randomized(transformers.Wav2Vec2ConformerForCTC, config)
+
+
+def wav2vec2_bert(**own: object) -> transformers.Wav2Vec2BertForCTC:
+    """w2v-BERT with relative keys up to 12 to the left and 3 to the right."""
+    names = ("conv_dim", "conv_kernel", "conv_stride", "num_conv_pos_embeddings", "num_conv_pos_embedding_groups")
+    config = {name: x for name, x in SPEECH.items() if name not in names}
+    config |= {"feature_projection_input_dim": 16, "conv_depthwise_kernel_size": 5, "max_source_positions": 64}
+    config |= {"left_max_position_embeddings": 12, "right_max_position_embeddings": 3, "conformer_conv_dropout": 0.0}
+    return randomized(transformers.Wav2Vec2BertForCTC, transformers.Wav2Vec2BertConfig(**{**config, **own}))
+
+
+WAVES = {
+    "input_values": torch.sin(torch.arange(480.0, device="cpu") ** 1.3).view(2, 240).to(torch.get_default_device())
+}
+FRAMES = {"input_features": WAVES["input_values"].view(2, 15, 16)}
+
 EVERY_TYPE = {
     "t5": (t5, _TEXT_PAIR),
     "mt5": (lambda: _relative_of_t5("MT5"), _TEXT_PAIR),
@@ -168,4 +217,7 @@ EVERY_TYPE = {
     "clap_audio_model": (clap_audio, SPECTROGRAMS),
     "beit": (beit, _IMAGES),
     "data2vec-vision": (data2vec_vision, _IMAGES),
+    "wavlm": (wavlm, WAVES),
+    "wav2vec2-conformer": (wav2vec2_conformer, WAVES),
+    "wav2vec2-bert": (wav2vec2_bert, FRAMES),
 }

@@ -22,7 +22,9 @@ class MaskedAttention(ReplacedAttention):
         *,
         scale: float,
         dropout_p: float,
+        bias_gate: Tensor | None = None,
         bias_origin: int | None = None,
+        beyond: str = "clamp",
         is_causal: bool = False,
         window_size: tuple[int, int] = (-1, -1),
     ) -> Tensor:
@@ -34,7 +36,7 @@ class MaskedAttention(ReplacedAttention):
             value: (B, Hkv, Lk, Dv).
             bias: the table, or None.
             mask: what `masked_call` takes.
-            scale, dropout_p, bias_origin, is_causal, window_size: as in `offset_bias_attention`.
+            scale, dropout_p, bias_gate, bias_origin, beyond, is_causal, window_size: as in `offset_bias_attention`.
 
         Returns:
             (B, Lq, Hq * Dv).
@@ -48,7 +50,9 @@ class MaskedAttention(ReplacedAttention):
             dropout_p=dropout_p,
             is_causal=is_causal,
             scale=scale,
+            bias_gate=bias_gate,
             bias_origin=bias_origin,
+            beyond=beyond,
             window_size=window_size,
             **options,
         )

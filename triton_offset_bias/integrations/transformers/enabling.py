@@ -30,6 +30,9 @@ SERVED: dict[str, str] = {
     "clap_audio_model": "windows",
     "beit": "beit",
     "data2vec-vision": "beit",
+    "wavlm": "speech",
+    "wav2vec2-conformer": "speech",
+    "wav2vec2-bert": "speech",
 }
 # The kind of mask that a model's attention asks for, where it is not `PLAIN`.
 _MASKS = {"bloom": NUMBERED, "falcon": NUMBERED, **{name: TABLE for name, adapter in SERVED.items() if adapter == "t5"}}
