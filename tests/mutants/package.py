@@ -249,6 +249,19 @@ PACKAGE = mutants_in("triton_offset_bias", {
          "components if isinstance(components, dict) else",
          "components if False else"),
     ],
+    "integrations/packing.py": [
+        ("padding before the tokens is taken out as well", "integrations/test_transformers_interface.py", "before",
+         "or not bool(mask.any()) or not torch.equal(mask, is_behind):",
+         "or not bool(mask.any()):"),
+    ],
+    "integrations/transformers/interface.py": [
+        ("lower offsets run backwards", "integrations/test_transformers_interface.py", "loss and t5",
+         "dense[0, :, 0].flip(-1)",
+         "dense[0, :, 0]"),
+        ("offset 0 is where it is without a cache", "integrations/test_transformers_interface.py", "tokens and t5",
+         'options["bias_origin"] = query.shape[2] - 1',
+         'options["bias_origin"] = key.shape[2] - 1'),
+    ],
     "integrations/transformers/t5.py": [
         ("encoders' tables begin at offset 0", "integrations/test_transformers_seq2seq.py", "gradient and t5",
          "            -self.table_origin,\n",
@@ -271,6 +284,9 @@ PACKAGE = mutants_in("triton_offset_bias", {
          "if False and"),
     ],
     "integrations/transformers/masks.py": [
+        ("packed sequences of two rows are one", "integrations/test_transformers_interface.py", "position_ids and rows",
+         "is_first = torch.ones_like(sequences, dtype=torch.bool)",
+         "is_first = torch.arange(sequences.numel()).view_as(sequences) == 0"),
         ("keys are numbered from 0 on", "integrations/test_transformers_masks.py", "numbered",
          "return numbers * mask if",
          "return (numbers - 1) * mask if"),
