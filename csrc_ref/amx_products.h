@@ -47,6 +47,7 @@ struct AmxProducts {
       for (int d = 0; d < width && factors[r] != 1; d += W) Lanes::store(sums + d, factors[r] * Lanes::load(sums + d));
   }
 
+  template <bool kGated>
   static void scores(const float *a, int64_t chunk_stride, const float *panels, int chunks, float *out, int64_t stride,
                      const ScoreTerms<float> &terms, int rows, Range columns, int valid_columns) {
     for (int column = columns.begin; column < columns.end; column += kTile) {
@@ -57,7 +58,7 @@ struct AmxProducts {
                                          terms.bias_tile + column / amx::kTileRows * amx::kTileReals);
     }
     if (terms.has_bias() || terms.key_mask || terms.scale != 1)
-      visit_terms(terms, [&](auto bias, auto mask) {
+      visit_terms<kGated>(terms, [&](auto bias, auto mask) {
         for (int r = 0; r < rows; ++r)
           for (int j = columns.begin; j < columns.end; j += W) {
             float *x = out + r * stride + j;

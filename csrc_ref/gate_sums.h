@@ -39,7 +39,7 @@ template <class Products> class GateSums {
   }
 
   // Prepares a block of rows, and at the first block what a head begins with.
-  void prepare(const Head &head, int first) const {
+  __attribute__((noinline)) void prepare(const Head &head, int first) const {
     if (!table_.present()) return;
     if (first == 0) std::fill_n(image_.get() + head.slot * image_size_, image_size_, Real(0));
     const int count = std::min(kQueries, int(p_.sequences[head.b].len_q) - first);
@@ -61,8 +61,8 @@ template <class Products> class GateSums {
   }
 
   // sums[row] = the sum of dS times the table's number, for a gate with one number for each query.
-  void sum_rows(const Scorer<Products> &scorer, const PairTile &tile, const Real *dscores, int64_t stride,
-                Real *sums) const {
+  __attribute__((noinline)) void sum_rows(const Scorer<Products> &scorer, const PairTile &tile, const Real *dscores,
+                                          int64_t stride, Real *sums) const {
     if (!dgate_.data || !is_column_) return;
     const auto sum_with = [&](auto number) {
       for (int row = 0; row < tile.rows; row += W) {
@@ -81,8 +81,8 @@ template <class Products> class GateSums {
 
   // Adds a tile of dS whose corner is (row, column), with zeros before and after each of its rows (see Tiles). `sums`
   // are those of sum_rows.
-  void add_tile(const Head &head, const Real *dscores, int64_t stride, int row, int column, int rows, int width,
-                const Real *sums) const {
+  __attribute__((noinline)) void add_tile(const Head &head, const Real *dscores, int64_t stride, int row, int column,
+                                          int rows, int width, const Real *sums) const {
     if (!table_.present()) return;
     if (is_column_) {
       for (int r = 0; r < rows && dgate_.data; ++r) dgate_at(head.slot, row)[r] += sums[r];
@@ -101,7 +101,7 @@ template <class Products> class GateSums {
   }
 
   // Writes a block of the gate's gradient.
-  void write_dgate(const Head &head, int first) const {
+  __attribute__((noinline)) void write_dgate(const Head &head, int first) const {
     const int count = std::min(kQueries, int(p_.sequences[head.b].len_q) - first);
     if (!dgate_.data || count <= 0) return;
     Real *const sums = dgate_at(head.slot, first);
@@ -117,7 +117,7 @@ template <class Products> class GateSums {
   }
 
   // Adds a head's sums to its tables' gradient. A head that shares its tables with no other writes the gradient itself.
-  void add_head(const Head &head) const {
+  __attribute__((noinline)) void add_head(const Head &head) const {
     if (!dbias_) return;
     const int64_t size = p_.rank * p_.bias_columns, first = bias_row(p_, head.b, head.h) * size;
     if (!is_shared(p_)) std::fill_n(dbias_ + first, size, Real(0));

@@ -72,7 +72,7 @@ template <class Real> class GateTable {
   }
 
   // Makes U, U^T and the ends of a head.
-  void pack(int64_t slot, int64_t b, int64_t h) const {
+  __attribute__((noinline)) void pack(int64_t slot, int64_t b, int64_t h) const {
     if (!present() || rank_ == 1) return;
     const Real *const nats = gated_tables<Real>(p_, b, h);
     Real *to = panels_data_.get() + slot * panels_ * rank_ * kPanelWidth;
@@ -101,8 +101,8 @@ template <class Real> class GateTable {
 
   // Packs the gates of `count` queries, and zeros up to `rows`. `gates` has room for rows * rank, rounded up to panels.
   // The head's table need not be packed yet.
-  void pack_rows(int64_t b, int64_t h, int first, int count, int rows, Real *gates, int64_t chunk_stride,
-                 std::array<Real *, 2> ends) const {
+  __attribute__((noinline)) void pack_rows(int64_t b, int64_t h, int first, int count, int rows, Real *gates,
+                                           int64_t chunk_stride, std::array<Real *, 2> ends) const {
     const Matrix gate = gate_matrix<Real>(p_, p_.gate, b, h);
     if (rank_ == 1) {
       read_rows(gate, first, count, gates, 1);

@@ -39,10 +39,11 @@ template <class R, class O> struct RegisterProducts {
   static void rescale(Real *, int, const Real *, int) {}
 
   // See score_block and dscore_block.
+  template <bool kGated>
   static TOB_INLINE void scores(const Real *a, int64_t chunk_stride, const Real *panels, int chunks, Real *out,
                                 int64_t stride, const ScoreTerms<Real> &terms, int rows, Range columns,
                                 int valid_columns) {
-    score_block<Operand>(a, chunk_stride, panels, chunks, out, stride, terms, rows, columns, valid_columns);
+    score_block<kGated, Operand>(a, chunk_stride, panels, chunks, out, stride, terms, rows, columns, valid_columns);
   }
   template <bool kDropped, bool kDlse, class Kept>
   static void dscores(const Real *a, int64_t chunk_stride, const Real *panels, int chunks,

@@ -41,17 +41,16 @@ template <class Products> class Scorer {
   TOB_INLINE void scores(const PairTile &tile, const Real *a, int64_t chunk_stride, const Real *panels, int chunks,
                          Real *out, int64_t stride, const GateRows<Real> &gates,
                          GateProducts<Real, kRows, kColumns> &products) const {
-    const auto &[slot, b, h, query, key, rows, columns] = tile;
-    const Band &band = bands[size_t(b)];
-    const bool inside = band.covers(query, query + rows, key + columns.begin, key + columns.end);
-    const bool biased = p.bias || !inside;
-    const GatheredTile<Real> gathered_tile = gathered.from(b, h, query, key);
-    ScoreTerms<Real> terms{scale.products, biased && !bias_tiles.present() ? strips.at(b, h, key - query) : nullptr,
-                           gathered.present() ? &gathered_tile : nullptr, mask.present() ? mask.at(b) + key : nullptr,
-                           biased ? bias_tiles.at(slot, query, key) : nullptr};
-    if (gate.present()) gate.set_terms(terms, slot, b, gates, query, key, rows, columns, products);
-    Products::scores(a, chunk_stride, panels, chunks, out, stride, terms, rows, columns, band.len_k - key);
-    if (gate.present() && !inside && !gathered.present()) forbid_outside(band, out, stride, query, key, rows, columns);
+    if (gate.present()) {
+      gated_scores(tile, a, chunk_stride, panels, chunks, out, stride, gates, products);
+      return;
+    }
+    const GatheredTile<Real> gathered_tile = gathered.from(tile.b, tile.h, tile.query, tile.key);
+    const bool biased = p.bias || !is_inside(tile);
+    ScoreTerms<Real> terms = terms_of(tile, biased && !bias_tiles.present(), gathered_tile);
+    terms.bias_tile = biased ? bias_tiles.at(tile.slot, tile.query, tile.key) : nullptr;
+    Products::template scores<false>(a, chunk_stride, panels, chunks, out, stride, terms, tile.rows, tile.columns,
+                                     bands[size_t(tile.b)].len_k - tile.key);
   }
 
   // Members are initialised in this order, so each may read only the members above it.
@@ -64,6 +63,34 @@ template <class Products> class Scorer {
   const Scale<Real, typename Products::Operand> scale;
 
  private:
+  // A function of its own: its code would get into the way of calls without a gate.
+  template <int kRows, int kColumns>
+  __attribute__((noinline)) void gated_scores(const PairTile &tile, const Real *a, int64_t chunk_stride,
+                                              const Real *panels, int chunks, Real *out, int64_t stride,
+                                              const GateRows<Real> &gates,
+                                              GateProducts<Real, kRows, kColumns> &products) const {
+    const Band &band = bands[size_t(tile.b)];
+    const GatheredTile<Real> gathered_tile = gathered.from(tile.b, tile.h, tile.query, tile.key);
+    ScoreTerms<Real> terms = terms_of(tile, true, gathered_tile);
+    gate.set_terms(terms, tile.slot, tile.b, gates, tile.query, tile.key, tile.rows, tile.columns, products);
+    Products::template scores<true>(a, chunk_stride, panels, chunks, out, stride, terms, tile.rows, tile.columns,
+                                    band.len_k - tile.key);
+    if (!gathered.present() && !is_inside(tile))
+      forbid_outside(band, out, stride, tile.query, tile.key, tile.rows, tile.columns);
+  }
+
+  TOB_INLINE bool is_inside(const PairTile &tile) const {
+    return bands[size_t(tile.b)].covers(tile.query, tile.query + tile.rows, tile.key + tile.columns.begin,
+                                        tile.key + tile.columns.end);
+  }
+
+  TOB_INLINE ScoreTerms<Real> terms_of(const PairTile &tile, bool has_strip,
+                                       const GatheredTile<Real> &gathered_tile) const {
+    return {scale.products, has_strip ? strips.at(tile.b, tile.h, tile.key - tile.query) : nullptr,
+            gathered.present() ? &gathered_tile : nullptr, mask.present() ? mask.at(tile.b) + tile.key : nullptr,
+            nullptr};
+  }
+
   const tob_problem &p;
 };
 

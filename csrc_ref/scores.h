@@ -68,19 +68,23 @@ TOB_INLINE typename Simd<Real>::Vec with_terms(typename Simd<Real>::Vec x, const
   return x;
 }
 
-// Calls run with the kind of bias and the presence of a key mask as constants.
-template <class Real, class Run> TOB_INLINE void visit_terms(const ScoreTerms<Real> &terms, Run run) {
+// Calls run with the kind of bias and the presence of a key mask as constants. Kinds with a gate are apart from others,
+// so that these stay the small loops that compilers make the fastest code of.
+template <bool kGated, class Real, class Run> TOB_INLINE void visit_terms(const ScoreTerms<Real> &terms, Run run) {
   const auto run_with = [&](auto bias) {
     if (terms.key_mask) run(bias, std::true_type());
     else run(bias, std::false_type());
   };
-  if (terms.gathered && terms.gates) run_with(std::integral_constant<Bias, Bias::kGatedGathered>());
-  else if (terms.gathered) run_with(std::integral_constant<Bias, Bias::kGathered>());
-  else if (terms.strip && terms.gates) run_with(std::integral_constant<Bias, Bias::kGatedStrip>());
-  else if (terms.strip) run_with(std::integral_constant<Bias, Bias::kStrip>());
-  else if (terms.sheared) run_with(std::integral_constant<Bias, Bias::kSheared>());
-  else if (terms.row_biases) run_with(std::integral_constant<Bias, Bias::kRows>());
-  else run_with(std::integral_constant<Bias, Bias::kNone>());
+  if constexpr (kGated) {
+    if (terms.gathered) run_with(std::integral_constant<Bias, Bias::kGatedGathered>());
+    else if (terms.strip) run_with(std::integral_constant<Bias, Bias::kGatedStrip>());
+    else if (terms.sheared) run_with(std::integral_constant<Bias, Bias::kSheared>());
+    else run_with(std::integral_constant<Bias, Bias::kRows>());
+  } else {
+    if (terms.gathered) run_with(std::integral_constant<Bias, Bias::kGathered>());
+    else if (terms.strip) run_with(std::integral_constant<Bias, Bias::kStrip>());
+    else run_with(std::integral_constant<Bias, Bias::kNone>());
+  }
 }
 
 // Makes the columns [begin, end) of a tile's rows -inf.
@@ -105,12 +109,12 @@ void forbid_outside(const Band &band, Real *scores, int64_t stride, int query, i
 //
 // Scores of rows [0, rows) and the panels of columns [columns.begin, columns.end), multiples of kPanel.
 // `panels` are the keys' transposed panels from column 0 on. Columns from `valid_columns` on become -inf.
-template <class Operand, class Real>
+template <bool kGated, class Operand, class Real>
 TOB_INLINE void score_block(const Real *a, int64_t chunk_stride, const Real *panels, int chunks, Real *out,
                             int64_t stride, const ScoreTerms<Real> &terms, int rows, Range columns, int valid_columns) {
   using Lanes = Simd<Real>;
   constexpr int kPanelWidth = kPanel<Real>, W = Lanes::kLanes;
-  visit_terms(terms, [&](auto bias, auto mask) {
+  visit_terms<kGated>(terms, [&](auto bias, auto mask) {
     const auto write = [&](typename Lanes::Vec products, int row, int column) {
       Lanes::store(out + row * stride + column,
                    with_terms<decltype(bias)::value, decltype(mask)::value, !Scale<Real, Operand>::kInQueries>(

@@ -42,7 +42,7 @@ ENGINE = mutants_in("csrc_ref", {
     ],
     "scorer.h": [
         ("pairs outside the band have a gated bias", "test_gate_engine.py", "window",
-         "if (gate.present() && !inside && !gathered.present())",
+         "if (!gathered.present() && !is_inside(tile))",
          "if (false)"),
     ],
     "gated_row.h": [
