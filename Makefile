@@ -15,7 +15,7 @@ PTXEMU ?= $(wildcard ../shared/tools/ptxemu)
 EMULATED ?= 80 90
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-interpreted test-emulated test-gpu test-oldest-transformers test-timm test-sanitized test-mutations compile-kernels gpu-static gpu-report lint fmt bench plots ci clean
+.PHONY: help setup demo test test-interpreted test-emulated test-gpu test-oldest-transformers test-timm test-sanitized test-mutations compile-kernels gpu-static gpu-report lint fmt wheel bench plots ci clean
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 26
@@ -70,6 +70,14 @@ fmt: $(INSTALLED)  ## format the code
 	$(RUN) -m ruff format .
 	$(RUN) -m ruff check --fix .
 	$(VENV)/bin/clang-format -i csrc_ref/*.h csrc_ref/*.cpp tests/sanitized/*.cpp
+
+wheel: $(INSTALLED)  ## build this machine's wheel as a release has it, and try it in a clean environment without a compiler
+	rm -rf build dist
+	$(RUN) -m build --no-isolation --outdir build/wheel .
+	mkdir -p dist
+	@if test "$$(uname)" = Linux; then PATH="$(abspath $(VENV))/bin:$$PATH" $(RUN) -m auditwheel repair --wheel-dir dist build/wheel/*.whl; \
+	else cp build/wheel/*.whl dist; fi
+	TEST_WHEEL="$$(ls dist/*.whl)" $(RUN) -m pytest tests/test_packaging.py $(OPTIONS)
 
 bench: $(INSTALLED)  ## measure against other ways to do the same, on this machine
 	$(RUN) -m bench $(OPTIONS)

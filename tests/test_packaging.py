@@ -1,6 +1,7 @@
 """The release: a source distribution, the wheel made from it, and their installation in a clean environment.
 
 The engine is compiled without optimisation here, because this is quick. `test_engine.py` tests the optimised builds.
+`TEST_WHEEL=FILE`, which `make wheel` sets, tests that wheel in place of one that is made here.
 """
 
 import os
@@ -75,7 +76,9 @@ def sdist(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def wheel(sdist: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Made from what is in the sdist."""
+    """Made from what is in the sdist, or given."""
+    if "TEST_WHEEL" in os.environ:
+        return (ROOT / os.environ["TEST_WHEEL"]).resolve(strict=True)
     folder = tmp_path_factory.mktemp("wheel")
     shutil.unpack_archive(sdist, folder)
     compiler = folder / "compiler"
@@ -104,7 +107,8 @@ def test_the_sdist_holds_what_the_wheel_is_made_from_and_nothing_else(sdist: Pat
 
 def test_the_wheel_holds_the_package_every_build_of_the_engine_and_the_mark_of_types(wheel: Path) -> None:
     """The wheel's files are listed one by one. One wheel serves every Python from 3.10 on."""
-    names = {name for name in zipfile.ZipFile(wheel).namelist() if not name.startswith(f"{NAME}.dist-info/")}
+    files = (entry.filename for entry in zipfile.ZipFile(wheel).infolist() if not entry.is_dir())
+    names = {name for name in files if not name.startswith(f"{NAME}.dist-info/")}
     builds = cpp.BUILDS if platform.machine().lower() in ("x86_64", "amd64") else ("portable",)
     assert names == PACKAGE | {f"triton_offset_bias/_engine_{build}.abi3.so" for build in builds}
     assert f"{NAME}.dist-info/licenses/LICENSE" in zipfile.ZipFile(wheel).namelist()
@@ -120,8 +124,12 @@ print(triton_offset_bias.__file__, cpp.build_description(), sep="\\n")
 
 @pytest.mark.parametrize("build", ["", "portable"])
 def test_the_readmes_quickstart_runs_on_the_installed_wheel(python: Path, tmp_path: Path, build: str) -> None:
-    """It runs on the processor's best build of the engine, and on the build that needs no AVX2."""
-    printed = _run(python, "-c", QUICKSTART + WHERE, folder=tmp_path, **{cpp.BUILD_VARIABLE: build})
+    """It runs on the best build of the engine, and on the build that needs no AVX2, where no compiler is found."""
+    environment = {cpp.BUILD_VARIABLE: build, "PATH": str(python.parent)}
+    assert not any(
+        shutil.which(compiler, path=environment["PATH"]) for compiler in ("cc", "c++", "gcc", "g++", "clang")
+    )
+    printed = _run(python, "-c", QUICKSTART + WHERE, folder=tmp_path, **environment)
     file, description = printed.splitlines()
     assert Path(file).is_relative_to(python.parents[1])
     assert description.startswith("portable (128-bit vectors" if build else cpp.BUILDS)
