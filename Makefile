@@ -11,11 +11,12 @@ TRITON ?=
 TRITON_FOLDER := $(if $(TRITON),$(VENV)/triton-$(TRITON))
 OLDEST_TRANSFORMERS := $(VENV)/transformers-5.15.0
 TIMM := $(VENV)/timm-1.0.31
+SITE_TOOLS := $(VENV)/site-tools
 PTXEMU ?= $(wildcard ../shared/tools/ptxemu)
 EMULATED ?= 80 90
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-interpreted test-emulated test-gpu test-oldest-transformers test-timm test-sanitized test-mutations compile-kernels gpu-static gpu-report lint fmt wheel bench plots ci clean
+.PHONY: help setup demo test test-interpreted test-emulated test-gpu test-oldest-transformers test-timm test-sanitized test-mutations compile-kernels gpu-static gpu-report lint fmt wheel docs bench plots ci clean
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 26
@@ -79,6 +80,9 @@ wheel: $(INSTALLED)  ## build this machine's wheel as a release has it, and try 
 	else cp build/wheel/*.whl dist; fi
 	TEST_WHEEL="$$(ls dist/*.whl)" $(RUN) -m pytest tests/test_packaging.py $(OPTIONS)
 
+docs: $(INSTALLED) $(SITE_TOOLS)  ## build the documentation site in build/site; a link that leads nowhere is an error
+	PYTHONPATH=$(SITE_TOOLS) $(RUN) -m mkdocs build --strict $(OPTIONS)
+
 bench: $(INSTALLED)  ## measure against other ways to do the same, on this machine
 	$(RUN) -m bench $(OPTIONS)
 
@@ -103,6 +107,9 @@ $(VENV)/triton-%: | $(INSTALLED)
 $(OLDEST_TRANSFORMERS):
 	$(RUN) -m pip install --quiet --no-compile --disable-pip-version-check --target $@ transformers==5.15.0
 	rm -rf $@/numpy*  # the environment's own fits its other packages
+
+$(SITE_TOOLS): | $(INSTALLED)
+	$(RUN) -m pip install --quiet --no-compile --disable-pip-version-check --constraint constraints.txt --target $@ mkdocs mkdocs-material "mkdocstrings[python]"
 
 # In a folder of its own, because transformers looks for torchvision, and torchvision for the CUDA that it was built for.
 $(TIMM): | $(INSTALLED)

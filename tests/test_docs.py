@@ -9,7 +9,9 @@ ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "triton_offset_bias"
 PAGES = [*sorted(ROOT.glob("*.md")), *sorted((ROOT / "docs").glob("*.md")), ROOT / "csrc_ref" / "README.md"]
 SOURCES = [
-    path for folder in ("triton_offset_bias", "tests", "bench", "examples") for path in (ROOT / folder).rglob("*.py")
+    path
+    for folder in ("triton_offset_bias", "tests", "tools", "bench", "examples")
+    for path in (ROOT / folder).rglob("*.py")
 ]
 ENDINGS = (".py", ".h", ".cpp", ".md", ".csv", ".yml", ".yaml", ".cff", ".toml", ".txt", ".png")
 MADE = ("bench/out/",)  # folders that commands write
