@@ -195,7 +195,9 @@ def offset_bias_attention_varlen(
         cu_seqlens_k: (B + 1,) int32 or int64: the same for keys.
         max_seqlen_q: the longest query length of the whole, or more.
         max_seqlen_k: the longest key length of the whole, or more.
-        group, layout, method: see `offset_bias_attention` here.
+        group: see `offset_bias_attention` here.
+        layout: likewise.
+        method: likewise.
         dropout_p: above 0 it needs ``method="all_to_all"``.
 
     Returns:

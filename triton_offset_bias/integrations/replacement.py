@@ -21,8 +21,8 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from triton_offset_bias.functional import offset_bias_attention
 from triton_offset_bias.integrations.packing import packed_attention
+from triton_offset_bias.spreadable import SpreadableAttention
 
 
 class Replacement:
@@ -56,9 +56,10 @@ class Replacement:
         return type(self).__qualname__
 
 
-class ReplacedAttention(Replacement):
+class ReplacedAttention(Replacement, SpreadableAttention):
     """A replacement that attends, and whose calls are watched."""
 
+    is_spreadable = False
     _last_attention: object = None
     _is_compiled = False
 
@@ -84,14 +85,33 @@ class ReplacedAttention(Replacement):
         """Calls `offset_bias_attention` on this module's backend, and lays heads side by side: (B, Lq, Hq * Dv).
 
         With the option `bounds` it calls `packed_attention`.
+
+        Raises:
+            ValueError: ranks hold parts of the sequence, and the call has packed sequences or keys of a cache.
         """
+        if self._ranks > 1:
+            _check_part(query, key, options)
         if torch.compiler.is_compiling():
             self._is_compiled = True
         else:
             self._last_attention = object()
-        attend = packed_attention if "bounds" in options else offset_bias_attention
+        attend = packed_attention if "bounds" in options else self._attend
         out = attend(query, key, value, bias, backend=self.offset_bias_backend, **options)
         return out.transpose(1, 2).flatten(2)
+
+
+def _check_part(query: Tensor, key: Tensor, options: dict[str, Any]) -> None:
+    """Raises ValueError if a call has more than this rank's part of plain sequences."""
+    if "bounds" in options:
+        raise ValueError(
+            "`position_ids` must not pack sequences that are spread over ranks, got packed sequences: use "
+            "triton_offset_bias.distributed.offset_bias_attention_varlen"
+        )
+    if options.get("is_causal") and query.shape[2] != key.shape[2]:
+        raise ValueError(
+            "`use_cache` must be False where a sequence is spread over ranks, "
+            f"got {query.shape[2]} queries and {key.shape[2]} keys"
+        )
 
 
 def replacement_for(module: nn.Module, replacements: dict[type, type[Replacement]]) -> type[Replacement] | None:
@@ -131,7 +151,7 @@ def restore(module: nn.Module) -> None:
     for cls in type(module).__mro__:
         if issubclass(cls, Replacement) and "replaced" in vars(cls):
             module.__class__ = _exchanged(type(module), cls, cls.replaced)
-            for name in ("offset_bias_backend", "_last_attention", "_is_compiled"):
+            for name in ("offset_bias_backend", "_last_attention", "_is_compiled", "_attend", "_ranks"):
                 vars(module).pop(name, None)
             return
 

@@ -1,16 +1,14 @@
 """Self-attention with any position bias of this package."""
 
-from collections.abc import Callable
-
 from torch import Tensor, nn
 
 from triton_offset_bias.checks.arguments import check_flag, check_tensor, checked_count, checked_dropout, shape
-from triton_offset_bias.functional import offset_bias_attention
 from triton_offset_bias.modules.gated import GatedBias
 from triton_offset_bias.modules.windowed_bias import WindowedBias
+from triton_offset_bias.spreadable import SpreadableAttention
 
 
-class OffsetBiasAttention(nn.Module):
+class OffsetBiasAttention(SpreadableAttention, nn.Module):
     """Multi-head self-attention: projections, `offset_bias_attention` with a table from `bias`, output projection.
 
     Args:
@@ -63,9 +61,6 @@ class OffsetBiasAttention(nn.Module):
         self.is_causal = is_causal
         self.dropout_p = checked_dropout(dropout_p)
         self.bias = bias
-        # `distributed.parallelize_context` changes these two.
-        self._attend: Callable[..., Tensor] = offset_bias_attention
-        self._ranks = 1  # that hold an equal part of each sequence
         self.q_proj = nn.Linear(embed_dim, embed_dim)
         self.k_proj = nn.Linear(embed_dim, num_kv_heads * self.head_dim)
         self.v_proj = nn.Linear(embed_dim, num_kv_heads * self.head_dim)

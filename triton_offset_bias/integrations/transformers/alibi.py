@@ -82,6 +82,8 @@ class OffsetBiasBloomAttention(MaskedAttention, BloomAttention):
 class OffsetBiasMptAttention(MaskedAttention, MptAttention):
     """MPT's attention."""
 
+    is_spreadable = True
+
     def forward(
         self,
         hidden_states: Tensor,
@@ -113,15 +115,16 @@ class OffsetBiasMptAttention(MaskedAttention, MptAttention):
         cache = past_key_values if cache is None else cache
         if cache is not None:
             key, value = cache.update(key, value, self.layer_idx)
-        if key.shape[2] > position_bias.shape[2]:
+        num_keys = key.shape[2] * self._ranks
+        if num_keys > position_bias.shape[2]:
             raise ValueError(
-                f"`max_seq_len` must be at least the number of keys, {key.shape[2]}, got {position_bias.shape[2]}"
+                f"`max_seq_len` must be at least the number of keys, {num_keys}, got {position_bias.shape[2]}"
             )
         out = self.attend(
             query,
             key,
             value,
-            position_bias[:, 0, -key.shape[2] :].flip(-1),
+            position_bias[:, 0, -num_keys:].flip(-1),
             attention_mask,
             scale=self.softmax_scale,
             dropout_p=self.attn_dropout_p if self.training else 0.0,

@@ -68,6 +68,7 @@ class _BucketTable(MaskedAttention):
 class _TableAttention(_BucketTable):
     """Self- and cross-attention whose own `forward` calls `attend_with_table` through the `AttentionInterface`."""
 
+    is_spreadable = True
     config: PretrainedConfig
     is_causal: bool
 
