@@ -135,6 +135,17 @@ def test_the_readmes_quickstart_runs_on_the_installed_wheel(python: Path, tmp_pa
     assert description.startswith("portable (128-bit vectors" if build else cpp.BUILDS)
 
 
+def test_the_tests_of_a_released_wheel_need_only_what_is_copied_for_them(python: Path, tmp_path: Path) -> None:
+    """cibuildwheel copies `test-sources` and runs `test-command` on the installed wheel; here the tests are listed."""
+    project = (ROOT / "pyproject.toml").read_text()
+    for name in re.findall(r"\"([^\"]+)\"", re.search(r"^test-sources = (.*)$", project, re.MULTILINE)[1]):
+        copy = shutil.copytree if (ROOT / name).is_dir() else shutil.copy
+        copy(ROOT / name, tmp_path / name)
+    command = re.search(r"^test-command = \"(.*)\"$", project, re.MULTILINE)[1].split()
+    printed = _run(python, "-m", *command, "--collect-only", folder=tmp_path, TESTS_REQUIRE_ALL="1")
+    assert all(f"{file}::" in printed for file in command[1:])
+
+
 REFERENCE_SERVES = """
 same = offset_bias_attention(query, key, value, bias, is_causal=True, backend="reference")
 assert torch.equal(out, same)
