@@ -269,8 +269,11 @@ PACKAGE = mutants_in("triton_offset_bias", {
     ],
     "integrations/transformers/alibi.py": [
         ("MPT's penalties run backwards", "integrations/test_transformers_decoders.py", "gradient and mpt",
-         "-key.shape[2] :].flip(-1)",
-         "-key.shape[2] :]"),
+         "-num_keys:].flip(-1)",
+         "-num_keys:]"),
+        ("a rank's penalties end with its own keys", "distributed/test_served_spread.py", "attend_over",
+         "key.shape[2] * self._ranks",
+         "key.shape[2]"),
     ],
     "integrations/replacement.py": [
         ("disabled modules attend here", "integrations/test_transformers_wrapped.py", "afterwards and bloom",
