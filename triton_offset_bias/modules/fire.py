@@ -90,7 +90,8 @@ class FireBias(nn.Module):
             psi(|offset|) * step / 4 * sum over units k of |out.weight[h, k] * hidden.weight[k]|      step: of s
 
         Args:
-            len_q, len_k: numbers of queries and keys.
+            len_q: number of queries.
+            len_k: number of keys.
             query_start: position of query 0 counted from key 0; default ``len_k - len_q``. No query lies before key 0.
             rank: the number of tables, 2 to 256.
 
