@@ -71,8 +71,10 @@ def _inputs(name: str, batch: int = BATCH) -> Inputs:
 
 
 def _logits(model: nn.Module, inputs: Inputs) -> Tensor:
-    options = {} if "position_ids" in inputs else {"use_cache": False}
-    return model(**inputs, **options).logits
+    """The logits of all tokens, with 0 for padding, whose logits have no meaning."""
+    if "position_ids" in inputs:
+        return model(**inputs).logits * inputs["attention_mask"].unsqueeze(-1)
+    return model(**inputs, use_cache=False).logits
 
 
 def _part(inputs: Inputs, group: Group, layout: str) -> Inputs:
