@@ -49,7 +49,8 @@ class Subject:
 def model_steps(case: ModelCase, attentions: tuple[str, ...], modes: tuple[str, ...]) -> dict[str, dict[str, Step]]:
     """The step of each mode by each attention that the model has, `steps[mode][attention]`.
 
-    Outputs and gradients are compared before, in float32: in bfloat16 a table's gradient is mostly rounding. Attentions that are absent are left out, with a line that says why.
+    Outputs and gradients are compared before, in float32: in bfloat16 a table's gradient is mostly rounding. Attentions
+    that are absent are left out, with a line that says why.
 
     Raises:
         ArithmeticError: the results with this package's attention are not those with the model's own.
