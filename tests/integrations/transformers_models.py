@@ -190,6 +190,36 @@ def wav2vec2_bert(**own: object) -> transformers.Wav2Vec2BertForCTC:
     return randomized(transformers.Wav2Vec2BertForCTC, transformers.Wav2Vec2BertConfig(**{**config, **own}))
 
 
+INKLING = {
+    "vocab_size": 60,
+    "hidden_size": 32,
+    "num_hidden_layers": 3,
+    "layer_types": ["hybrid_sliding", "hybrid", "hybrid_sliding"],
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+    "swa_num_attention_heads": 4,
+    "swa_num_key_value_heads": 2,
+    "swa_head_dim": 8,
+    "sliding_window_size": 6,
+    "d_rel": 3,
+    "rel_extent": 10,
+    "log_scaling_n_floor": 8,
+    "intermediate_size": 48,
+    "moe_intermediate_size": 16,
+    "n_routed_experts": 2,  # all are taken: rounding decides about no expert
+    "num_experts_per_tok": 2,
+    "n_shared_experts": 1,
+    "pad_token_id": 0,
+    "num_mtp_layers": 0,
+}
+
+
+def inkling() -> "transformers.InklingForCausalLM":
+    """Inkling's text model: windows of 6 keys and whole layers, profiles of 10 distances."""
+    return randomized(transformers.InklingForCausalLM, transformers.InklingTextConfig(**INKLING))
+
+
 WAVES = {
     "input_values": torch.sin(torch.arange(480.0, device="cpu") ** 1.3).view(2, 240).to(torch.get_default_device())
 }
@@ -221,3 +251,7 @@ EVERY_TYPE = {
     "wav2vec2-conformer": (wav2vec2_conformer, WAVES),
     "wav2vec2-bert": (wav2vec2_bert, FRAMES),
 }
+# Types that are served, and that an old transformers does not have.
+ABSENT = set() if hasattr(transformers, "InklingTextConfig") else {"inkling_text"}
+if not ABSENT:
+    EVERY_TYPE["inkling_text"] = (inkling, _TEXT)

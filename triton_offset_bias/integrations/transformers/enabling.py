@@ -8,7 +8,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 
 from triton_offset_bias.integrations.holders import check_backend, modules_of, replaced_modules
 from triton_offset_bias.integrations.replacement import Replacement, replace, restore
-from triton_offset_bias.integrations.transformers.masks import NUMBERED, PLAIN, TABLE
+from triton_offset_bias.integrations.transformers.masks import NUMBERED, PLAIN, SLIDING, TABLE
 
 # The model types that are served, each with the module that holds its adapter.
 SERVED: dict[str, str] = {
@@ -33,9 +33,15 @@ SERVED: dict[str, str] = {
     "wavlm": "speech",
     "wav2vec2-conformer": "speech",
     "wav2vec2-bert": "speech",
+    "inkling_text": "inkling",
 }
 # The kind of mask that a model's attention asks for, where it is not `PLAIN`.
-_MASKS = {"bloom": NUMBERED, "falcon": NUMBERED, **{name: TABLE for name, adapter in SERVED.items() if adapter == "t5"}}
+_MASKS = {
+    "bloom": NUMBERED,
+    "falcon": NUMBERED,
+    "inkling_text": SLIDING,
+    **{name: TABLE for name, adapter in SERVED.items() if adapter == "t5"},
+}
 _STATE = "_offset_bias_configs"
 
 
@@ -144,7 +150,7 @@ def _disable(model: nn.Module) -> None:
     for module in model.modules():
         restore(module)
         config = vars(module).get("config")
-        is_ours = getattr(config, "_attn_implementation", None) in (PLAIN, TABLE, NUMBERED)
+        is_ours = getattr(config, "_attn_implementation", None) in (PLAIN, TABLE, NUMBERED, SLIDING)
         if config is not None and is_ours:  # a copied layer's own copy
             config._attn_implementation = configs[0][1]
 

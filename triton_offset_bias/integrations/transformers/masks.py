@@ -15,11 +15,12 @@ from transformers.masking_utils import (
     bidirectional_mask_function,
     causal_mask_function,
     packed_sequence_mask_function,
+    sliding_window_overlay,
 )
 
-# The names under which models find these masks, as `config._attn_implementation`. TABLE and INTERFACE are also names of
-# attention functions. transformers refuses to build models from a configuration with one of the other names.
-PLAIN, TABLE, NUMBERED = "offset_bias_keys", "offset_bias_table", "offset_bias_numbered"
+# The names under which models find these masks, as `config._attn_implementation`. TABLE, SLIDING and INTERFACE are also
+# names of attention functions. transformers refuses to build models from a configuration with one of the other names.
+PLAIN, TABLE, NUMBERED, SLIDING = "offset_bias_keys", "offset_bias_table", "offset_bias_numbered", "offset_bias_sliding"
 INTERFACE = "offset_bias"  # for users
 
 
@@ -85,6 +86,48 @@ def _bounds(sequences: Tensor) -> Tensor:
     is_first[:, 1:] = sequences.diff(dim=-1) != 0
     firsts = is_first.flatten().nonzero().squeeze(1)
     return torch.cat([firsts, firsts.new_tensor([sequences.numel()])]).int()
+
+
+def sliding_key_mask(
+    batch_size: int,
+    q_length: int,
+    kv_length: int,
+    q_offset: int | Tensor = 0,
+    kv_offset: int = 0,
+    mask_function: Callable[..., object] = causal_mask_function,
+    attention_mask: Tensor | None = None,
+    device: torch.device | str = "cpu",
+    **kwargs: object,
+) -> Tensor:
+    """The mask of keys for models that have causal layers with a sliding window. Layers know the window themselves.
+
+    A sliding cache keeps the last keys alone, from `kv_offset` on.
+
+    Returns:
+        (batch_size, keys) bool, up to the last query's own key.
+
+    Raises:
+        NotImplementedError: the mask is more than causal attention, within a window, with padding.
+        ValueError: `attention_mask` is not of shape (batch, keys), or ends before the last key.
+    """
+    parts = inspect.getclosurevars(mask_function).nonlocals.get("mask_functions", ())
+    overlays = [part for part in parts if part is not causal_mask_function]
+    codes = sliding_window_overlay.__code__.co_consts
+    is_sliding = len(parts) == 2 and len(overlays) == 1 and overlays[0].__code__ in codes
+    if not (mask_function is causal_mask_function or is_sliding):
+        raise NotImplementedError(
+            "offset-bias attention serves causal attention with padding masks, within a window or not, for this model; "
+            "packed sequences and custom mask functions are not served"
+        )
+    num_keys = int(q_offset) + q_length - kv_offset
+    if attention_mask is None:
+        return torch.ones(batch_size, num_keys, dtype=torch.bool, device=device)
+    if attention_mask.dim() != 2 or attention_mask.shape[1] < kv_offset + num_keys:
+        raise ValueError(
+            f"`attention_mask` must have shape (batch, keys) with at least {kv_offset + num_keys} keys, "
+            f"got shape {tuple(attention_mask.shape)}"
+        )
+    return attention_mask.bool()[:, kv_offset : kv_offset + num_keys]
 
 
 def numbered_key_mask(
@@ -157,3 +200,4 @@ def padding_of(mask: Tensor | None, batch_size: int, is_causal: bool) -> Tensor 
 AttentionMaskInterface.register(PLAIN, key_mask)
 AttentionMaskInterface.register(TABLE, key_mask)
 AttentionMaskInterface.register(NUMBERED, numbered_key_mask)
+AttentionMaskInterface.register(SLIDING, sliding_key_mask)
