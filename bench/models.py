@@ -15,11 +15,14 @@ from tqdm import tqdm
 
 from bench.case import FORWARD, ModelCase
 from bench.providers import AbsentError
-from bench.steps import TOLERANCE, Step
+from bench.steps import Step
 from bench.torchvision_operators import declare_operators_of_torchvision
 
 declare_operators_of_torchvision()  # timm and transformers import torchvision where it is installed
 NUM_LAYERS = 2
+# Largest error of an output or gradient, as a fraction of the largest number or of 1 if that is larger. T5 has sharp
+# softmaxes, in which rounding grows.
+TOLERANCE = 2e-2
 VOCABULARY = 2000
 # What a model attends by. The names are the suite's providers.
 ATTENTIONS = {
@@ -63,7 +66,7 @@ def model_steps(case: ModelCase, attentions: tuple[str, ...], modes: tuple[str, 
             models[name] = subject.build(name).eval()
         except (AbsentError, ImportError) as error:
             tqdm.write(f"models {case.name}: {name} is absent: {error}")
-    _check(subject, models, subject.inputs(replace(case, dtype="float32")), TOLERANCE[torch.float32])
+    _check(subject, models, subject.inputs(replace(case, dtype="float32")), TOLERANCE)
     inputs = subject.inputs(case)
     return {
         mode: {name: _step(subject, model.to(dtype), inputs, mode) for name, model in models.items()}
