@@ -1,7 +1,6 @@
 """What modules that attend have in common, so that `distributed.parallelize_context` can spread them over ranks."""
 
 from collections.abc import Callable
-from typing import ClassVar
 
 from torch import Tensor
 
@@ -15,6 +14,6 @@ class SpreadableAttention:
         is_spreadable: whether each rank of a group may hold an equal part of every sequence.
     """
 
-    is_spreadable: ClassVar[bool] = True
+    is_spreadable: bool = True
     _attend: Callable[..., Tensor] = staticmethod(offset_bias_attention)
     _ranks: int = 1  # that hold a part of each sequence

@@ -37,8 +37,8 @@ def parallelize_context(
     Raises:
         TypeError: `group` is no process group and no mesh.
         ValueError: `model` holds no such attention, or another argument is wrong.
-        NotImplementedError: `model` holds an enabled attention that cannot be spread: of windows of images, or one that
-            counts a sequence's attended tokens from its first. Nothing is changed then.
+        NotImplementedError: `model` holds an attention that cannot be spread: one with a `GatedBias`, an enabled one of
+            windows of images, or one that counts a sequence's attended tokens from its first. Nothing is changed then.
     """
     check_layout(layout)
     check_method(method)
