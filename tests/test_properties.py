@@ -80,7 +80,7 @@ def cases(draw: st.DrawFn, dtypes: tuple[torch.dtype, ...]) -> Case:
         tuple(forbidden),
         draw(st.sampled_from(["contiguous", "transposed BLHD", "slice of a packed qkv", "every other element"])),
         draw(st.booleans()),
-        draw(options_of(batch, *lengths)),
+        options=draw(options_of(batch, *lengths)),
     )
 
 

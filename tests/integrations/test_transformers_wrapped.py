@@ -13,6 +13,7 @@ import transformers_models as models
 from transformers_cases import logits_of
 from transformers_models import ABSENT, EVERY_TYPE, transformers
 
+from triton_offset_bias import offset_bias_attention
 from triton_offset_bias.integrations import replacement
 from triton_offset_bias.integrations.replacement import ReplacedAttention, Replacement
 from triton_offset_bias.integrations.transformers import SERVED, disable_offset_bias, enable_offset_bias
@@ -74,13 +75,16 @@ WRAPPERS = {
 def attentions(monkeypatch):
     """A list to which every attention through this package adds its query's shape."""
     seen = []
-    attend = replacement.offset_bias_attention
 
-    def counted(query, *args, **kwargs):
-        seen.append(query.shape)
-        return attend(query, *args, **kwargs)
+    def counted(attend):
+        def call(query, *args, **kwargs):
+            seen.append(query.shape)
+            return attend(query, *args, **kwargs)
 
-    monkeypatch.setattr(replacement, "offset_bias_attention", counted)
+        return call
+
+    monkeypatch.setattr(ReplacedAttention, "_attend", staticmethod(counted(offset_bias_attention)))
+    monkeypatch.setattr(replacement, "packed_attention", counted(replacement.packed_attention))
     return seen
 
 
