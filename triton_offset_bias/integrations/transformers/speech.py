@@ -83,19 +83,21 @@ def _attend_relative(
         projection(hidden_states).unflatten(-1, (layer.num_heads, -1)).transpose(1, 2)
         for projection in (layer.linear_q, layer.linear_k, layer.linear_v)
     )
-    bias = bias_origin = gate = None
+    if attention_mask is not None and attention_mask.dim() == 4 and attention_mask.stride(2) == 0:
+        attention_mask = attention_mask[:, :, :1]  # one row that older versions expand to all queries
+    bias, bias_origin, gate, scale = None, None, None, layer.head_size**-0.5
     if layer.position_embeddings_type == "relative_key":
         left, right = layer.left_max_position_embeddings, layer.right_max_position_embeddings
         rows = torch.arange(left + right, -1, -1, device=query.device)  # of offset -right first
         bias = layer.distance_embedding(rows).to(query.dtype).T  # (head_dim, offsets)
-        bias_origin, gate = right, query * layer.scaling
+        bias_origin, gate = right, query * scale
     elif layer.position_embeddings_type == "relative":
         if relative_position_embeddings is None:
             raise ValueError("`relative_position_embeddings` must be a tensor for relative positions, got None")
         # (heads, head_dim, offsets), from offset 1 - L on. The embeddings begin with offset L - 1.
         vectors = layer.linear_pos(relative_position_embeddings[0]).flip(0)
         bias = vectors.unflatten(-1, (layer.num_heads, -1)).permute(1, 2, 0)
-        gate = (query + layer.pos_bias_v[:, None]) * layer.scaling
+        gate = (query + layer.pos_bias_v[:, None]) * scale
         query = query + layer.pos_bias_u[:, None]
     out = layer.attend(
         query,
@@ -105,7 +107,7 @@ def _attend_relative(
         attention_mask,
         bias_gate=gate,
         bias_origin=bias_origin,
-        scale=layer.scaling,
+        scale=scale,
         dropout_p=layer.dropout.p if layer.training else 0.0,
     )
     return layer.linear_out(out), None
