@@ -96,7 +96,7 @@ CASES = [
         columns=9,
         options={**{"query_positions": _gaps(3, 6), "key_positions": _gaps(300, 7) // 3}, **BY_INDEX},
     ),
-    Case("one column for all offsets", (13, 17), columns=1, options=EACH),
+    Case("one column for all offsets", (13, 17), columns=1, through_lse=True, options=EACH),
     Case("clusters far apart", (13, 17), columns=9, options=CLUSTERS),
     Case("clusters far apart, causal, no table", (13, 17), bias=None, options={**CLUSTERS, "is_causal": True}),
     Case(

@@ -129,7 +129,7 @@ KERNELS = mutants_in("triton_offset_bias/backends/triton", {
         ("only the first query head of a group counts in dK and dV", "test_attention.py", "triton and grouped",
          "for g in range(first_g, end_g):",
          "for g in range(first_g, first_g + 1):"),
-        ("keys beyond the last add to dQ and the table", "test_triton_backward.py", "large and not two",
+        ("keys beyond the last add to dQ and the table", "test_triton_backward.py", "negative and small",
          "LOOPS.REST and (WANTED.DQ or WANTED.DBIAS)",
          "LOOPS.REST and WANTED.DQ and False"),
         ("heads of a split begin anew in each", "test_triton_sums.py", "split and one and key and head",
