@@ -10,6 +10,7 @@ import gc
 import os
 import platform
 import statistics
+import sys
 import tempfile
 import time
 from collections.abc import Callable
@@ -119,7 +120,14 @@ def _memory(rank: int, world: int, folder: str, length: int, method: str | None)
 
 def _run(work: Callable, world: int, *arguments: object) -> None:
     with tempfile.TemporaryDirectory() as folder:
-        multiprocessing.spawn(work, (world, folder, *arguments), nprocs=world)
+        multiprocessing.spawn(_rank, (work, world, folder, *arguments), nprocs=world)
+
+
+def _rank(rank: int, work: Callable, *arguments: object) -> None:
+    """One process: does its work and ends. gloo's threads may outlive their group, and would abort a usual end."""
+    work(rank, *arguments)
+    sys.stdout.flush()
+    os._exit(0)
 
 
 def main() -> None:
