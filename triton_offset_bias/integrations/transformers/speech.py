@@ -1,9 +1,7 @@
 """Speech encoders whose bias has a factor from the query: WavLM's gated buckets, and relative keys of Conformers."""
 
-from typing import Any
-
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PretrainedConfig
 from transformers.models.wav2vec2_bert.modeling_wav2vec2_bert import Wav2Vec2BertSelfAttention
 from transformers.models.wav2vec2_conformer.modeling_wav2vec2_conformer import Wav2Vec2ConformerSelfAttention
@@ -75,49 +73,24 @@ class OffsetBiasWavLMAttention(MaskedAttention, WavLMAttention):
         return gates[..., 0] * (gates[..., 1] * self.gru_rel_pos_const[..., 0] - 1.0) + 2.0
 
 
-def _attend_relative(
-    layer: Any, hidden_states: Tensor, relative_position_embeddings: Tensor | None, attention_mask: Tensor | None
-) -> tuple[Tensor, None]:
-    """The attention of a Conformer's layer: its bias is the product of the query and a vector for each offset."""
-    query, key, value = (
-        projection(hidden_states).unflatten(-1, (layer.num_heads, -1)).transpose(1, 2)
-        for projection in (layer.linear_q, layer.linear_k, layer.linear_v)
-    )
-    if attention_mask is not None and attention_mask.dim() == 4 and attention_mask.stride(2) == 0:
-        attention_mask = attention_mask[:, :, :1]  # one row that older versions expand to all queries
-    bias, bias_origin, gate, scale = None, None, None, layer.head_size**-0.5
-    if layer.position_embeddings_type == "relative_key":
-        left, right = layer.left_max_position_embeddings, layer.right_max_position_embeddings
-        rows = torch.arange(left + right, -1, -1, device=query.device)  # of offset -right first
-        bias = layer.distance_embedding(rows).to(query.dtype).T  # (head_dim, offsets)
-        bias_origin, gate = right, query * scale
-    elif layer.position_embeddings_type == "relative":
-        if relative_position_embeddings is None:
-            raise ValueError("`relative_position_embeddings` must be a tensor for relative positions, got None")
-        # (heads, head_dim, offsets), from offset 1 - L on. The embeddings begin with offset L - 1.
-        vectors = layer.linear_pos(relative_position_embeddings[0]).flip(0)
-        bias = vectors.unflatten(-1, (layer.num_heads, -1)).permute(1, 2, 0)
-        gate = (query + layer.pos_bias_v[:, None]) * scale
-        query = query + layer.pos_bias_u[:, None]
-    out = layer.attend(
-        query,
-        key,
-        value,
-        bias,
-        attention_mask,
-        bias_gate=gate,
-        bias_origin=bias_origin,
-        scale=scale,
-        dropout_p=layer.dropout.p if layer.training else 0.0,
-    )
-    return layer.linear_out(out), None
+class _ConformerAttention(MaskedAttention):
+    """The attention of Conformers. Its bias is the product of the query and a vector for each offset."""
 
-
-class OffsetBiasWav2Vec2ConformerSelfAttention(MaskedAttention, Wav2Vec2ConformerSelfAttention):
-    """The attention of wav2vec2-conformer.
-
-    Source: Dai et al. 2019 (Transformer-XL, arXiv:1901.02860), section 3.3.
-    """
+    num_heads: int
+    head_size: int
+    position_embeddings_type: str | None
+    linear_q: nn.Linear
+    linear_k: nn.Linear
+    linear_v: nn.Linear
+    linear_out: nn.Linear
+    linear_pos: nn.Linear
+    pos_bias_u: nn.Parameter
+    pos_bias_v: nn.Parameter
+    distance_embedding: nn.Embedding
+    left_max_position_embeddings: int
+    right_max_position_embeddings: int
+    dropout: nn.Dropout
+    training: bool
 
     def forward(
         self,
@@ -126,45 +99,63 @@ class OffsetBiasWav2Vec2ConformerSelfAttention(MaskedAttention, Wav2Vec2Conforme
         relative_position_embeddings: Tensor | None = None,
         **kwargs: object,
     ) -> tuple[Tensor, None]:
-        """Attends with a gated table.
+        """Attends with a gated table; in an adapter without one.
 
         Args:
             hidden_states: (B, L, hidden_size).
-            attention_mask: what `padding_of` takes.
-            relative_position_embeddings: (1, 2 L - 1, hidden_size), of offset L - 1 first.
-
-        Returns:
-            (B, L, hidden_size), and None in the place of the weights.
-        """
-        refuse_attentions(kwargs.get("output_attentions"))
-        return _attend_relative(self, hidden_states, relative_position_embeddings, attention_mask)
-
-
-class OffsetBiasWav2Vec2BertSelfAttention(MaskedAttention, Wav2Vec2BertSelfAttention):
-    """The attention of w2v-BERT 2.0. In adapters it has no bias.
-
-    Source: Shaw et al. 2018 (arXiv:1803.02155), section 3.2, equation 4; Dai et al. 2019 (arXiv:1901.02860).
-    """
-
-    def forward(
-        self,
-        hidden_states: Tensor,
-        attention_mask: Tensor | None = None,
-        relative_position_embeddings: Tensor | None = None,
-        **kwargs: object,
-    ) -> tuple[Tensor, None]:
-        """Attends with a gated table, or in an adapter without one.
-
-        Args:
-            hidden_states: (B, L, hidden_size).
-            attention_mask: what `padding_of` takes.
+            attention_mask: what `padding_of` takes, or the same expanded to all queries.
             relative_position_embeddings: (1, 2 L - 1, hidden_size), of offset L - 1 first; None for relative keys.
 
         Returns:
             (B, L, hidden_size), and None in the place of the weights.
         """
         refuse_attentions(kwargs.get("output_attentions"))
-        return _attend_relative(self, hidden_states, relative_position_embeddings, attention_mask)
+        query, key, value = (
+            projection(hidden_states).unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
+            for projection in (self.linear_q, self.linear_k, self.linear_v)
+        )
+        if attention_mask is not None and attention_mask.dim() == 4 and attention_mask.stride(2) == 0:
+            attention_mask = attention_mask[:, :, :1]  # one row that older versions expand to all queries
+        bias, bias_origin, gate, scale = None, None, None, self.head_size**-0.5
+        if self.position_embeddings_type == "relative_key":
+            left, right = self.left_max_position_embeddings, self.right_max_position_embeddings
+            rows = torch.arange(left + right, -1, -1, device=query.device)  # of offset -right first
+            bias = self.distance_embedding(rows).to(query.dtype).T  # (head_size, offsets)
+            bias_origin, gate = right, query * scale
+        elif self.position_embeddings_type == "relative":
+            if relative_position_embeddings is None:
+                raise ValueError("`relative_position_embeddings` must be a tensor for relative positions, got None")
+            # (heads, head_size, offsets), from offset 1 - L on. The embeddings begin with offset L - 1.
+            vectors = self.linear_pos(relative_position_embeddings[0]).flip(0)
+            bias = vectors.unflatten(-1, (self.num_heads, -1)).permute(1, 2, 0)
+            gate = (query + self.pos_bias_v[:, None]) * scale
+            query = query + self.pos_bias_u[:, None]
+        out = self.attend(
+            query,
+            key,
+            value,
+            bias,
+            attention_mask,
+            bias_gate=gate,
+            bias_origin=bias_origin,
+            scale=scale,
+            dropout_p=self.dropout.p if self.training else 0.0,
+        )
+        return self.linear_out(out), None
+
+
+class OffsetBiasWav2Vec2ConformerSelfAttention(_ConformerAttention, Wav2Vec2ConformerSelfAttention):
+    """The attention of wav2vec2-conformer.
+
+    Source: Dai et al. 2019 (Transformer-XL, arXiv:1901.02860), section 3.3.
+    """
+
+
+class OffsetBiasWav2Vec2BertSelfAttention(_ConformerAttention, Wav2Vec2BertSelfAttention):
+    """The attention of w2v-BERT 2.0. In adapters it has no bias.
+
+    Source: Shaw et al. 2018 (arXiv:1803.02155), section 3.2, equation 4; Dai et al. 2019 (arXiv:1901.02860).
+    """
 
 
 REPLACEMENTS: tuple[type[Replacement], ...] = (
