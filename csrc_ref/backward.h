@@ -55,7 +55,7 @@ template <class Products> class Backward {
             if (task == 0) sum_dbias(head, head_order);
             else write_rows_of(head_of(head, (task - 1) % group), int((task - 1) / group) * kQueries);
           }}});
-    if (dbias_sums.needed()) dbias_sums.write(dbias);
+    if (dbias_sums.needed()) dbias_sums.write(scorer.gathered, dbias);
     else gate_sums.write_table();
   }
 
@@ -179,7 +179,7 @@ template <class Products> class Backward {
   // Adds rows [row, row + rows) of the tile to the task's share of dbias.
   void add_dbias(Column &c, const Head &head, int first, int row, int rows) {
     if (!dbias_sums.needed()) return;
-    dbias_sums.add_tile(c.thread, c.block.tiles.dscores(row), kTileStride, first + row, c.first, rows,
+    dbias_sums.add_tile(c.thread, head.slot, c.block.tiles.dscores(row), kTileStride, first + row, c.first, rows,
                         round_up(c.count, kPanelWidth), scorer.gathered.from(head.b, head.h, first + row, c.first),
                         gate_sums.column(head.slot, first + row));
   }
@@ -298,7 +298,7 @@ template <class Products> class Backward {
   const int64_t slots = schedule.slots, slots_q = slots * group;  // heads at work
   const Scorer<Products> scorer{p, table, slots_q, dgate.data != nullptr};
   const QueryRows<Products> query_rows{p, query_tensors, slots_q, scorer.scale.query};
-  const DbiasSums<Real> dbias_sums{p, dbias != nullptr && p.rank == 1, p.num_threads, slots_q};
+  const DbiasSums<Real> dbias_sums{p, scorer.recurring, dbias != nullptr && p.rank == 1, p.num_threads, slots_q};
   const GateSums<Products> gate_sums{p, scorer.gate, dgate, dbias, slots_q};
 };
 

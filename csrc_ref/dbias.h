@@ -1,8 +1,8 @@
 // The gradient of the bias table: tiles of dS -> a task's share -> a head's -> the table's, each in a fixed order.
 #pragma once
 
-#include "bias_gathered.h"
 #include "bias_strips.h"
+#include "recurring.h"
 
 namespace tob {
 
@@ -31,8 +31,8 @@ void add_diagonals(const Real *dscores, int64_t stride, int rows, int width, con
 }
 
 // table[column of the offset] += dS for every element of a tile, times gates[row] if there are any, one after another.
-template <class Real>
-void add_elements(const Real *dscores, int64_t stride, int rows, int width, const GatheredTile<Real> &gathered,
+template <class Real, class Sum>
+void add_elements(const Sum *dscores, int64_t stride, int rows, int width, const GatheredTile<Real> &gathered,
                   const Real *gates, double *table) {
   constexpr int W = Simd<Real>::kLanes;
   for (int r = 0; r < rows; ++r) {
@@ -45,15 +45,16 @@ void add_elements(const Real *dscores, int64_t stride, int rows, int width, cons
 }
 
 // The sum of a task, and of a head, is a strip over x = j - i if positions are contiguous. If tensors give the
-// positions it is a row of the table.
+// positions it is a row of the table, unless they recur.
 template <class Real> class DbiasSums {
  public:
-  DbiasSums(const tob_problem &p, bool is_needed, int64_t threads, int64_t slots)
+  DbiasSums(const tob_problem &p, const RecurringPairs &pairs, bool is_needed, int64_t threads, int64_t slots)
       : p_(p),
         is_gathered_(p.query_positions != nullptr),
-        length_(!is_needed     ? 0
-                : is_gathered_ ? p.bias_columns
-                               : p.len_q + p.len_k + 2 * kPad),
+        recurring_(pairs, is_needed, slots),
+        length_(!is_needed || recurring_.needed() ? 0
+                : is_gathered_                    ? p.bias_columns
+                                                  : p.len_q + p.len_k + 2 * kPad),
         columns_(is_needed ? p.bias_batch * p.bias_heads * p.bias_columns : 0),
         strips_(is_gathered_ ? 0 : threads * length_),
         table_rows_(is_gathered_ ? threads * length_ : 0),
@@ -62,7 +63,7 @@ template <class Real> class DbiasSums {
     std::fill_n(table_.get(), columns_, 0.0);
   }
 
-  bool needed() const { return length_ > 0; }
+  bool needed() const { return columns_ > 0; }
 
   void begin_task(int thread) const {
     if (is_gathered_) std::fill_n(table_rows_.get() + thread * length_, length_, 0.0);
@@ -71,15 +72,20 @@ template <class Real> class DbiasSums {
 
   // Adds the tile of dS whose corner is (row, column), with a vector of zeros before and after each of its rows.
   // `gates` are factors of the rows, or null.
-  void add_tile(int thread, const Real *dscores, int64_t stride, int row, int column, int rows, int width,
+  void add_tile(int thread, int64_t slot, const Real *dscores, int64_t stride, int row, int column, int rows, int width,
                 const GatheredTile<Real> &gathered, const Real *gates) const {
     Real *const strip = strips_.get() + thread * length_ + kPad + p_.len_q + column - row;
-    if (is_gathered_) add_elements(dscores, stride, rows, width, gathered, gates, table_rows_.get() + thread * length_);
+    if (recurring_.needed()) recurring_.add_tile(slot, dscores, stride, row, column, rows, width);
+    else if (is_gathered_)
+      add_elements(dscores, stride, rows, width, gathered, gates, table_rows_.get() + thread * length_);
     else if (gates) add_diagonals<true>(dscores, stride, rows, width, gates, strip);
     else add_diagonals<false>(dscores, stride, rows, width, gates, strip);
   }
 
-  void begin_head(int64_t slot) const { std::fill_n(heads_.get() + slot * length_, length_, 0.0); }
+  void begin_head(int64_t slot) const {
+    if (recurring_.needed()) recurring_.begin_head(slot);
+    std::fill_n(heads_.get() + slot * length_, length_, 0.0);
+  }
 
   void add_task(int thread, int64_t slot) const {
     double *sum = heads_.get() + slot * length_;
@@ -91,21 +97,34 @@ template <class Real> class DbiasSums {
   void add_head(int64_t slot, int64_t b, int64_t h) const {
     const tob_sequence &s = p_.sequences[b];
     const double *sum = heads_.get() + slot * length_;
-    double *row = table_.get() + bias_row(p_, b, h) * p_.bias_columns;
-    if (is_gathered_) {
+    double *row = table_row(b, h);
+    if (recurring_.needed()) {
+      recurring_.add_head(slot, b, h);
+    } else if (is_gathered_) {
       for (int64_t column = 0; column < p_.bias_columns; ++column) row[column] += sum[column];
-      return;
+    } else {
+      for (int64_t x = s.len_k - 1; x > -s.len_q; --x)
+        row[bias_column(p_, s.query_start - x)] += sum[kPad + p_.len_q + x];
     }
-    for (int64_t x = s.len_k - 1; x > -s.len_q; --x)
-      row[bias_column(p_, s.query_start - x)] += sum[kPad + p_.len_q + x];
   }
 
-  void write(Real *dbias) const { std::copy_n(table_.get(), columns_, dbias); }
+  // Writes the table's gradient, when all heads are added.
+  void write(const GatheredBias<Real> &gathered, Real *dbias) const {
+    recurring_.for_each([&](const double *sums, int64_t stride, int rows, int64_t b, int64_t h) {
+      const Real *const none = nullptr;
+      add_elements(sums, stride, rows, int(stride), gathered.from(b, h, 0, 0), none, table_row(b, h));
+    });
+    std::copy_n(table_.get(), columns_, dbias);
+  }
 
  private:
   static constexpr int kPad = BiasStrips<Real>::kPad;
+
+  double *table_row(int64_t b, int64_t h) const { return table_.get() + bias_row(p_, b, h) * p_.bias_columns; }
+
   const tob_problem &p_;
   const bool is_gathered_;
+  const RecurringSums<Real> recurring_;
   const int64_t length_, columns_;
   const Scratch<Real> strips_;
   const Scratch<double> table_rows_, heads_, table_;

@@ -129,8 +129,8 @@ template <class Real> class GateTable {
       terms.row_biases = rows.ends[seen.end <= 0 ? 0 : 1];
     } else {
       fill(slot, rows, seen, count, products.values, products.kStride);
-      terms.sheared = products.values + (corner - int64_t(floor_vector(seen.begin)) * W);
-      terms.sheared_stride = products.kStride - 1;
+      terms.matrix = products.values + (corner - int64_t(floor_vector(seen.begin)) * W);
+      terms.matrix_stride = products.kStride - 1;
     }
   }
 

@@ -3,6 +3,7 @@
 
 #include "gate_table.h"
 #include "products.h"
+#include "recurring.h"
 
 namespace tob {
 
@@ -24,6 +25,8 @@ template <class Products> class Scorer {
       : bands(bands_of(problem)),
         strips(problem, table),
         gathered(problem, table),
+        recurring(problem),
+        recurring_bias(recurring, gathered),
         mask(problem),
         bias_tiles(problem, strips, slots),
         gate(problem, slots, has_transposed),
@@ -48,6 +51,11 @@ template <class Products> class Scorer {
     const GatheredTile<Real> gathered_tile = gathered.from(tile.b, tile.h, tile.query, tile.key);
     const bool biased = p.bias || !is_inside(tile);
     ScoreTerms<Real> terms = terms_of(tile, biased && !bias_tiles.present(), gathered_tile);
+    if (recurring.present()) {
+      terms.gathered = nullptr;
+      terms.matrix = recurring_bias.at(tile.b, tile.h, tile.query, tile.key);
+      terms.matrix_stride = recurring.stride();
+    }
     terms.bias_tile = biased ? bias_tiles.at(tile.slot, tile.query, tile.key) : nullptr;
     Products::template scores<false>(a, chunk_stride, panels, chunks, out, stride, terms, tile.rows, tile.columns,
                                      bands[size_t(tile.b)].len_k - tile.key);
@@ -57,6 +65,8 @@ template <class Products> class Scorer {
   const std::vector<Band> bands;
   const BiasStrips<Real> strips;
   const GatheredBias<Real> gathered;
+  const RecurringPairs recurring;
+  const RecurringBias<Real> recurring_bias;
   const KeyMask<Real> mask;
   const typename Products::BiasTiles bias_tiles;
   const GateTable<Real> gate;

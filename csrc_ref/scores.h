@@ -29,14 +29,14 @@ template <class Real> struct ScoreTerms {
   const Real *key_mask;                // key_mask[column], or null
   const Real *bias_tile;               // instead of both, where BiasTiles has the bias, or null
   const Real *gates = nullptr;         // gates[row], factors of the strip or of what is gathered, or null
-  const Real *sheared = nullptr;       // sheared[row * sheared_stride + column] instead of the strip, or null
-  int64_t sheared_stride = 0;
+  const Real *matrix = nullptr;        // matrix[row * matrix_stride + column] instead of the strip, or null
+  int64_t matrix_stride = 0;
   const Real *row_biases = nullptr;  // row_biases[row] instead of the strip, or null
 
-  bool has_bias() const { return strip || gathered || sheared || row_biases; }
+  bool has_bias() const { return strip || gathered || matrix || row_biases; }
 };
 
-enum class Bias { kNone, kStrip, kGathered, kGatedStrip, kGatedGathered, kSheared, kRows };
+enum class Bias { kNone, kStrip, kGathered, kGatedStrip, kGatedGathered, kMatrix, kRows };
 
 // A register tile of A B at (row, column). pack_left has packed the rows of A, pack_right_transposed the columns of B.
 template <class Operand, int kRows, class Real>
@@ -62,7 +62,7 @@ TOB_INLINE typename Simd<Real>::Vec with_terms(typename Simd<Real>::Vec x, const
   if constexpr (kBias == Bias::kGatedStrip)
     x += Lanes::broadcast(terms.gates[row]) * Lanes::load(terms.strip + (column - row));
   if constexpr (kBias == Bias::kGatedGathered) x += terms.gathered->bias(row, column, terms.gates[row]);
-  if constexpr (kBias == Bias::kSheared) x += Lanes::load(terms.sheared + row * terms.sheared_stride + column);
+  if constexpr (kBias == Bias::kMatrix) x += Lanes::load(terms.matrix + row * terms.matrix_stride + column);
   if constexpr (kBias == Bias::kRows) x += Lanes::broadcast(terms.row_biases[row]);
   if constexpr (kMask) x += Lanes::load(terms.key_mask + column);
   return x;
@@ -78,10 +78,11 @@ template <bool kGated, class Real, class Run> TOB_INLINE void visit_terms(const 
   if constexpr (kGated) {
     if (terms.gathered) run_with(std::integral_constant<Bias, Bias::kGatedGathered>());
     else if (terms.strip) run_with(std::integral_constant<Bias, Bias::kGatedStrip>());
-    else if (terms.sheared) run_with(std::integral_constant<Bias, Bias::kSheared>());
+    else if (terms.matrix) run_with(std::integral_constant<Bias, Bias::kMatrix>());
     else run_with(std::integral_constant<Bias, Bias::kRows>());
   } else {
     if (terms.gathered) run_with(std::integral_constant<Bias, Bias::kGathered>());
+    else if (terms.matrix) run_with(std::integral_constant<Bias, Bias::kMatrix>());
     else if (terms.strip) run_with(std::integral_constant<Bias, Bias::kStrip>());
     else run_with(std::integral_constant<Bias, Bias::kNone>());
   }

@@ -43,6 +43,14 @@ SPLIT = [
         columns=51,
         options={"query_positions": torch.arange(130) * 3 % 71, "key_positions": torch.arange(230) * 5 % 83},
     ),
+    Case(
+        "positions that recur in all sequences",
+        (130, 150),
+        (40, 24),
+        batch=8,
+        columns=51,
+        options={"query_positions": torch.arange(130) * 3 % 71, "key_positions": torch.arange(150) * 5 % 83},
+    ),
 ]
 DROPPING = Case("dropout", (130, 230), heads=(4, 2), options={"dropout_p": 0.3, "window_size": (90, 20)})
 

@@ -148,9 +148,11 @@ def placements(draw, batch: int, len_q: int, len_k: int) -> dict:
         return {"query_start": draw(st.one_of(st.integers(-60, 60), FAR))}
     positions = {}
     for name, length in (("query_positions", len_q), ("key_positions", len_k)):
-        shape = draw(st.sampled_from([(length,), (batch, length)]))
+        shape = draw(st.sampled_from([(length,), (batch, length), (1, length)]))
         dtype = draw(st.sampled_from([torch.int64, torch.int32, torch.int8, torch.uint8]))
         positions[name] = torch.randint(0, draw(st.integers(1, 120)), shape).to(dtype)
+        if len(shape) == 2:
+            positions[name] = positions[name].expand(batch, length)
     is_by_index = draw(st.booleans())
     return positions | ({"is_causal": True, "causal_by": "index"} if is_by_index else {})
 

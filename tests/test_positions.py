@@ -19,6 +19,11 @@ def _shuffled(batch: int, length: int, seed: int) -> torch.Tensor:
     return torch.stack([torch.randperm(2 * length, generator=draw)[:length] - length // 2 for _ in range(batch)])
 
 
+def _windows(length: int, seed: int) -> torch.Tensor:
+    """Positions of six sequences, of two kinds that take turns."""
+    return _shuffled(2, length, seed).repeat(3, 1)
+
+
 def _swapped(positions: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     return {"query_positions": positions["key_positions"], "key_positions": positions["query_positions"]}
 
@@ -95,6 +100,48 @@ CASES = [
         (3, 300),
         columns=9,
         options={**{"query_positions": _gaps(3, 6), "key_positions": _gaps(300, 7) // 3}, **BY_INDEX},
+    ),
+    Case(
+        "windows of two kinds, which recur",
+        (33, 40),
+        (24, 16),
+        batch=6,
+        columns=21,
+        through_lse=True,
+        options={"query_positions": _windows(33, 8), "key_positions": _windows(40, 10), "window_size": (9, 9)},
+    ),
+    Case(
+        "the same window for all sequences, grouped heads, padding, one table for all heads",
+        (33, 40),
+        (24, 16),
+        batch=6,
+        heads=(4, 2),
+        bias="N",
+        mask="holes",
+        options={"query_positions": _gaps(33, 12), "key_positions": _gaps(40, 13), "is_causal": True},
+    ),
+    Case(
+        "windows that recur, by index, across tiles, deterministic",
+        (150, 170),
+        (24, 40),
+        batch=6,
+        columns=31,
+        through_lse=True,
+        options={
+            **{"query_positions": _gaps(150, 14) // 5, "key_positions": _windows(170, 15) // 3},
+            **{"deterministic": True, **BY_INDEX},
+        },
+    ),
+    Case(
+        "windows that recur, no table, dropout",
+        (33, 40),
+        (24, 16),
+        batch=6,
+        bias=None,
+        options={
+            **{"query_positions": _windows(33, 16), "key_positions": _gaps(40, 17)},
+            **{"is_causal": True, "dropout_p": 0.2},
+        },
     ),
     Case("one column for all offsets", (13, 17), columns=1, through_lse=True, options=EACH),
     Case("clusters far apart", (13, 17), columns=9, options=CLUSTERS),
