@@ -18,7 +18,7 @@ from triton_offset_bias.backends.triton.call import Call  # noqa: E402
 from triton_offset_bias.backends.triton.dbias_sum import fold_offsets, fold_strip  # noqa: E402
 from triton_offset_bias.backends.triton.kernels.arguments import Outputs  # noqa: E402
 from triton_offset_bias.backends.triton.plan import Plan  # noqa: E402
-from triton_offset_bias.backends.triton.preparing import prepare_forward  # noqa: E402
+from triton_offset_bias.backends.triton.prologue import prepare_forward  # noqa: E402
 
 needs_kernels = pytest.mark.skipif(
     "triton" not in AVAILABLE, reason="no GPU here, and Triton's interpreter is off (TRITON_INTERPRET=1)"

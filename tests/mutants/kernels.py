@@ -220,7 +220,7 @@ KERNELS = mutants_in("triton_offset_bias/backends/triton", {
          "(x.shape, x.stride(), x.dtype)",
          "(x.shape, x.dtype)"),
     ],
-    "preparing.py": [
+    "prologue.py": [
         ("the log-sum-exp does not get a head's constant back", "test_hostile.py", "triton and constant and alone",
          "lse += constants",
          "lse += 0.0 * constants"),

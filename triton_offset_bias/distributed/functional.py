@@ -8,7 +8,7 @@ from typing_extensions import Unpack  # comes with torch; typing's from Python 3
 from triton_offset_bias.checks.arguments import check_flag, checked_int
 from triton_offset_bias.checks.call import Options, checked_attention, checked_varlen, with_autocast
 from triton_offset_bias.distributed import checking
-from triton_offset_bias.distributed.calling import attend, plan_for
+from triton_offset_bias.distributed.collective import attend, plan_for
 from triton_offset_bias.distributed.plan import Plan
 from triton_offset_bias.distributed.world import Group, World
 from triton_offset_bias.problem import Problem

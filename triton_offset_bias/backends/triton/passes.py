@@ -24,7 +24,7 @@ from triton_offset_bias.backends.triton.kernels.decode import combine_kernel, de
 from triton_offset_bias.backends.triton.kernels.forward import forward_kernel
 from triton_offset_bias.backends.triton.launch import Launch, TunedLaunch, blocked_launch, with_rest
 from triton_offset_bias.backends.triton.plan import Plan, padded, plan_of
-from triton_offset_bias.backends.triton.preparing import add_constants, prepare_backward, prepare_forward
+from triton_offset_bias.backends.triton.prologue import add_constants, prepare_backward, prepare_forward
 from triton_offset_bias.backends.triton.strip import counted_reach
 from triton_offset_bias.backends.triton.target import multiprocessors
 from triton_offset_bias.problem import Problem
