@@ -18,7 +18,7 @@ ROUNDS, LIMIT = 20, 15.0
 QUICK_ROUNDS, QUICK_LIMIT = 3, 3.0
 
 ABOUT = """
-Measures offset_bias_attention beside other ways to compute the same attention, and writes a CSV.
+Measures offset_bias_attention beside other ways to compute the same attention, and writes a CSV after each case.
 
 Providers are checked against the dense reference (output and gradients) before they are timed. They are interleaved: in
 each round every provider runs once, in rotating order, and ratios are taken within a round. One thread is timed in CPU
@@ -28,7 +28,7 @@ gradients. Forward+backward takes the gradients of all inputs. Cases and suites 
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Measures, writes the CSV, and prints a summary of it."""
+    """Measures, writes the CSV after each case, and prints a summary of it."""
     parser = make_parser()
     options = parser.parse_args(arguments)
     if options.device.type == "cuda" and (options.device.index or 0) >= torch.cuda.device_count():
@@ -44,13 +44,13 @@ def main(arguments: list[str] | None = None) -> None:
     rows: list[Row] = []
     try:
         for plan in tqdm(plans, desc="benchmark", unit="case"):
-            rows += measure(plan, maker)
+            try:
+                rows += measure(plan, maker)
+            finally:
+                write_rows(output, rows, options.append)
             torch.set_num_threads(options.threads)
     except KeyboardInterrupt:
         tqdm.write("interrupted: the rows measured so far are written")
-    finally:
-        if rows:
-            write_rows(output, rows, options.append)
     if not rows:
         raise SystemExit("nothing was measured: no provider could run")
     results = read_results(output)

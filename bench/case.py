@@ -79,7 +79,8 @@ class ModelCase(Case):
 
     Attributes:
         model: one of `bench.models.MODELS`.
-        is_padded: whether the lengths of the sequences differ, from a quarter of `length` to all of it.
+        is_padded: whether the lengths of the sequences differ: from a quarter of `length` to all of it in a batch of
+            tokens, as lengths of sentences do in a list of texts.
     """
 
     model: str = ""

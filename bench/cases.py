@@ -37,11 +37,11 @@ GPU_CASES = [
 
 def _model_cases() -> Iterator[ModelCase]:
     texts = [(model, *shape) for model in ("mpnet", "t5_encoder") for shape in ((32, 12, 128, 64), (8, 12, 384, 64))]
-    texts += [("sentence_transformer", 32, 12, 128, 64)]
+    texts += [("sentences", 256, 12, 128, 64)]
     windows = [("swin_t", 4, 3, 49, 32), ("beit_b", 2, 12, 197, 64), ("maxvit_t", 2, 2, 49, 32)]
     for model, batch, heads, length, dim in texts + windows:
         is_text = model in ("mpnet", "t5_encoder")
-        paddings = (False, True) if is_text else (model == "sentence_transformer",)
+        paddings = (False, True) if is_text else (model == "sentences",)
         shape = f"_b{batch}_l{length}" if is_text else ""
         for is_padded, dtype in itertools.product(paddings, ("float32", "bfloat16")):
             name = f"{model}{shape}{'_padded' * (is_padded and is_text)}{'_bf16' * (dtype == 'bfloat16')}"

@@ -1,7 +1,8 @@
 """The suite `models`: whole models with this package's attention beside the same models with their own.
 
 A model has layers of base size and random weights. Attention is a part of a model's time, so these ratios are smaller
-than those of attention alone. Forward is inference, forward+backward a training step without dropout.
+than those of attention alone. Forward is inference, forward+backward a training step without dropout. The case
+`sentences` is `SentenceTransformer.encode` with all layers of all-mpnet-base-v2.
 """
 
 import tempfile
@@ -20,6 +21,7 @@ from bench.torchvision_operators import declare_operators_of_torchvision
 
 declare_operators_of_torchvision()  # timm and transformers import torchvision where it is installed
 NUM_LAYERS = 2
+ALL_LAYERS = 12  # of a model of base size
 # Largest error of an output or gradient, as a fraction of the largest number or of 1 if that is larger. T5 has sharp
 # softmaxes, in which rounding grows.
 TOLERANCE = 2e-2
@@ -112,13 +114,13 @@ def _enabled(model: nn.Module, attention: str) -> nn.Module:
     return model
 
 
-def _mpnet(attention: str) -> nn.Module:
+def _mpnet(attention: str, num_layers: int = NUM_LAYERS) -> nn.Module:
     import transformers
 
     if attention == "own_sdpa":
         raise AbsentError("MPNet has eager attention only")
     config = transformers.MPNetConfig(
-        num_hidden_layers=NUM_LAYERS,
+        num_hidden_layers=num_layers,
         vocab_size=VOCABULARY,
         hidden_dropout_prob=0.0,
         attention_probs_dropout_prob=0.0,
@@ -165,7 +167,7 @@ def _sentence_transformer(attention: str) -> nn.Module:
     )
     special = {"bos_token": "<s>", "pad_token": "<pad>", "eos_token": "</s>", "unk_token": "<unk>"}
     with tempfile.TemporaryDirectory() as folder:
-        _mpnet("own_eager" if attention == "ours" else attention).save_pretrained(folder)
+        _mpnet("own_eager" if attention == "ours" else attention, ALL_LAYERS).save_pretrained(folder)
         transformers.PreTrainedTokenizerFast(tokenizer_object=pieces, **special).save_pretrained(folder)
         return _enabled(SentenceTransformer(folder, device="cpu"), attention)
 
@@ -185,12 +187,14 @@ def _tokens(case: ModelCase) -> dict[str, Tensor]:
     return {"input_ids": tokens.where(mask, 1), "attention_mask": mask.long()}
 
 
-def _texts(case: ModelCase) -> list[str]:
-    tokens = _tokens(case)["input_ids"].tolist()
-    return [
-        " ".join(f"w{number}" for number in row[: length - 2])
-        for row, length in zip(tokens, _lengths(case).tolist(), strict=True)
-    ]
+def _sentences(case: ModelCase) -> list[str]:
+    """Sentences of 4 to `case.length` tokens. Their lengths are log-normal, with a median of 24 tokens."""
+    shares = (torch.arange(case.batch) + 0.5) / case.batch
+    lengths = (24 * (0.7 * torch.special.ndtri(shares)).exp()).round().long().clamp(4, case.length)
+    generator = torch.Generator().manual_seed(0)
+    words = torch.randint(4, VOCABULARY, (case.batch, case.length), generator=generator).tolist()
+    order = torch.randperm(case.batch, generator=generator).tolist()
+    return [" ".join(f"w{number}" for number in words[row][: int(lengths[row]) - 2]) for row in order]
 
 
 def _images(case: ModelCase) -> Tensor:
@@ -204,7 +208,7 @@ def _attended_states(model: nn.Module, inputs: dict[str, Tensor]) -> Tensor:
 
 
 def _embeddings(model: Any, inputs: list[str]) -> Tensor:
-    return model.encode(inputs, batch_size=8, convert_to_tensor=True, show_progress_bar=False)
+    return model.encode(inputs, convert_to_tensor=True, show_progress_bar=False)
 
 
 def _logits(model: nn.Module, inputs: Tensor) -> Tensor:
@@ -214,7 +218,7 @@ def _logits(model: nn.Module, inputs: Tensor) -> Tensor:
 MODELS = {
     "mpnet": Subject(_mpnet, _attended_states, _tokens),
     "t5_encoder": Subject(_t5_encoder, _attended_states, _tokens),
-    "sentence_transformer": Subject(_sentence_transformer, _embeddings, _texts, is_trainable=False),
+    "sentences": Subject(_sentence_transformer, _embeddings, _sentences, is_trainable=False),
     "swin_t": Subject(_timm("swin_tiny_patch4_window7_224"), _logits, _images),
     "beit_b": Subject(_timm("beit_base_patch16_224"), _logits, _images),
     "maxvit_t": Subject(_timm("maxvit_tiny_tf_224"), _logits, _images),

@@ -89,17 +89,24 @@ class RowMaker:
 
 
 def write_rows(path: Path, rows: list[Row], keep_others: bool) -> None:
-    """Writes the CSV. With `keep_others`, its rows that were not measured again stay."""
+    """Writes the CSV, if there are rows. With `keep_others`, its rows that were not measured again stay.
+
+    The file is replaced whole, so that a process which is killed leaves either the old file or the new one.
+    """
+    if not rows:
+        return
     written = [asdict(row) for row in rows]
     if keep_others and path.exists():
         measured = {_key(row) for row in written}
         with path.open(newline="") as file:
             written = [row for row in csv.DictReader(file) if _key(row) not in measured] + written
     path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("w", newline="") as file:
+    unfinished = path.with_suffix(".unfinished")
+    with unfinished.open("w", newline="") as file:
         writer = csv.DictWriter(file, FIELDS)
         writer.writeheader()
         writer.writerows(written)
+    unfinished.replace(path)
 
 
 def append_rows(path: Path, rows: list[Row]) -> None:

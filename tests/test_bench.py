@@ -197,18 +197,24 @@ def test_another_build_is_measured_only_where_there_are_two(monkeypatch):
     assert cpp._ENGINE is loaded
 
 
-def test_what_is_measured_survives_an_error(monkeypatch, tmp_path):
-    """The rows of earlier cases are written before the error ends the run."""
+def test_each_case_is_written_before_the_next_one_is_measured(monkeypatch, tmp_path):
+    """A run that is killed loses the case at work alone. Rows of a case before an error are kept too."""
+    path = tmp_path / "out.csv"
+    unmeasured = RowMaker("cpu").make(CASES["h8_l2048"], "ours", FORWARD, "time", "ms", np.array([3.0]), 1)
+    write_rows(path, [unmeasured], keep_others=False)
 
     def measure_first(plan, maker):
         if plan.case is not CASES["h8_l1024"]:
-            raise ZeroDivisionError
+            assert list(read_results(path).case) == ["h8_l2048", "h8_l1024"]
         yield maker.make(plan.case, "ours", FORWARD, "time", "ms", np.array([1.0]), 1)
+        if plan.case is not CASES["h8_l1024"]:
+            raise ZeroDivisionError
 
     monkeypatch.setattr("bench.__main__.measure", measure_first)
     with pytest.raises(ZeroDivisionError):
-        main(["--case", "h8_l1024", "h8_l1024_causal", "--output", str(tmp_path / "out.csv")])
-    assert list(read_results(tmp_path / "out.csv").case) == ["h8_l1024"]
+        main(["--suite", "plain", "--case", "h8_l1024", "h8_l1024_causal", "--append", "--output", str(path)])
+    assert list(read_results(path).case) == ["h8_l2048", "h8_l1024", "h8_l1024_causal"]
+    assert list(tmp_path.iterdir()) == [path]
 
 
 @pytest.mark.parametrize(
