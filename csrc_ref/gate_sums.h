@@ -32,7 +32,7 @@ template <class Products> class GateSums {
         ends_(is_column_ ? 0 : slots * 2 * rows_padded_),
         dgate_sums_(dgate.data ? slots * rows_padded_ * width_ : 0),
         far_sums_(is_column_ ? 0 : slots * 2 * rows_padded_),
-        image_size_(dbias_ ? int64_t(table.near_size() + kTileRows) * width_ : 0),
+        image_size_(dbias_ ? int64_t(table.near_size()) * width_ : 0),
         image_(slots * image_size_),
         table_sums_(dbias_ && is_shared(p) ? table_size() : 0) {
     if (dbias_ && is_shared(p)) std::fill_n(table_sums_.get(), table_size(), 0.0);
@@ -179,13 +179,27 @@ template <class Products> class GateSums {
                    const Range x{corner - (r + height - 1), corner - r + width};
                    return x.clip(seen.begin, seen.end).shift(-seen.begin);
                  });
-    if (dbias_)  // A[k][r]
-      accumulate(dscores, 1, stride + 1, gates_at(head.slot, row), chunk_stride(),
-                 image_.get() + head.slot * image_size_ + int64_t(seen.begin) * width_,
-                 round_up(seen.size(), kSmallTileRows), [&](int k, int height) {
-                   const int x = seen.begin + k;
+    if (!dbias_) return;
+    // The image's rows behind `seen` may be another task's at this time. So what remains after whole register tiles
+    // goes through a copy.
+    alignas(64) Real last[kSmallTileRows * (kMaxRank + kPanelWidth)];
+    const auto add_from = [&](int first, int count, Real *image) {  // A[k][r]
+      accumulate(dscores + first, 1, stride + 1, gates_at(head.slot, row), chunk_stride(), image, count,
+                 [&](int k, int height) {
+                   const int x = seen.begin + first + k;
                    return Range{corner - (x + height - 1), corner - x + width}.clip(0, rows);
                  });
+    };
+    const int whole = round_down(seen.size(), kSmallTileRows), rest = seen.size() - whole;
+    Real *const image = image_.get() + head.slot * image_size_ + int64_t(seen.begin) * width_;
+    add_from(0, whole, image);
+    if (rest == 0) return;
+    std::fill_n(last, kSmallTileRows * width_, Real(0));
+    add_from(whole, kSmallTileRows, last);
+    for (int i = 0; i < rest * width_; i += W) {
+      Real *const to = image + int64_t(whole) * width_ + i;
+      Lanes::store(to, Lanes::load(to) + Lanes::load(last + i));
+    }
   }
 
   // C += A B, where C has a column for each number of a gate. A last vector of columns is half a panel.

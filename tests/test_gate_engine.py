@@ -90,6 +90,7 @@ def test_float64_calls_are_right_to_the_last_digits(reason):
 
 THREADED = [
     Case("one head, work is split by blocks", (401, 397), **ONE, rank=20, through_lse=True),
+    Case("one head, tiles of dS that overhang the table", (398, 398), **ONE, rank=5),
     Case("one head, rank 1", (401, 397), **ONE, rank=0, columns=99),
     Case("shared key heads", (130, 230), heads=(6, 2), bias="N", columns=51, rank=3, options={"window_size": (70, 40)}),
     Case("more heads than threads", (97, 97), batch=4, heads=(5, 5), bias="BHN", dtype=torch.bfloat16, rank=2),

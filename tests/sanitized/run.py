@@ -65,6 +65,8 @@ SANITIZERS = {
             "decode",
             "engine",
             "engine_fuzz",
+            "gate",
+            "gate_engine",
             "hostile",
             "load",
         ),
@@ -74,7 +76,7 @@ SANITIZERS = {
         preloaded=("libtsan.so", str(FOLDER / "openmp.so")),
         environment={"TSAN_OPTIONS": "halt_on_error=1"},
         mistakes={"data_race": (4, "data race")},
-        tests=("varlen", "decode", "engine", "engine_fuzz", "load"),
+        tests=("varlen", "decode", "engine", "engine_fuzz", "gate_engine", "load"),
     ),
 }
 
@@ -169,7 +171,7 @@ def run_tests(name: str, build: str, tests: tuple[str, ...], examples: int) -> N
         "no:cacheprovider",
         "--capture=sys",
         "-k",
-        f"(cpp or test_engine or eight_threads) and not ({OUT})",
+        f"(cpp or test_engine or gate_engine or eight_threads) and not ({OUT})",
     ]
     done = subprocess.run(
         [sys.executable, "-m", "pytest", *options, *files], cwd=ROOT, env={**environment_of(name), **variables}
