@@ -105,13 +105,14 @@ struct Stage {
 // head through all stages, while the head is in its caches. Otherwise the schedule advances in steps. In each step
 // every stage takes the next `heads` heads that the stage before it has finished. `heads` gives every thread a few
 // tasks in a step, so threads that are done with a step work on the next one. The scratch memory of a head is slot head
-// % slots. Results are the same in every schedule.
+// % slots. Where threads take whole heads, there are slots for those at work, and as many for threads that are ahead,
+// of which one thread alone needs none. Results are the same in every schedule.
 struct Schedule {
   Schedule(int64_t all_heads, int64_t stages, int64_t tasks_per_head, int64_t threads) {
     constexpr int64_t kTasksPerThread = 8;
     takes_whole_heads = all_heads >= kTasksPerThread * threads;
     heads = takes_whole_heads ? 1 : kTasksPerThread * threads / std::max<int64_t>(tasks_per_head, 1) + 1;
-    slots = std::min(all_heads, takes_whole_heads ? 2 * threads : heads * stages);
+    slots = std::min(all_heads, takes_whole_heads ? 2 * threads - 1 : heads * stages);
   }
   bool takes_whole_heads;
   int64_t heads, slots;
