@@ -141,6 +141,7 @@ template <class Products> class Backward {
     const bool is_first = c.first == 0;
     const int64_t len_q = p.sequences[head.b].len_q;
     if (dbias_sums.needed()) dbias_sums.begin_task(c.thread);
+    if (gate_sums.gathered_sums.needed()) gate_sums.gathered_sums.begin_task(c.thread);
     for (int first = round_down(attending.begin, kQueries); first < attending.end; first += kQueries) {
       const int rows = round_up(std::min(kQueries, int(len_q) - first), Products::kTile);
       const int64_t step = g * (query_tiles + 1) + first / kQueries;
@@ -154,9 +155,10 @@ template <class Products> class Backward {
       c.order.finish(c.task, step);
     }
     const int64_t last_step = g * (query_tiles + 1) + query_tiles;
-    if (dbias_sums.needed()) {
+    if (dbias_sums.needed() || gate_sums.gathered_sums.needed()) {
       if (!is_first) c.order.wait(c.task - 1, last_step);
-      dbias_sums.add_task(c.thread, head.slot);
+      if (dbias_sums.needed()) dbias_sums.add_task(c.thread, head.slot);
+      else gate_sums.gathered_sums.add_task(c.thread, head.slot);
     }
     c.order.finish(c.task, last_step);
   }
@@ -178,10 +180,15 @@ template <class Products> class Backward {
 
   // Adds rows [row, row + rows) of the tile to the task's share of dbias.
   void add_dbias(Column &c, const Head &head, int first, int row, int rows) {
-    if (!dbias_sums.needed()) return;
-    dbias_sums.add_tile(c.thread, head.slot, c.block.tiles.dscores(row), kTileStride, first + row, c.first, rows,
-                        round_up(c.count, kPanelWidth), scorer.gathered.from(head.b, head.h, first + row, c.first),
-                        gate_sums.column(head.slot, first + row));
+    const int width = round_up(c.count, kPanelWidth);
+    if (dbias_sums.needed())
+      dbias_sums.add_tile(c.thread, head.slot, c.block.tiles.dscores(row), kTileStride, first + row, c.first, rows,
+                          width, scorer.gathered.from(head.b, head.h, first + row, c.first),
+                          gate_sums.column(head.slot, first + row));
+    if (gate_sums.gathered_sums.needed())
+      gate_sums.gathered_sums.add_tile(c.thread, scorer.gathered.from(head.b, head.h, first + row, c.first),
+                                       c.block.tiles.dscores(row), kTileStride, rows, width,
+                                       gate_sums.rows(head.slot, first + row));
   }
 
   // Adds rows [row, row + rows) of the tile to the head's sums of a gate.
@@ -232,7 +239,7 @@ template <class Products> class Backward {
     };
     if (needs_dscores()) p.has_dropout ? make_with(std::true_type()) : make_with(std::false_type());
     if (p.has_dropout) drop(probs, kTileStride, rows, columns, kept);
-    gate_sums.sum_rows(scorer, tile, dscores, kTileStride, t.gate_sums + row);
+    gate_sums.sum_rows(tile, dscores, kTileStride, t.gate_sums + row);
   }
 
   // dV += P^T dO, dK += dS^T Q, dQ += dS K
@@ -299,7 +306,7 @@ template <class Products> class Backward {
   const Scorer<Products> scorer{p, table, slots_q, dgate.data != nullptr};
   const QueryRows<Products> query_rows{p, query_tensors, slots_q, scorer.scale.query};
   const DbiasSums<Real> dbias_sums{p, scorer.recurring, dbias != nullptr && p.rank == 1, p.num_threads, slots_q};
-  const GateSums<Products> gate_sums{p, scorer.gate, dgate, dbias, slots_q};
+  const GateSums<Products> gate_sums{p, scorer, dgate, dbias, slots_q};
 };
 
 }  // namespace tob

@@ -45,7 +45,7 @@ template <class Real> struct GatheredTile {
     return inside_band(row, column, Simd<Real>::broadcast(gate) * numbers(row, column));
   }
 
- private:
+  // The values, and -inf outside the band.
   TOB_INLINE typename Simd<Real>::Vec inside_band(int row, int column, typename Simd<Real>::Vec values) const {
     using Lanes = Simd<Real>;
     const auto offsets = offsets_of(row, column);

@@ -37,8 +37,7 @@ bool is_valid(const tob_problem &p) {
   const bool bias = !p.bias || ((p.bias_batch == 1 || p.bias_batch == p.batch) &&
                                 (p.bias_heads == 1 || p.bias_heads == p.heads_q) && p.bias_columns >= 1);
   const bool gate = p.gate.data ? p.bias && p.rank >= 1 && p.rank <= TOB_MAX_RANK && !p.is_part : p.rank == 1;
-  const bool rank = p.rank == 1 || !p.query_positions;
-  return sizes && lengths && heads && bias && gate && rank && p.dtype >= TOB_FLOAT32 && p.dtype <= TOB_FLOAT16;
+  return sizes && lengths && heads && bias && gate && p.dtype >= TOB_FLOAT32 && p.dtype <= TOB_FLOAT16;
 }
 
 template <class Run> int guarded(const tob_problem &problem, Run run) {

@@ -12,9 +12,9 @@
  * builds for AVX512_BF16 and AMX multiply bfloat16 numbers and add the products up in float: they round softmax(S) and
  * the gradient of S to bfloat16 before they multiply them.
  * All strides count elements. The caller owns every buffer. The engine allocates scratch memory of O(len_q + len_k) for
- * each head, and frees it before it returns. Calls are re-entrant. Results are bitwise equal for any num_threads. The
- * floating-point environment is restored. tob_forward and tob_backward return 0, or a TOB_ERROR; after an error the
- * outputs are undefined.
+ * each head, and of the size of its tables if it has a gate of several numbers. It frees the memory before it returns.
+ * Calls are re-entrant. Results are bitwise equal for any num_threads. The floating-point environment is restored.
+ * tob_forward and tob_backward return 0, or a TOB_ERROR; after an error the outputs are undefined.
  */
 #ifndef TOB_ENGINE_H
 #define TOB_ENGINE_H
@@ -66,8 +66,8 @@ typedef struct {
   int64_t bias_batch, bias_heads, bias_columns, bias_first;
   /* data is NULL, or points at reals, (batch, heads_q, len_q, rank), that are factors of the bias. The bias is then
      (bias_batch, bias_heads, rank, bias_columns), all finite, and that of a pair is the sum over r of gate[b,h,i,r]
-     times the number of row r in the pair's column. rank is 1..TOB_MAX_RANK; it is 1 without a gate or with positions.
-     A gate needs a bias, and is_part 0. */
+     times the number of row r in the pair's column. rank is 1..TOB_MAX_RANK, and 1 without a gate. A gate needs a
+     bias, and is_part 0. */
   tob_tensor gate;
   int64_t rank;
   /* NULL, or (batch, len_k) contiguous bytes: 0 = do not attend. */

@@ -4,7 +4,8 @@
 //
 // where U is the table reversed (gate_table.h). E is dS itself, with rows one number more than the stride apart. Far
 // pairs need the sums of their dS alone, one for each row and side. With a gate of one number for each query the
-// table's gradient is a sum along diagonals as without a gate (dbias.h), and the gate's is a sum along rows.
+// table's gradient is a sum along diagonals as without a gate (dbias.h), and the gate's is a sum along rows. Where
+// tensors give the positions, gate_gathered.h has both gradients.
 #pragma once
 
 #include "query_rows.h"
@@ -20,28 +21,33 @@ template <class Products> class GateSums {
   static constexpr int kPanelWidth = kPanel<Real>, W = Lanes::kLanes, kQueries = Products::kBackwardQueries;
 
  public:
-  GateSums(const tob_problem &p, const GateTable<Real> &table, const tob_tensor &dgate, Real *dbias, int64_t slots)
+  GateSums(const tob_problem &p, const Scorer<Products> &scorer, const tob_tensor &dgate, Real *dbias, int64_t slots)
       : p_(p),
-        table_(table),
+        scorer_(scorer),
+        table_(scorer.gate),
         dgate_(dgate),
         is_column_(p.rank == 1),
-        dbias_(table.present() && !is_column_ ? dbias : nullptr),
-        rows_padded_(table.present() ? round_up(int(p.len_q), Products::kRows) : 0),
-        width_(is_column_ ? 1 : table.rank_panels() * kPanelWidth),
+        dbias_(table_.present() && !is_column_ ? dbias : nullptr),
+        rows_padded_(table_.present() ? round_up(int(p.len_q), Products::kRows) : 0),
+        width_(is_column_ ? 1 : table_.rank_panels() * kPanelWidth),
         gates_(slots * rows_padded_ * width_),
         ends_(is_column_ ? 0 : slots * 2 * rows_padded_),
         dgate_sums_(dgate.data ? slots * rows_padded_ * width_ : 0),
         far_sums_(is_column_ ? 0 : slots * 2 * rows_padded_),
-        image_size_(dbias_ ? int64_t(table.near_size()) * width_ : 0),
+        image_size_(dbias_ ? int64_t(table_.near_size()) * width_ : 0),
         image_(slots * image_size_),
-        table_sums_(dbias_ && is_shared(p) ? table_size() : 0) {
+        table_sums_(dbias_ && is_shared(p) ? table_size() : 0),
+        gathered_sums(p, scorer.gathered_gate, dbias_, p.num_threads, slots) {
     if (dbias_ && is_shared(p)) std::fill_n(table_sums_.get(), table_size(), 0.0);
   }
 
   // Prepares a block of rows, and at the first block what a head begins with.
   __attribute__((noinline)) void prepare(const Head &head, int first) const {
     if (!table_.present()) return;
-    if (first == 0) std::fill_n(image_.get() + head.slot * image_size_, image_size_, Real(0));
+    if (first == 0) {
+      std::fill_n(image_.get() + head.slot * image_size_, image_size_, Real(0));
+      gathered_sums.begin_head(head.slot);
+    }
     const int count = std::min(kQueries, int(p_.sequences[head.b].len_q) - first);
     if (count <= 0) return;
     const int rows = round_up(count, Products::kTile);
@@ -61,8 +67,7 @@ template <class Products> class GateSums {
   }
 
   // sums[row] = the sum of dS times the table's number, for a gate with one number for each query.
-  __attribute__((noinline)) void sum_rows(const Scorer<Products> &scorer, const PairTile &tile, const Real *dscores,
-                                          int64_t stride, Real *sums) const {
+  __attribute__((noinline)) void sum_rows(const PairTile &tile, const Real *dscores, int64_t stride, Real *sums) const {
     if (!dgate_.data || !is_column_) return;
     const auto sum_with = [&](auto number) {
       for (int row = 0; row < tile.rows; row += W) {
@@ -73,9 +78,9 @@ template <class Products> class GateSums {
         Lanes::store(sums + row, Lanes::sum_each(totals));
       }
     };
-    const GatheredTile<Real> gathered = scorer.gathered.from(tile.b, tile.h, tile.query, tile.key);
-    const Real *const strip = scorer.strips.at(tile.b, tile.h, tile.key - tile.query);
-    if (scorer.gathered.present()) sum_with([&](int row, int j) { return gathered.numbers(row, j); });
+    const GatheredTile<Real> gathered = scorer_.gathered.from(tile.b, tile.h, tile.query, tile.key);
+    const Real *const strip = scorer_.strips.at(tile.b, tile.h, tile.key - tile.query);
+    if (scorer_.gathered.present()) sum_with([&](int row, int j) { return gathered.numbers(row, j); });
     else sum_with([&](int row, int j) { return Lanes::load(strip + (j - row)); });
   }
 
@@ -86,6 +91,12 @@ template <class Products> class GateSums {
     if (!table_.present()) return;
     if (is_column_) {
       for (int r = 0; r < rows && dgate_.data; ++r) dgate_at(head.slot, row)[r] += sums[r];
+      return;
+    }
+    if (scorer_.gathered_gate.present()) {
+      if (dgate_.data)
+        scorer_.gathered_gate.add_dgate(head.slot, scorer_.gathered.from(head.b, head.h, row, column), dscores, stride,
+                                        rows, width, dgate_at(head.slot, row), width_);
       return;
     }
     if (!dgate_.data && !dbias_) return;
@@ -138,6 +149,10 @@ template <class Products> class GateSums {
 
   // Adds a head's sums to those of its tables.
   template <class Sum> void add_sums(const Head &head, Sum *sums) const {
+    if (gathered_sums.needed()) {
+      gathered_sums.add_head(head.slot, sums);
+      return;
+    }
     const Real *const image = image_.get() + head.slot * image_size_;
     for (int x = 0; x < table_.near_size(); x += W)
       for (int d = 0; d < p_.rank; d += W) {
@@ -246,6 +261,7 @@ template <class Products> class GateSums {
   Real *dgate_at(int64_t slot, int row) const { return dgate_sums_.get() + (slot * rows_padded_ + row) * width_; }
 
   const tob_problem &p_;
+  const Scorer<Products> &scorer_;
   const GateTable<Real> &table_;
   const tob_tensor &dgate_;
   const bool is_column_;
@@ -255,6 +271,9 @@ template <class Products> class GateSums {
   const int64_t image_size_;
   const Scratch<Real> image_;
   const Scratch<double> table_sums_;
+
+ public:
+  const GatheredGateSums<Real> gathered_sums;  // where tensors give the positions
 };
 
 }  // namespace tob

@@ -143,7 +143,7 @@ template <class Real> class GateTable {
       first = std::min(first, -(s.query_start + s.len_q - 1));
       last = std::max(last, s.len_k - 1 - s.query_start);
     }
-    if (p.rank < 2 || first > last) return {0, 0};
+    if (p.rank < 2 || p.query_positions || first > last) return {0, 0};
     first = std::max(first, -p.max_offset);
     last = std::max(first, std::min(last, -p.min_offset));
     const int64_t begin = std::clamp(-(p.bias_first + p.bias_columns - 1), first, last + 1);

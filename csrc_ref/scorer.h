@@ -1,7 +1,7 @@
 // The scores of tiles, with everything that they depend on beside queries and keys: band, bias, gate, masks and scale.
 #pragma once
 
-#include "gate_table.h"
+#include "gate_gathered.h"
 #include "products.h"
 #include "recurring.h"
 
@@ -30,6 +30,7 @@ template <class Products> class Scorer {
         mask(problem),
         bias_tiles(problem, strips, slots),
         gate(problem, slots, has_transposed),
+        gathered_gate(problem, slots),
         scale(problem.scale, bias_tiles.present()),
         p(problem) {}
 
@@ -37,6 +38,7 @@ template <class Products> class Scorer {
   void make(int64_t slot, int64_t b, int64_t h) const {
     bias_tiles.make(slot, b, h);
     gate.pack(slot, b, h);
+    gathered_gate.pack(slot, b, h);
   }
 
   // See score_block for the factors and for `out`. `gates` are those of the tile's rows, and `products` has room for G.
@@ -70,6 +72,7 @@ template <class Products> class Scorer {
   const KeyMask<Real> mask;
   const typename Products::BiasTiles bias_tiles;
   const GateTable<Real> gate;
+  const GatheredGate<Real> gathered_gate;
   const Scale<Real, typename Products::Operand> scale;
 
  private:
@@ -82,7 +85,9 @@ template <class Products> class Scorer {
     const Band &band = bands[size_t(tile.b)];
     const GatheredTile<Real> gathered_tile = gathered.from(tile.b, tile.h, tile.query, tile.key);
     ScoreTerms<Real> terms = terms_of(tile, true, gathered_tile);
-    gate.set_terms(terms, tile.slot, tile.b, gates, tile.query, tile.key, tile.rows, tile.columns, products);
+    if (gathered_gate.present())
+      gathered_gate.set_terms(terms, tile.slot, gates, gathered_tile, tile.rows, tile.columns, products);
+    else gate.set_terms(terms, tile.slot, tile.b, gates, tile.query, tile.key, tile.rows, tile.columns, products);
     Products::template scores<true>(a, chunk_stride, panels, chunks, out, stride, terms, tile.rows, tile.columns,
                                     band.len_k - tile.key);
     if (!gathered.present() && !is_inside(tile))

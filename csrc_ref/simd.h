@@ -128,6 +128,22 @@ template <class Real> struct Simd {
       x[i] = (power[i] * x[i] + Real(1)) * (Vec)((Bits)shifted[i] << Traits::kMantissaBits);
   }
 
+  // Whether some lane of a mask, whose lanes are 0 or -1, is set.
+  static TOB_INLINE bool any(IntVec mask) {
+#if defined(__AVX512DQ__) && TOB_VECTOR_BYTES == 64
+    if constexpr (kLanes == 16) return _mm512_movepi32_mask((__m512i)mask) != 0;
+    else return _mm512_movepi64_mask((__m512i)mask) != 0;
+#elif defined(__AVX2__) && TOB_VECTOR_BYTES == 32
+    return _mm256_movemask_epi8((__m256i)mask) != 0;
+#elif defined(__SSE2__) && TOB_VECTOR_BYTES == 16
+    return _mm_movemask_epi8((__m128i)mask) != 0;
+#else
+    typename Traits::Int some = 0;
+    for (int i = 0; i < kLanes; ++i) some |= mask[i];
+    return some != 0;
+#endif
+  }
+
   static TOB_INLINE Vec reverse(Vec v) { return reverse(v, std::make_integer_sequence<int, kLanes>()); }
 
   // Transposes a square of kLanes vectors. Blocks of 1, 2, 4, ... elements off the diagonal change places.

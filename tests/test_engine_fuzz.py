@@ -123,11 +123,11 @@ def tables(draw, batch: int, heads: int) -> Tensor | None:
 
 
 @st.composite
-def gated_tables(draw, rows: tuple[int, ...], batch: int, heads: int, highest_rank: int) -> tuple[Tensor, Tensor]:
+def gated_tables(draw, rows: tuple[int, ...], batch: int, heads: int) -> tuple[Tensor, Tensor]:
     """A table and a gate for the rows of queries. Often the table is short, so that most pairs are beyond it."""
     shapes = {"N": (), "1N": (1,), "HN": (heads,), "B1N": (batch, 1), "BHN": (batch, heads)}
     rank = draw(st.sampled_from([None, 1, 2, 3, 8, 15, 16, 17, 33, 64, 100, 256]))
-    ranks = () if rank is None else (min(rank, highest_rank),)
+    ranks = () if rank is None else (rank,)
     axes = (*shapes[draw(st.sampled_from(list(shapes)))], *ranks, draw(st.integers(1, 300)))
     gate = torch.randn(*rows, *ranks, dtype=draw(TABLE_DTYPES))
     gate = gate.mT.contiguous().mT if draw(st.booleans()) else gate
@@ -184,8 +184,7 @@ def calls(draw) -> Drawn:
     shapes = [(batch, heads, len_q, dim), (batch, heads_kv, len_k, dim), (batch, heads_kv, len_k, dim_v)]
     table, gate = draw(tables(batch, heads)), None
     if draw(st.booleans()):
-        highest_rank = 1 if "query_positions" in options else 256
-        table, gate = draw(gated_tables((batch, heads, len_q), batch, heads, highest_rank))
+        table, gate = draw(gated_tables((batch, heads, len_q), batch, heads))
     return Drawn(
         offset_bias_attention,
         [*(draw(tensors(shape, dtype)) for shape in shapes), table],
@@ -211,7 +210,7 @@ def packed_calls(draw) -> Drawn:
     shapes = [(1, total_q, heads, dim), (1, total_k, heads_kv, dim), (1, total_k, heads_kv, dim_v)]
     table, gate = draw(tables(len(pairs), heads)), None
     if draw(st.booleans()):
-        table, gate = draw(gated_tables((total_q, heads), len(pairs), heads, 256))
+        table, gate = draw(gated_tables((total_q, heads), len(pairs), heads))
     return Drawn(
         offset_bias_attention_varlen,
         [*(draw(tensors(shape, dtype))[0] for shape in shapes), table],

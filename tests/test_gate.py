@@ -37,28 +37,23 @@ CASES = [
     Case("one query", (1, 60), rank=4, options={"is_causal": True}),
     Case("bfloat16 with a bfloat16 gate", dtype=torch.bfloat16, bias_dtype=torch.bfloat16, rank=8),
     Case("float64", dtype=torch.float64, bias_dtype=torch.float64, rank=8),
-]
-POSITIONS = [
     Case("positions", rank=0, options={
         "query_positions": torch.arange(29) ** 2, "key_positions": 3 * torch.arange(31)}),
     Case("positions per batch entry, rank 3", rank=3, columns=19, options={
         "query_positions": torch.stack([torch.arange(29), 5 - torch.arange(29)]), "key_positions": torch.arange(31) - 3,
         "is_causal": True}),
+    Case("events in buckets, causal by index, rank 4", rank=4, columns=9, options={
+        "query_positions": torch.arange(29) // 4, "key_positions": torch.arange(31) // 3, "is_causal": True,
+        "causal_by": "index"}),
 ]  # fmt: skip
 
 
 @each_backend
-@pytest.mark.parametrize("case", [*CASES, POSITIONS[0]], ids=lambda case: case.reason)
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.reason)
 def test_output_and_gradients_are_the_oracles(backend, case, poisoned_memory):
     """The results are the output, the log-sum-exp and every gradient, those of table and gate among them."""
     call = build(case)
     assert_matches_oracle(call, results_of(call, backend))
-
-
-def test_positions_with_several_numbers_for_each_query():
-    """The reference alone serves them."""
-    call = build(POSITIONS[1])
-    assert_matches_oracle(call, results_of(call, "reference"))
 
 
 @pytest.mark.parametrize("case", [CASES[0], CASES[9], CASES[12]], ids=lambda case: case.reason)
@@ -131,8 +126,12 @@ def _each_by_itself(inputs, lengths, dout, dtype) -> Results:
     return Results(lse=torch.cat([part.lse[0] for part in parts], dim=1), **packed)
 
 
+AT_POSITIONS = Case("positions, rank 3", rank=3, columns=9, options={
+    "query_positions": torch.arange(7) ** 2 % 11, "key_positions": torch.arange(9) * 3 % 7})  # fmt: skip
+
+
 @each_backend
-@pytest.mark.parametrize("case", [CASES[0], CASES[4], CASES[8]], ids=lambda case: case.reason)
+@pytest.mark.parametrize("case", [CASES[0], CASES[4], CASES[8], AT_POSITIONS], ids=lambda case: case.reason)
 def test_gradients_are_finite_differences_in_float64(backend, case):
     """torch's `gradcheck` takes the output together with the log-sum-exp."""
     call = build(replace(case, lengths=(7, 9), dims=(4, 3), batch=1))

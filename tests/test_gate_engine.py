@@ -1,5 +1,7 @@
-"""Gates in the CPU engine: ranks and lengths around the sizes of its tiles, threads, decoding, and what it refuses."""
+"""Gates in the CPU engine: ranks and lengths around the sizes of its tiles, positions, threads, decoding."""
 
+import subprocess
+import sys
 from dataclasses import replace
 
 import pytest
@@ -12,6 +14,9 @@ from triton_offset_bias import offset_bias_attention, offset_bias_attention_varl
 pytestmark = [pytest.mark.cpu_only, pytest.mark.needs_engine]
 ONE = {"batch": 1, "heads": (1, 1)}
 EVERY_OTHER = {"query_positions": torch.arange(130) * 3 % 71, "key_positions": torch.arange(230) * 5 % 83}
+OF_EACH = {"query_positions": torch.stack([torch.arange(130) * 7 % 131, torch.arange(130) // 9]),
+           "key_positions": torch.stack([torch.arange(230) // 3, torch.arange(230) * 11 % 97])}  # fmt: skip
+BY_INDEX = {"is_causal": True, "causal_by": "index"}
 
 CASES = [
     Case("several tiles, one number for each query", (205, 215), rank=0, through_lse=True),
@@ -36,7 +41,29 @@ CASES = [
     Case("shared key heads", (130, 230), heads=(6, 2), mask="holes", bias="N", columns=51, rank=4),
     Case("shared key heads, rank 1", (130, 230), heads=(6, 2), mask="holes", bias="BHN", columns=51, rank=0),
     Case("positions", (130, 230), columns=51, rank=1, options=EVERY_OTHER | {"window_size": (60, 30)}),
-    Case("causal by index", (130, 230), rank=0, options=EVERY_OTHER | {"is_causal": True, "causal_by": "index"}),
+    Case("causal by index", (130, 230), rank=0, options=EVERY_OTHER | BY_INDEX),
+    Case("positions, a window, rank 3", (130, 230), columns=51, rank=3, options=EVERY_OTHER | {
+        "window_size": (60, 30)}),
+    Case("positions, a panel less one", (130, 230), columns=51, rank=31, options=EVERY_OTHER, through_lse=True),
+    Case("positions, a panel and one", (130, 230), **ONE, columns=151, rank=33, options=EVERY_OTHER),
+    Case("positions, four vectors, causal", (130, 230), **ONE, rank=64, options=EVERY_OTHER | {"is_causal": True}),
+    Case("positions, the highest rank", (130, 230), **ONE, columns=40, rank=256, options=EVERY_OTHER),
+    Case("positions, a table of one column", (130, 230), columns=1, rank=5, options=EVERY_OTHER),
+    Case("positions, zeros beyond a short table", (130, 230), columns=9, rank=7, options=EVERY_OTHER | {
+        "beyond": "zero", "bias_origin": -20}),
+    Case("positions of each sequence, shared key heads, causal by index", (130, 230), heads=(6, 2), mask="holes",
+         bias="BHN", columns=51, rank=20, options=OF_EACH | BY_INDEX, through_lse=True),
+    Case("positions of each sequence, one table for all heads", (130, 230), bias="N", columns=99, rank=6,
+         options=OF_EACH | {"is_causal": True}),
+    Case("all at one place", (130, 230), columns=9, rank=18, options={
+        "query_positions": torch.zeros(130, dtype=torch.int64), "key_positions": torch.zeros(230, dtype=torch.int64)}),
+    Case("positions, one query", (1, 230), heads=(4, 2), columns=51, rank=5, options={
+        "query_positions": torch.tensor([90]), "key_positions": EVERY_OTHER["key_positions"]}),
+    Case("positions, dropout", (130, 230), heads=(4, 2), columns=51, rank=20, options=EVERY_OTHER | {
+        "dropout_p": 0.3, "is_causal": True}),
+    Case("positions, bfloat16", (130, 230), (64, 64), dtype=torch.bfloat16, columns=51, rank=16, options=EVERY_OTHER),
+    Case("positions, float16, a gate in float16", (130, 230), dtype=torch.float16, bias_dtype=torch.float16, rank=3,
+         options=EVERY_OTHER | BY_INDEX),
     Case("dropout", (205, 215), heads=(4, 2), rank=20, options={"dropout_p": 0.3, "is_causal": True}),
     Case("dropout, rank 1", (205, 215), heads=(4, 2), rank=0, options={"dropout_p": 0.3, "is_causal": True}),
     Case("lengths", (61, 215), rank=3, options={"key_lengths": torch.tensor([215, 70])}),
@@ -51,7 +78,7 @@ CASES = [
     Case("decoding, rank 1, lengths", (1, 3000), rank=0, options={"key_lengths": torch.tensor([2999, 5])}),
     Case("decoding, several queries, a window", (4, 700), rank=5, columns=90, options={"window_size": (300, 2)}),
     Case("decoding, bfloat16", (2, 1500), (64, 64), dtype=torch.bfloat16, rank=3, options={"is_causal": True}),
-]
+]  # fmt: skip
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.reason)
@@ -67,6 +94,10 @@ PRECISE = [
     "shared key heads",
     "shared key heads, rank 1",
     "positions",
+    "positions, a window, rank 3",
+    "positions of each sequence, shared key heads, causal by index",
+    "positions of each sequence, one table for all heads",
+    "all at one place",
     "two panels, causal",
 ]
 
@@ -95,6 +126,8 @@ THREADED = [
     Case("shared key heads", (130, 230), heads=(6, 2), bias="N", columns=51, rank=3, options={"window_size": (70, 40)}),
     Case("more heads than threads", (97, 97), batch=4, heads=(5, 5), bias="BHN", dtype=torch.bfloat16, rank=2),
     Case("positions", (130, 230), columns=51, rank=0, options=EVERY_OTHER),
+    Case("positions, rank 20", (130, 230), **ONE, columns=51, rank=20, options=EVERY_OTHER, through_lse=True),
+    Case("positions, shared key heads", (130, 230), heads=(6, 2), bias="N", rank=3, options=OF_EACH | BY_INDEX),
     Case("decoding", (1, 3000), rank=5, options={"is_causal": True}),
 ]
 
@@ -132,10 +165,17 @@ def test_packed_sequences_give_what_the_reference_gives(rank):
 
 
 @pytest.mark.parametrize("needed", ["q", "k", "v", "bias", "gate"])
-@pytest.mark.parametrize("rank", [0, 3])
-def test_a_gradient_asked_for_alone_has_the_same_bits(rank, needed):
+@pytest.mark.parametrize(
+    "case",
+    [
+        Case("rank 1", (130, 137), columns=60, rank=0, options={"is_causal": True}),
+        Case("rank 3", (130, 137), columns=60, rank=3, options={"is_causal": True}),
+        Case("positions", (130, 230), columns=60, rank=3, options=EVERY_OTHER | {"is_causal": True}),
+    ],
+    ids=lambda case: case.reason,
+)
+def test_a_gradient_asked_for_alone_has_the_same_bits(case, needed):
     """The order of sums does not depend on the other gradients."""
-    case = Case("causal", (130, 137), columns=60, rank=rank, options={"is_causal": True})
     expected = results_of(build(case), "cpp")
     call = build(case)
     for name in {"q", "k", "v", "bias", "gate"} - {needed}:
@@ -147,11 +187,11 @@ def test_a_gradient_asked_for_alone_has_the_same_bits(rank, needed):
 
 def test_backward_makes_the_scores_that_forward_made():
     """Large scores agree to the last bit. Otherwise a row of P would not sum to 1, nor dV to the sum of dO."""
-    for rank in (0, 40):
-        call = build(Case("large", (300, 310), columns=201, rank=rank, options={"scale": 4096.0}))
+    for rank, lengths, positions in ((0, (300, 310), {}), (40, (300, 310), {}), (40, (130, 230), EVERY_OTHER)):
+        call = build(Case("large", lengths, columns=201, rank=rank, options={"scale": 4096.0} | positions))
         call.dout.fill_(1.0)
         dv = results_of(call, "cpp").dv
-        torch.testing.assert_close(dv.sum(2), torch.full_like(dv[:, :, 0], 300.0), rtol=5e-6, atol=0)
+        torch.testing.assert_close(dv.sum(2), torch.full_like(dv[:, :, 0], lengths[0]), rtol=5e-6, atol=0)
 
 
 def test_one_tensor_may_be_query_and_gate():
@@ -164,8 +204,28 @@ def test_one_tensor_may_be_query_and_gate():
     torch.testing.assert_close(*grads, rtol=1e-6, atol=1e-6)
 
 
-def test_the_engine_refuses_positions_with_a_gate_of_several_numbers():
-    """The error names what it serves, and what came."""
-    call = build(Case("positions", (130, 230), columns=51, rank=3, options=EVERY_OTHER))
-    with pytest.raises(NotImplementedError, match="cpp: serves positions with gates of rank 1, got rank 3"):
-        results_of(call, "cpp")
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
+def test_a_step_at_positions_needs_far_less_memory_than_one_matrix_of_scores():
+    """A matrix of 8192 x 8192 scores takes 256 MiB.
+
+    Forward and backward together grow the process by less than 32 MiB, as the table has few columns.
+    """
+    code = """
+import torch
+from triton_offset_bias import offset_bias_attention
+def call(length):
+    q, k, v = (torch.randn(1, 1, length, 16, requires_grad=True) for _ in range(3))
+    bias, gate = torch.randn(5, 99, requires_grad=True), torch.randn(1, 1, length, 5, requires_grad=True)
+    positions = torch.arange(length) * 7 % 61
+    places = {"query_positions": positions, "key_positions": positions}
+    offset_bias_attention(q, k, v, bias, bias_gate=gate, **places, backend="cpp").sum().backward()
+def kilobytes(field):
+    return int(next(line for line in open("/proc/self/status") if line.startswith(field)).split()[1])
+torch.set_num_threads(2)
+call(200)
+before = kilobytes("VmRSS")
+open("/proc/self/clear_refs", "w").write("5")  # resets the peak to the present memory
+call(8192)
+print((kilobytes("VmHWM") - before) // 1024)
+"""
+    assert int(subprocess.check_output([sys.executable, "-c", code], text=True)) < 32

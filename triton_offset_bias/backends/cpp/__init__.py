@@ -51,9 +51,6 @@ def unsupported_reasons(problem: Problem) -> list[str]:
     reasons = unavailable_reasons()
     if problem.query.device.type != "cpu":
         reasons.append(f"serves CPU tensors, got {problem.query.device.type}")
-    gate = problem.bias_gate
-    if gate is not None and gate.shape[3] > 1 and problem.query_positions is not None:
-        reasons.append(f"serves positions with gates of rank 1, got rank {gate.shape[3]}")
     return reasons + exceeded_limits(problem)
 
 
