@@ -1,5 +1,6 @@
 """What a case of the benchmark is."""
 
+import math
 from dataclasses import dataclass
 
 import numpy as np
@@ -25,6 +26,8 @@ class Case:
         window: keys on each side that a query attends to; -1: all.
         clamp: the table's last offset on each side; its ends stand for offsets beyond. None: a table of all offsets.
         rank: factors that each query has for the bias, and tables a head; None: no factor, and one table a head.
+        is_grid: whether the tokens are a square grid, such as a window of an image. The table then has a number for
+            every difference of rows and columns, and there is no clamp.
     """
 
     name: str
@@ -38,10 +41,18 @@ class Case:
     window: int = -1
     clamp: int | None = None
     rank: int | None = None
+    is_grid: bool = False
+
+    @property
+    def side(self) -> int:
+        """Rows of a grid, and columns."""
+        return math.isqrt(self.length)
 
     @property
     def reach(self) -> int:
         """The table's last offset on each side."""
+        if self.is_grid:
+            return (2 * self.side - 1) ** 2 // 2
         return self.length - 1 if self.clamp is None else min(self.clamp, self.length - 1)
 
     @property

@@ -49,6 +49,9 @@ def _model_cases() -> Iterator[ModelCase]:
 
 
 MODEL_CASES = list(_model_cases())
+_BOTH_DTYPES = (("", "float32"), ("_bf16", "bfloat16"))
+_WINDOWS = Case("", 192, 4, 49, 32, is_grid=True)  # Swin's
+_PATCHES = Case("", 8, 12, 196, is_grid=True)  # BEiT's
 CASES = {
     case.name: case
     for case in (
@@ -65,6 +68,8 @@ CASES = {
         *_both_masks("h3_l512", 1, 3, 512),  # heads that two threads cannot share evenly
         Case("b32h12_l128", 32, 12, 128),  # an encoder's
         Case("b192h4_l49", 192, 4, 49, 32),  # Swin's windows
+        *(replace(_WINDOWS, name=f"b192h4_g7{name}", dtype=dtype) for name, dtype in _BOTH_DTYPES),
+        *(replace(_PATCHES, name=f"b8h12_g14{name}", dtype=dtype) for name, dtype in _BOTH_DTYPES),
         Case("h8_l512_bf16", 1, 8, 512, dtype="bfloat16"),
         *_both_masks("h8_l1024_bf16", 1, 8, 1024, "bfloat16"),
         Case("h8_l2048_bf16", 1, 8, 2048, dtype="bfloat16"),
@@ -161,6 +166,12 @@ SUITES = {
         (BOTH,),
         ("ours", "sdpa_no_bias", "sdpa_strided"),  # sdpa_strided takes the least memory of the dense providers
     ),
+    "grid": Suite(
+        "time with two-dimensional offsets, and its ratio to other ways and to attention without a bias",
+        ("b192h4_g7", "b192h4_g7_bf16", "b8h12_g14", "b8h12_g14_bf16"),
+        (FORWARD, BOTH),
+        ("ours", "ours_no_bias", "sdpa_no_bias", "sdpa_index"),
+    ),
     "models": Suite(
         "time of whole models with their own attention, and its ratio to the time with ours",
         tuple(case.name for case in MODEL_CASES),
@@ -199,6 +210,7 @@ QUICK_CASES = {
     "decode": ("h8_cache32k",),
     "window": ("h1_l8192_w128",),
     "memory": ("h8_l2048",),
+    "grid": ("b192h4_g7",),
     "models": ("mpnet_b8_l384_bf16", "swin_t"),
     "gate": ("h8_l1024_r16",),
     "gate_memory": ("h8_l2048_r16",),
@@ -215,6 +227,7 @@ class Inputs:
         table: (H, 2R + 1) float32, the bias of every offset from -R to R, where R is L - 1 or the case's clamp; with a
             gate (H, rank, 2R + 1).
         gate: None, or (B, H, M, rank) float32, factors of the tables.
+        positions: None where these are contiguous, or (L,) int64, the positions of queries and keys.
         is_causal: attend only where offset >= 0.
         window: keys on each side that a query attends to; -1: all.
     """
@@ -227,6 +240,7 @@ class Inputs:
     is_causal: bool
     window: int
     gate: Tensor | None = None
+    positions: Tensor | None = None
 
     @property
     def reach(self) -> int:
@@ -266,4 +280,8 @@ def make_inputs(case: Case, device: str) -> Inputs:
     gate = None
     if case.rank is not None:
         gate = (normal(*shapes[0][:3], case.rank, dtype=torch.float32) / case.rank**0.5).requires_grad_()
-    return Inputs(q, k, v, table, dout, case.is_causal, case.window, gate)
+    positions = None
+    if case.is_grid:
+        rows, columns = torch.meshgrid(*2 * [torch.arange(case.side, device=device)], indexing="ij")
+        positions = (rows * (2 * case.side - 1) + columns).flatten()
+    return Inputs(q, k, v, table, dout, case.is_causal, case.window, gate, positions)

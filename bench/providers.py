@@ -68,7 +68,8 @@ class Provider:
 
 def ours(inputs: Inputs) -> Run:
     """This package."""
-    return lambda q, k, v, table, gate=None: offset_bias_attention(q, k, v, table, bias_gate=gate, **_band(inputs))
+    options = {**_band(inputs), "query_positions": inputs.positions, "key_positions": inputs.positions}
+    return lambda q, k, v, table, gate=None: offset_bias_attention(q, k, v, table, bias_gate=gate, **options)
 
 
 def ours_ungated(inputs: Inputs) -> Run:
@@ -289,7 +290,9 @@ def _all_offsets(table: Tensor, inputs: Inputs) -> Tensor:
 
 def _table_index(inputs: Inputs) -> Tensor:
     """The table's column for every pair, (M, N)."""
-    positions = torch.arange(inputs.q.shape[2], device=inputs.q.device)
+    positions = inputs.positions
+    if positions is None:
+        positions = torch.arange(inputs.q.shape[2], device=inputs.q.device)
     return (positions[:, None] - positions[None, :]).clamp(-inputs.reach, inputs.reach) + inputs.reach
 
 

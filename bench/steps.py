@@ -100,6 +100,8 @@ class Checker:
             bias_gate=gate,
             is_causal=inputs.is_causal,
             window_size=window,
+            query_positions=inputs.positions if has_bias else None,
+            key_positions=inputs.positions if has_bias else None,
             backend="reference",
         )
         leaves += [] if gate is None else [gate]

@@ -165,6 +165,7 @@ _MEASURES = {
     "speed": _speed,
     "plain": _speed,
     "gate": _speed,
+    "grid": _speed,
     "floors": _floors,
     "gemm": _gemm,
     "threads": _threads,

@@ -47,7 +47,7 @@ template <class Products> class Backward {
          {key_blocks,
           [&](int64_t head, int64_t task, int thread) {
             const int first = int(task) * task_keys;
-            const int count = std::min(task_keys, int(p.sequences[head / p.heads_kv].len_k) - first);
+            const int count = std::min(task_keys, int(p.sequences[scorer.key_head(head).b].len_k) - first);
             if (count > 0)
               differentiate({blocks.get()[thread], thread, block_order, head * key_blocks + task, head, first, count});
           }},
@@ -73,9 +73,10 @@ template <class Products> class Backward {
     Real gate_sums[kQueries + W];  // see sum_rows
   };
 
-  // Query head g of the query heads that share a key head. head is b * heads_kv + h.
+  // Query head g of the query heads that share a key head.
   Head head_of(int64_t head, int64_t g) const {
-    return {head % slots * group + g, head / p.heads_kv, head % p.heads_kv * group + g};
+    const auto [b, h] = scorer.key_head(head);
+    return {head % slots * group + g, b, h * group + g};
   }
 
   // One task: the keys [first, first + count) of one key head.
@@ -105,7 +106,7 @@ template <class Products> class Backward {
 
   // Pass 2: one block of keys with all queries that attend to it, of every query head that shares the keys.
   void differentiate(Column c) {
-    const int64_t b = c.head / p.heads_kv, h = c.head % p.heads_kv;
+    const auto [b, h] = scorer.key_head(c.head);
     const int64_t first_key = p.sequences[b].first_key;
     const Matrix k = matrix_of(p.key, p.dtype, int(p.dim), b, h, first_key),
                  v = matrix_of(p.value, p.dtype, int(p.dim_v), b, h, first_key);

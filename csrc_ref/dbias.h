@@ -51,6 +51,7 @@ template <class Real> class DbiasSums {
   DbiasSums(const tob_problem &p, const RecurringPairs &pairs, bool is_needed, int64_t threads, int64_t slots)
       : p_(p),
         is_gathered_(p.query_positions != nullptr),
+        pairs_(pairs),
         recurring_(pairs, is_needed, slots),
         length_(!is_needed || recurring_.needed() ? 0
                 : is_gathered_                    ? p.bias_columns
@@ -110,9 +111,10 @@ template <class Real> class DbiasSums {
 
   // Writes the table's gradient, when all heads are added.
   void write(const GatheredBias<Real> &gathered, Real *dbias) const {
-    recurring_.for_each([&](const double *sums, int64_t stride, int rows, int64_t b, int64_t h) {
-      const Real *const none = nullptr;
-      add_elements(sums, stride, rows, int(stride), gathered.from(b, h, 0, 0), none, table_row(b, h));
+    const int64_t stride = pairs_.stride();
+    const Real *const none = nullptr;
+    recurring_.for_each([&](const double *sums, int64_t b, int64_t h) {
+      add_elements(sums, stride, int(p_.len_q), int(stride), gathered.from(b, h, 0, 0), none, table_row(b, h));
     });
     std::copy_n(table_.get(), columns_, dbias);
   }
@@ -124,6 +126,7 @@ template <class Real> class DbiasSums {
 
   const tob_problem &p_;
   const bool is_gathered_;
+  const RecurringPairs &pairs_;
   const RecurringSums<Real> recurring_;
   const int64_t length_, columns_;
   const Scratch<Real> strips_;

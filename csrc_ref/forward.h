@@ -74,9 +74,9 @@ template <class Products> class Forward {
     return round_up(count, kRows);
   }
 
-  // Pass 1: packs keys and values as right factors. Keys are transposed. The head's number is b * heads_kv + h.
+  // Pass 1: packs keys and values as right factors. Keys are transposed.
   void pack(int64_t head, int first) {
-    const int64_t b = head / p.heads_kv, h = head % p.heads_kv;
+    const auto [b, h] = scorer.key_head(head);
     const tob_sequence &s = p.sequences[b];
     for (int64_t g = 0; g < group && first == 0; ++g) scorer.make(slot_of(head, g), b, h * group + g);
     const Matrix k = matrix_of(p.key, p.dtype, int(p.dim), b, h, s.first_key);
@@ -90,7 +90,8 @@ template <class Products> class Forward {
 
   // Pass 2: the attention of one block of queries to all of its keys.
   void attend(int64_t head, int64_t block, Block &t) {
-    const int64_t b = head / p.heads_kv, h = head % p.heads_kv * group + block % group;
+    const auto [b, key_head] = scorer.key_head(head);
+    const int64_t h = key_head * group + block % group;
     const int first = int(blocks / group - 1 - block / group) * task_queries;  // under causality the long ones first
     const tob_sequence &s = p.sequences[b];
     if (first >= s.len_q) return;

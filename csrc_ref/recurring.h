@@ -42,14 +42,19 @@ class RecurringPairs {
   }
 
   bool present() const { return !members_.empty(); }
+  // Whether the matrices are together too large for a cache of a core.
+  bool fills_cache() const { return int64_t(members_.size()) * size_ > kCachedNumbers; }
   // A member of each matrix.
   const std::vector<Member> &members() const { return members_; }
   int64_t index(int64_t b, int64_t h) const { return bias_row(p_, b, h) * num_kinds_ + kinds_[size_t(b)]; }
   // The numbers of a matrix, and of a row of it. Both hold whole tiles.
   int64_t size() const { return size_; }
   int64_t stride() const { return stride_; }
+  int64_t num_queries() const { return p_.len_q; }
 
  private:
+  static constexpr int64_t kCachedNumbers = 1 << 17;
+
   static int64_t padded(int64_t length) { return (length + 31) / 32 * 32; }
 
   const tob_problem &p_;
@@ -102,7 +107,7 @@ template <class Real> class RecurringSums {
 
   bool needed() const { return is_needed_; }
 
-  void begin_head(int64_t slot) const { std::fill_n(heads_.get() + slot * pairs_.size(), pairs_.size(), Real(0)); }
+  void begin_head(int64_t slot) const { std::fill_n(heads_.get() + slot * pairs_.size(), used(), Real(0)); }
 
   // Takes the tile of dS whose corner is (row, column) over. Tiles of a head do not overlap.
   void add_tile(int64_t slot, const Real *dscores, int64_t stride, int row, int column, int rows, int width) const {
@@ -113,17 +118,19 @@ template <class Real> class RecurringSums {
   void add_head(int64_t slot, int64_t b, int64_t h) const {
     const Real *const head = heads_.get() + slot * pairs_.size();
     double *const sum = sums_.get() + pairs_.index(b, h) * pairs_.size();
-    for (int64_t i = 0; i < pairs_.size(); ++i) sum[i] += double(head[i]);
+    for (int64_t i = 0; i < used(); ++i) sum[i] += double(head[i]);
   }
 
-  // Calls run(sums, stride, rows, b, h) for every matrix of sums, with a sequence and a head that it belongs to.
+  // Calls run(sums, b, h) for every matrix of sums, with a sequence and a head that it belongs to.
   template <class Run> void for_each(Run run) const {
     for (const auto &[index, b, h] : pairs_.members())
-      if (is_needed_)
-        run(sums_.get() + index * pairs_.size(), pairs_.stride(), int(pairs_.size() / pairs_.stride()), b, h);
+      if (is_needed_) run(sums_.get() + index * pairs_.size(), b, h);
   }
 
  private:
+  // The numbers of the rows that are queries.
+  int64_t used() const { return pairs_.num_queries() * pairs_.stride(); }
+
   const RecurringPairs &pairs_;
   const bool is_needed_;
   const Scratch<Real> heads_;

@@ -7,6 +7,11 @@
 
 namespace tob {
 
+// A sequence, and a key head of it.
+struct KeyHead {
+  int64_t b, h;
+};
+
 // A tile of pairs of a query head, whose place in the scratch memory is the slot. Its corner is (query, key); of its
 // columns some are needed.
 struct PairTile {
@@ -33,6 +38,13 @@ template <class Products> class Scorer {
         gathered_gate(problem, slots),
         scale(problem.scale, bias_tiles.present()),
         p(problem) {}
+
+  // The key head with a number, in the order in which passes take them. Heads of a sequence follow one another, because
+  // they may lie side by side in memory. But matrices of the bias that fill a cache are used up one by one.
+  KeyHead key_head(int64_t number) const {
+    if (recurring.fills_cache()) return {number % p.batch, number / p.batch};
+    return {number / p.heads_kv, number % p.heads_kv};
+  }
 
   // Makes what scores of a head need.
   void make(int64_t slot, int64_t b, int64_t h) const {

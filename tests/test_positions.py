@@ -121,10 +121,11 @@ CASES = [
         options={"query_positions": _gaps(33, 12), "key_positions": _gaps(40, 13), "is_causal": True},
     ),
     Case(
-        "windows that recur, by index, across tiles, deterministic",
+        "windows that recur and fill a cache, by index, across tiles, deterministic",
         (150, 170),
-        (24, 40),
+        (40, 24),
         batch=6,
+        heads=(3, 3),
         columns=31,
         through_lse=True,
         options={
