@@ -32,6 +32,8 @@ PLAIN_CASES = (
     *("h8_l2048", "b32h12_l128", "b192h4_l49", "h8_l512_bf16", "h8_l1024_bf16", "h8_l2048_bf16", "h8_l1024_d128_bf16"),
     *("b8h8_l128_bf16", "b64h4_l49_bf16", "b32h12_l128_bf16"),
 )
+GRID_CASES = ("b192h4_g7", "b192h4_g7_bf16", "b8h12_g14", "b8h12_g14_bf16")
+GATE_CASES = (*(f"h8_l1024_r{rank}" for rank in (1, 16, 64)), *(f"h8_l1024_c16_r{rank}" for rank in (16, 64)))
 FLOOR_CASES = ("h8_l1024", "h8_l1024_causal", "h8_l2048", "h8_l1024_bf16", "h8_l1024_bf16_causal", "h8_l2048_bf16")
 
 # The case, mode, metric and provider of every number in the sentences.
@@ -102,6 +104,10 @@ def _section(results: pd.DataFrame) -> str:
             results, SHORT_PEERS, SHORT_COLUMNS
         ),
         "How many times longer SDPA without any bias takes than this package with one:": _plain_table(results),
+        "The same with two-dimensional offsets, as in windows and patches of images, for SDPA with the dense bias and "
+        "then for SDPA without any bias:": _grid_table(results),
+        "What factors from the query cost, with B=1, H=8, D=64, L=1024, in float32: the time with them over the time "
+        "without, and the time of dense eager code over the time with them:": _gate_table(results),
         "Share of the processor's peak, and share of the floors, which are the time of the products at the peak plus "
         "the time of the powers of 2 alone:": _floors_table(results),
         f"More figures of one thread of the {processor}, in float32 unless said otherwise:": "".join(
@@ -129,6 +135,26 @@ def _plain_table(results: pd.DataFrame) -> str:
         ratios = [_text(median(results, "ratio", name, "sdpa_no_bias", mode)) for mode in PASSES.values()]
         if set(ratios) != {"-"}:
             lines.append(f"| {_shape(name)} | {' | '.join(ratios)} |")
+    return "\n".join(lines) if len(lines) > 2 else ""
+
+
+def _grid_table(results: pd.DataFrame) -> str:
+    columns = [(peer, mode) for peer in ("sdpa_index", "sdpa_no_bias") for mode in PASSES.values()]
+    lines = ["| B, H, L, D, dtype |" + " forward | forward + backward |" * 2, "|---|---|---|---|---|"]
+    for name in GRID_CASES:
+        ratios = [_text(median(results, "ratio", name, peer, mode)) for peer, mode in columns]
+        if set(ratios) != {"-"}:
+            lines.append(f"| {_shape(name)} | {' | '.join(ratios)} |")
+    return "\n".join(lines) if len(lines) > 2 else ""
+
+
+def _gate_table(results: pd.DataFrame) -> str:
+    lines = ["| factors, columns of the table | forward | forward + backward | dense |", "|---|---|---|---|"]
+    for name in GATE_CASES:
+        costs = [1 / median(results, "ratio", name, "ours_ungated", mode) for mode in PASSES.values()]
+        ratios = [_text(value) for value in (*costs, median(results, "ratio", name, "eager_gated", BOTH))]
+        if set(ratios) != {"-"}:
+            lines.append(f"| {CASES[name].rank}, {2 * CASES[name].reach + 1} | {' | '.join(ratios)} |")
     return "\n".join(lines) if len(lines) > 2 else ""
 
 
