@@ -1,6 +1,8 @@
 """A SentenceTransformer encodes and trains through this package."""
 
 import copy
+import re
+from pathlib import Path
 
 import pytest
 import sentence_transformers
@@ -15,6 +17,7 @@ from transformers_models import transformers
 from triton_offset_bias.integrations.replacement import ReplacedAttention
 from triton_offset_bias.integrations.transformers import disable_offset_bias, enable_offset_bias
 
+README = Path(__file__).parents[2] / "README.md"
 CONFIG = {**models.MPNET, "vocab_size": 200, "hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
 
 
@@ -49,6 +52,17 @@ def test_embeddings_are_the_ones_of_the_models_own_attention(encoder, dtype, bat
     assert_accurate("embeddings", *(x.double() for x in (next(results), exact, next(results))), torch.finfo(dtype).eps)
     disable_offset_bias(fast)
     assert torch.equal(_encode(fast, batch_size), _encode(own, batch_size))
+
+
+def test_the_readmes_example_runs(encoder, monkeypatch):
+    """It is run as it stands there, with the small model in the place of the one that it downloads."""
+    (code,) = re.findall(r"^```python\n(from sentence_transformers .*?)^```", README.read_text(), re.MULTILINE | re.DOTALL)
+    small = {"all-mpnet-base-v2": encoder}
+    monkeypatch.setattr(sentence_transformers, "SentenceTransformer", small.__getitem__)
+    names = {}
+    exec(compile(code, str(README), "exec"), names)
+    assert any(isinstance(module, ReplacedAttention) for module in encoder.modules())
+    assert names["embeddings"].shape == (2, CONFIG["hidden_size"])
 
 
 def _train(encoder: sentence_transformers.SentenceTransformer, folder: str, **options: bool) -> list[float]:
