@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from bench.case import FORWARD, ModelCase
-from bench.providers import AbsentError
+from bench.provider import AbsentError
 from bench.steps import Step
 from bench.torchvision_operators import declare_operators_of_torchvision
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from bench.cases import BACKWARD, FORWARD, Inputs
-from bench.providers import Provider, Run
+from bench.provider import Provider, Run
 from triton_offset_bias import offset_bias_attention
 
 # With more pairs than this only the first head is checked, because the dense reference of all would not fit.

@@ -12,7 +12,8 @@ from bench.cases import BACKWARD, FORWARD, Case, Inputs, ModelCase, make_inputs
 from bench.floors import Floors
 from bench.memory import measure_growth
 from bench.models import model_steps
-from bench.providers import PROVIDERS, AbsentError, Run
+from bench.provider import AbsentError, Run
+from bench.providers import PROVIDERS
 from bench.rows import Row, RowMaker
 from bench.steps import Checker, Step, make_step
 from bench.timing import Effort, Task, interleave, sampler_for

@@ -15,7 +15,8 @@ from bench.__main__ import main, make_parser, plans_of
 from bench.cases import BACKWARD, BOTH, CASES, FORWARD, GPU_CASES, MODES, SUITES, Case, make_inputs
 from bench.floors import Floors
 from bench.plots import draw_throughput
-from bench.providers import PROVIDERS, AbsentError
+from bench.provider import AbsentError
+from bench.providers import PROVIDERS
 from bench.report import amx_requirements, print_requirements, read_results, requirements
 from bench.rows import RowMaker, write_rows
 from bench.steps import Checker, Step, make_step
@@ -191,7 +192,7 @@ def test_another_build_is_measured_only_where_there_are_two(monkeypatch):
         PROVIDERS["ours_vectors"].prepare(inputs)
     loaded, other = object(), object()
     monkeypatch.setattr(cpp, "_ENGINE", loaded)
-    monkeypatch.setattr("bench.providers._loaded", lambda build: other)
+    monkeypatch.setattr("bench.own._loaded", lambda build: other)
     with PROVIDERS["ours_vectors"].context():
         assert cpp._ENGINE is other
     assert cpp._ENGINE is loaded

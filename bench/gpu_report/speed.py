@@ -24,7 +24,8 @@ from bench.gpu_report.part import (
     sampled,
     stop_if_the_device_failed,
 )
-from bench.providers import PROVIDERS, Provider
+from bench.provider import Provider
+from bench.providers import PROVIDERS
 from bench.rows import RowMaker, append_rows
 from bench.steps import Checker, make_step
 

@@ -56,7 +56,9 @@ def test_embeddings_are_the_ones_of_the_models_own_attention(encoder, dtype, bat
 
 def test_the_readmes_example_runs(encoder, monkeypatch):
     """It is run as it stands there, with the small model in the place of the one that it downloads."""
-    (code,) = re.findall(r"^```python\n(from sentence_transformers .*?)^```", README.read_text(), re.MULTILINE | re.DOTALL)
+    (code,) = re.findall(
+        r"^```python\n(from sentence_transformers .*?)^```", README.read_text(), re.MULTILINE | re.DOTALL
+    )
     small = {"all-mpnet-base-v2": encoder}
     monkeypatch.setattr(sentence_transformers, "SentenceTransformer", small.__getitem__)
     names = {}
