@@ -12,6 +12,7 @@ import platform
 import statistics
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -125,6 +126,7 @@ def _run(work: Callable, world: int, *arguments: object) -> None:
 
 def _rank(rank: int, work: Callable, *arguments: object) -> None:
     """One process: does its work and ends. gloo's threads may outlive their group, and would abort a usual end."""
+    tqdm.set_lock(threading.RLock())  # the lock that tqdm makes is a semaphore, which only a usual end gives back
     work(rank, *arguments)
     sys.stdout.flush()
     os._exit(0)
