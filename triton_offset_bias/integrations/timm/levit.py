@@ -40,7 +40,8 @@ class OffsetBiasLevitAttention(ReplacedAttention, Attention):
         mixed = self.qkv(x)
         mixed = mixed.flatten(2).transpose(1, 2) if self.use_conv else mixed  # (B, tokens, channels)
         sizes = [self.key_dim, self.key_dim, self.val_dim]
-        query, key, value = split_last(mixed, self.num_heads, -1).transpose(1, 2).split(sizes, dim=-1)
+        parts = split_last(mixed, self.num_heads, -1).split(sizes, dim=-1)
+        query, key, value = (part.transpose(1, 2) for part in parts)
         bias = _bias_of(self.attention_biases, self.resolution)
         out = attend_with_window_bias(self, query, key, value, bias, self.scale)
         return self.proj(split_last(out.transpose(1, 2), *x.shape[2:]) if self.use_conv else out)
@@ -62,8 +63,9 @@ class OffsetBiasLevitAttentionDownsample(ReplacedAttention, AttentionDownsample)
         smaller = query.shape[2:]
         if self.use_conv:
             query, mixed = (states.flatten(2).transpose(1, 2) for states in (query, mixed))
-        query, mixed = (split_last(states, self.num_heads, -1).transpose(1, 2) for states in (query, mixed))
-        key, value = mixed.split([self.key_dim, self.val_dim], dim=-1)
+        query, mixed = (split_last(states, self.num_heads, -1) for states in (query, mixed))
+        parts = (query, *mixed.split([self.key_dim, self.val_dim], dim=-1))
+        query, key, value = (part.transpose(1, 2) for part in parts)
         bias = _bias_of(self.attention_biases, self.resolution, self.stride)
         out = attend_with_window_bias(self, query, key, value, bias, self.scale)
         return self.proj(split_last(out.transpose(1, 2), *smaller) if self.use_conv else out)

@@ -19,7 +19,8 @@ class _Mixed(Protocol):
 def queries_keys_values(module: _Mixed, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Query, key and value, each (B, H, tokens, D), of tokens (B, tokens, C).
 
-    Some classes keep the biases of query, key and value apart from the weight.
+    Some classes keep the biases of query, key and value apart from the weight. The three are taken apart before their
+    heads are moved, because their gradients are then put together in the projection's own layout, without a copy.
     """
     apart = [getattr(module, name, None) for name in ("q_bias", "k_bias", "v_bias")]
     biases = [bias for bias in apart if bias is not None]
@@ -29,5 +30,5 @@ def queries_keys_values(module: _Mixed, x: Tensor) -> tuple[Tensor, Tensor, Tens
         mixed = module.qkv(x) + torch.cat(biases)
     else:
         mixed = functional.linear(x, module.qkv.weight, torch.cat(biases))
-    query, key, value = split_last(mixed, 3, module.num_heads, -1).permute(2, 0, 3, 1, 4).unbind(0)
+    query, key, value = (x.transpose(1, 2) for x in split_last(mixed, 3, module.num_heads, -1).unbind(2))
     return query, key, value

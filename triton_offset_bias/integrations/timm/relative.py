@@ -68,9 +68,10 @@ class OffsetBiasRelPosAttention(ReplacedAttention, RelPosAttention):
 def _states_of(module: Attention2d | AttentionCl, mixed: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Query, key and value, each (B, H, tokens, D), of the projected tokens (B, tokens, 3 * H * D)."""
     if module.head_first:
-        query, key, value = split_last(mixed, module.num_heads, 3, module.dim_head).transpose(1, 2).unbind(3)
+        parts = split_last(mixed, module.num_heads, 3, module.dim_head).unbind(3)
     else:
-        query, key, value = split_last(mixed, 3, module.num_heads, module.dim_head).transpose(1, 3).unbind(2)
+        parts = split_last(mixed, 3, module.num_heads, module.dim_head).unbind(2)
+    query, key, value = (part.transpose(1, 2) for part in parts)
     return query, key, value
 
 
