@@ -13,7 +13,7 @@ from pathlib import Path
 import pandas as pd
 
 from bench.cases import BACKWARD, BOTH, CASES, FORWARD
-from bench.report import median, read_results
+from bench.report import median, model_speedup, read_results
 from bench.rows import ROOT
 
 RESULTS = "bench/results/cpu-*.csv"
@@ -34,6 +34,25 @@ PLAIN_CASES = (
 )
 GRID_CASES = ("b192h4_g7", "b192h4_g7_bf16", "b8h12_g14", "b8h12_g14_bf16")
 GATE_CASES = (*(f"h8_l1024_r{rank}" for rank in (1, 16, 64)), *(f"h8_l1024_c16_r{rank}" for rank in (16, 64)))
+TEXTS = {
+    "b32_l128": "32 sequences of 128 tokens",
+    "b8_l384": "8 sequences of 384 tokens",
+    "b32_l128_padded": "32 sequences of 32 to 128 tokens, padded",
+    "b8_l384_padded": "8 sequences of 96 to 384 tokens, padded",
+}
+# The case of each row of the table of models, without the end for a dtype, and the number of threads.
+MODELS = {
+    "`SentenceTransformer.encode`, 12 layers of MPNet, 256 sentences": ("sentences", 1),
+    "the same with two threads": ("sentences", 2),
+    **{
+        f"{name}, {text}": (f"{model}_{shape}", 1)
+        for model, name in {"mpnet": "MPNet", "t5_encoder": "T5 encoder"}.items()
+        for shape, text in TEXTS.items()
+    },
+    "timm's Swin-T, 4 images": ("swin_t", 1),
+    "timm's MaxViT-T, 2 images": ("maxvit_t", 1),
+    "timm's BEiT-B, 2 images": ("beit_b", 1),
+}
 FLOOR_CASES = ("h8_l1024", "h8_l1024_causal", "h8_l2048", "h8_l1024_bf16", "h8_l1024_bf16_causal", "h8_l2048_bf16")
 
 # The case, mode, metric and provider of every number in the sentences.
@@ -110,6 +129,9 @@ def _section(results: pd.DataFrame) -> str:
         "without, and the time of dense eager code over the time with them:": _gate_table(results),
         "Share of the processor's peak, and share of the floors, which are the time of the products at the peak plus "
         "the time of the powers of 2 alone:": _floors_table(results),
+        "How many times longer models take with the faster of their own attentions than with this package, with one "
+        "thread unless said otherwise. MPNet and T5 have 2 layers of base size unless said otherwise, images 224 x 224 "
+        "pixels:": _models_table(results),
         f"More figures of one thread of the {processor}, in float32 unless said otherwise:": "".join(
             _sentence(sentence, results) for sentence in SENTENCES
         ).rstrip(),
@@ -172,6 +194,20 @@ def _floors_table(results: pd.DataFrame) -> str:
         ]
         if not pd.isna(peak):
             lines.append(f"| {_shape(name)} | {peak:.0f} | {' | '.join(shares)} |")
+    return "\n".join(lines) if len(lines) > 2 else ""
+
+
+def _models_table(results: pd.DataFrame) -> str:
+    columns = [f"{mode}, {dtype}" for dtype in DTYPES for mode in ("inference", "training")]
+    lines = [f"| | {' | '.join(columns)} |", "|---|---|---|---|---|"]
+    for name, (case, threads) in MODELS.items():
+        ratios = [
+            _text(model_speedup(results, f"{case}{end}", mode, threads))
+            for end in DTYPES.values()
+            for mode in (FORWARD, BOTH)
+        ]
+        if set(ratios) != {"-"}:
+            lines.append(f"| {name} | {' | '.join(ratios)} |")
     return "\n".join(lines) if len(lines) > 2 else ""
 
 

@@ -208,21 +208,27 @@ def _quantiles(p50: float, p20: float, p80: float, unit: str) -> str:
     return f"{p50:.{digits}f}{spread}"
 
 
-def median(results: pd.DataFrame, metric: str, case: str, provider: str, mode: str) -> float:
-    """The median of one quantity with one thread, or NaN where the CSV lacks it."""
+def median(results: pd.DataFrame, metric: str, case: str, provider: str, mode: str, threads: int = 1) -> float:
+    """The median of one quantity, or NaN where the CSV lacks it."""
+    end = f", {threads} thread{'s' * (threads > 1)}"
     rows = results[(results.metric == metric) & (results.case == case)]
-    rows = rows[(rows.provider == provider) & (rows["mode"] == mode) & rows.device.str.endswith(", 1 thread")]
+    rows = rows[(rows.provider == provider) & (rows["mode"] == mode) & rows.device.str.endswith(end)]
     return float(rows.p50.iloc[-1]) if len(rows) else float("nan")
+
+
+def model_speedup(results: pd.DataFrame, case: str, mode: str, threads: int = 1) -> float:
+    """The time of a model with the faster of its own attentions over its time with ours, or NaN."""
+    return _speedup(case, mode, OWN, threads)(results)
 
 
 def _one(metric: str, case: str, provider: str, mode: str) -> Value:
     return lambda results: median(results, metric, case, provider, mode)
 
 
-def _speedup(case: str, mode: str, peers: tuple[str, ...]) -> Value:
+def _speedup(case: str, mode: str, peers: tuple[str, ...], threads: int = 1) -> Value:
     def value(results: pd.DataFrame) -> float:
-        times = pd.Series([median(results, "time", case, peer, mode) for peer in peers])
-        return times.min() / median(results, "time", case, "ours", mode)
+        times = pd.Series([median(results, "time", case, peer, mode, threads) for peer in peers])
+        return times.min() / median(results, "time", case, "ours", mode, threads)
 
     return value
 

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 
+from bench import readme
 from bench.__main__ import make_parser, plans_of
 from bench.case import BOTH, FORWARD, ModelCase
 from bench.cases import CASES
@@ -68,3 +69,29 @@ def test_models_have_requirements_of_their_own(tmp_path, capsys):
     print_requirements(results)
     line = next(line for line in capsys.readouterr().out.splitlines() if f" {case.name} " in line)
     assert line.split()[-4:] == [">=", "1.2", "1.10", "NO"]
+
+
+def test_pages_compare_models_with_the_faster_of_their_own_attentions(tmp_path):
+    """A row has a dash where a model was not measured. Threads have rows of their own."""
+    maker = RowMaker("cpu")
+    times = {"ours": 10.0, "own_eager": 20.0, "own_sdpa": 11.0}
+    shown = (("swin_t", FORWARD, 1, 1.0), ("swin_t_bf16", BOTH, 1, 2.0), ("sentences", FORWARD, 2, 3.0))
+    rows = [
+        maker.make(CASES[case], name, mode, "time", "ms", np.array([x if name == "ours" else x * factor]), threads)
+        for case, mode, threads, factor in shown
+        for name, x in times.items()
+    ]
+    write_rows(tmp_path / "models.csv", rows, keep_others=False)
+    table = readme._models_table(read_results(tmp_path / "models.csv")).splitlines()
+    assert table[0] == "| | inference, float32 | training, float32 | inference, bfloat16 | training, bfloat16 |"
+    assert table[2:] == [
+        "| the same with two threads | 3.30 | - | - | - |",
+        "| timm's Swin-T, 4 images | 1.10 | - | - | 2.20 |",
+    ]
+    assert {f"{case}{end}" for case, _ in readme.MODELS.values() for end in ("", "_bf16")} <= set(CASES)
+
+
+def test_sentences_have_lengths_like_those_of_texts():
+    """The tokenizer adds two tokens to each text. Half of the sentences are shorter than 24 tokens."""
+    lengths = sorted(len(text.split()) + 2 for text in MODELS["sentences"].inputs(CASES["sentences"]))
+    assert (len(lengths), lengths[0], lengths[127], lengths[128], lengths[-1]) == (256, 4, 24, 24, 128)
