@@ -113,9 +113,11 @@ def is_bias_in_acc(target: Target, dtype: torch.dtype, scale_log2: float) -> boo
 
 
 def needs_far_loop(target: Target) -> bool:
-    """Whether kernels with a bias need a loop over far tiles before the loop over near tiles, even if it is empty.
+    """Whether kernels with a bias have loops over far tiles around the loop over near tiles, even if they are empty.
 
-    In a kernel's first loop ptxas makes asynchronous products wait for the bias (C7515, C7517).
+    With Triton 3.9, ptxas makes asynchronous products of a kernel's first loop wait for the bias (C7515, C7517). With
+    older versions `needs_copy` and `needs_wait` prevent that. With all versions the loops save kernels: lengths within
+    the table's reach take those of other lengths.
     """
     return target.is_hopper
 
