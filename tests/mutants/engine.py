@@ -110,6 +110,9 @@ ENGINE = mutants_in("csrc_ref", {
          "sums[column] += Sum(from[r]);"),
     ],
     "gate_sums.h": [
+        ("rows of the table's gradient behind whole register tiles are left out", "test_gate_engine.py", "several",
+         "if (rest == 0) return;",
+         "return;"),
         ("the gate's gradient is left in bits", "test_gate_engine.py", "several",
          "Real(0), Real(kLn2), sums",
          "Real(0), Real(1), sums"),
