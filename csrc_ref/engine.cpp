@@ -36,7 +36,7 @@ bool is_valid(const tob_problem &p) {
   const bool heads = p.heads_kv > 0 ? p.heads_q % p.heads_kv == 0 : p.heads_q == 0;
   const bool bias = !p.bias || ((p.bias_batch == 1 || p.bias_batch == p.batch) &&
                                 (p.bias_heads == 1 || p.bias_heads == p.heads_q) && p.bias_columns >= 1);
-  const bool gate = p.gate.data ? p.bias && p.rank >= 1 && p.rank <= TOB_MAX_RANK && !p.is_part : p.rank == 1;
+  const bool gate = p.gate.data ? p.bias && p.rank >= 1 && p.rank <= TOB_MAX_RANK : p.rank == 1;
   return sizes && lengths && heads && bias && gate && p.dtype >= TOB_FLOAT32 && p.dtype <= TOB_FLOAT16;
 }
 

@@ -67,7 +67,7 @@ typedef struct {
   /* data is NULL, or points at reals, (batch, heads_q, len_q, rank), that are factors of the bias. The bias is then
      (bias_batch, bias_heads, rank, bias_columns), all finite, and that of a pair is the sum over r of gate[b,h,i,r]
      times the number of row r in the pair's column. rank is 1..TOB_MAX_RANK, and 1 without a gate. A gate needs a
-     bias, and is_part 0. */
+     bias. */
   tob_tensor gate;
   int64_t rank;
   /* NULL, or (batch, len_k) contiguous bytes: 0 = do not attend. */
@@ -112,8 +112,8 @@ TOB_API int tob_forward(const tob_problem *problem, const tob_tensor *out, void 
    computed if dbias, or the `data` of dquery, dkey, dvalue or dgate, is NULL. dbias has the shape of bias: it is summed
    over the batch where bias_batch is 1, and over the heads where bias_heads is 1. dgate holds reals, as gate does.
    `problem` may hold a part of the keys that out and stats were computed from, with the same bias: the gradients of all
-   parts add up to the gradients of the whole. If is_part is not 0, dquery, dkey and dvalue are added to, and out is
-   still the output of whole rows in `dtype`. */
+   parts add up to the gradients of the whole. If is_part is not 0, dquery, dkey, dvalue and dgate are added to, and out
+   is still the output of whole rows in `dtype`. */
 TOB_API int tob_backward(const tob_problem *problem, const tob_tensor *out, const tob_row_stats *stats,
                          const tob_tensor *dout, const void *dlse, const tob_tensor *dquery, const tob_tensor *dkey,
                          const tob_tensor *dvalue, const tob_tensor *dgate, void *dbias);

@@ -124,7 +124,8 @@ template <class Products> class GateSums {
           Lanes::store(to, Lanes::load(to) + far * Lanes::load(table_.end(head.slot, side) + d));
         }
       }
-    write_rows(gate_matrix<Real>(p_, dgate_, head.b, head.h), first, count, Real(0), Real(kLn2), sums, width_);
+    const Real before = p_.is_part ? Real(1) : Real(0);  // factor on the gradients that other parts have left
+    write_rows(gate_matrix<Real>(p_, dgate_, head.b, head.h), first, count, before, Real(kLn2), sums, width_);
   }
 
   // Adds a head's sums to its tables' gradient. A head that shares its tables with no other writes the gradient itself.

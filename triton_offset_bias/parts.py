@@ -44,6 +44,7 @@ class Gradients(NamedTuple):
     dkey: Tensor
     dvalue: Tensor
     dbias: Tensor | None
+    dgate: Tensor | None = None
 
 
 def arithmetic_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -63,14 +64,15 @@ def new_rows(query: Tensor, dim_v: int) -> Rows:
     return Rows(acc, row_max, torch.zeros_like(row_max))
 
 
-def counted_table(bias: Tensor, query: Tensor, beyond: str) -> tuple[Tensor, Tensor | None]:
+def counted_table(bias: Tensor, query: Tensor, beyond: str, has_gate: bool) -> tuple[Tensor, Tensor | None]:
     """The table in the dtype of the arithmetic, less constants, and these, (1 or B, 1 or H, 1); None if all are 0.
 
-    16-bit inputs have no digits to keep, and zeros beyond the table are not close to its numbers.
+    16-bit inputs have no digits to keep, zeros beyond the table are not close to its numbers, and a gate multiplies
+    them.
     """
     dtype = arithmetic_dtype(query.dtype)
     bias = bias.detach().to(dtype)
-    if query.dtype != dtype or beyond == "zero":
+    if query.dtype != dtype or beyond == "zero" or has_gate:
         return bias, None
     constants = table.exact_constants(bias)
     return bias - constants, constants
@@ -100,7 +102,7 @@ def differentiate(
     """
     part, (first, stop) = _with_piece(problem, reach)
     dbias = None if totals.dbias is None else totals.dbias[..., first:stop]
-    BACKENDS[backend].backward_part(part, *rows, dout, dlse, *totals[:3], dbias)
+    BACKENDS[backend].backward_part(part, *rows, dout, dlse, *totals[:3], dbias, totals.dgate)
 
 
 def _with_piece(problem: Problem, reach: tuple[int, int] | None) -> tuple[Problem, tuple[int, int]]:

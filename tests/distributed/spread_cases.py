@@ -7,7 +7,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from cases import DROPOUT_SEED, Call, Case, assert_matches_oracle, build
-from oracle import NAMES, Results, oracle
+from oracle import GATED_NAMES, Results, oracle
 from philox import dropout_factors
 from torch import Tensor
 
@@ -56,12 +56,20 @@ CASES = [
           options={"query_positions": torch.arange(80).view(2, 40) % 53,
                    "key_positions": torch.arange(122).view(2, 61) % 47, "window_size": (30, 25)}),
     _case("dropout", lengths=(61, 83), heads=(12, 4), options={"dropout_p": 0.3, **CAUSAL}),
+    _case("a gate, causal", rank=0, columns=150, options=CAUSAL),
+    _case("a gate of rank 3, a window", lengths=(97, 97), rank=3, columns=41, options={"window_size": (20, 9)}),
+    _case("a gate, one table for all heads, dropout", lengths=(61, 83), heads=(12, 4), bias="N", rank=2,
+          options={"dropout_p": 0.3}),
+    _case("a gate, a table for each sequence", bias="BHN", rank=2, options={"beyond": "zero"}, columns=31),
+    _case("a gate and positions", rank=3, columns=61, options={"query_positions": torch.arange(96).flip(0),
+                                                               "key_positions": torch.arange(96) * 5 % 61}),
     *(_case(f"{name} {str(dtype)[6:]}", dtype=dtype, bias_dtype=F32, **others)
       for dtype in (F32, BF16)
       for name, others in {
           "causal": {"options": CAUSAL},
           "grouped heads, padding": {"heads": (12, 4), "mask": "holes", "options": CAUSAL},
           "uneven window": {"lengths": (97, 97), "options": {"window_size": (9, 6)}},
+          "gated": {"rank": 1, "heads": (12, 4), "columns": 81, "options": CAUSAL},
       }.items()),
     _case("float16", dtype=F16, bias_dtype=F32, options=CAUSAL),
     _case("bfloat16 table", dtype=BF16, bias_dtype=BF16, options=CAUSAL),
@@ -76,10 +84,17 @@ ON_REFERENCE = {
     "padding, a sequence without keys, causal",
     "dropout",
     "causal bfloat16",
+    "a gate of rank 3, a window",
 }
 
 
-ON_TRITON = {"causal float32", "grouped heads, padding float32", "uneven window bfloat16", "dropout float32"}
+ON_TRITON = {
+    "causal float32",
+    "gated float32",
+    "grouped heads, padding float32",
+    "uneven window bfloat16",
+    "dropout float32",
+}
 
 
 def spread_results(call: Call, attend: Callable, group: Any, layout: str, **others: Any) -> Results:
@@ -95,14 +110,20 @@ def spread_results(call: Call, attend: Callable, group: Any, layout: str, **othe
 
     leaves = [cut(x) for x in (call.q, call.k, call.v)]
     bias = None if call.bias is None else call.bias.detach().clone().requires_grad_()
+    gate = None if call.gate is None else cut(call.gate)
+    if gate is not None:
+        options["bias_gate"] = gate
     torch.manual_seed(DROPOUT_SEED + dist.get_rank())  # rank 0 has the seed of one process
     options |= {"group": group, "layout": layout, "lengths": lengths, "return_lse": True, **others}
     out, lse = attend(*leaves, bias, **options)
-    wanted = leaves if bias is None else [*leaves, bias]
+    wanted = [x for x in (*leaves, bias, gate) if x is not None]
     gradients = torch.autograd.grad((out, lse), wanted, (cut(call.dout).detach(), cut(call.dlse).detach()))
     sizes = dict(zip(("out", "lse", "dq", "dk", "dv"), (*lengths[:1] * 3, lengths[1], lengths[1]), strict=True))
     got = dict(zip(sizes, (out, lse, *gradients[:3]), strict=True))
     whole = {name: distributed.unshard(x, 2, sizes[name], group, layout) for name, x in got.items()}
+    if gate is not None:
+        assert gradients[4].dtype == gate.dtype
+        whole["dgate"] = distributed.unshard(gradients[4], 2, lengths[0], group, layout)
     if bias is not None:
         assert gradients[3].dtype == bias.dtype
         whole["dbias"] = gradients[3].double()  # shares add up in the dtype of the user's choice
@@ -123,8 +144,9 @@ def assert_right(call: Call, got: Results) -> None:
         options["factors"] = dropout_factors(call.options["dropout_p"], shape)
     options["beyond"] = {"error": "clamp"}.get(options.get("beyond", "clamp"), options.get("beyond", "clamp"))
     with torch.no_grad():
-        truth = oracle(call.q, call.k, call.v, call.bias, dout=call.dout, dlse=call.dlse, **options)
-    for name in NAMES:
+        inputs = (call.q, call.k, call.v, call.bias)
+        truth = oracle(*inputs, bias_gate=call.gate, dout=call.dout, dlse=call.dlse, **options)
+    for name in GATED_NAMES:
         expected, value = getattr(truth, name), getattr(got, name)
         if expected is None:
             continue
@@ -133,7 +155,8 @@ def assert_right(call: Call, got: Results) -> None:
             value.nan_to_num(0, 0, 0)[~expected.isfinite()], expected.nan_to_num(0, 0, 0)[~expected.isfinite()]
         )
         error = (value - expected)[expected.isfinite()].abs()
-        size = truth.summed if name == "dbias" else expected[expected.isfinite()].abs()
+        sums = {"dbias": truth.summed, "dgate": truth.summed_gate}
+        size = sums[name] if name in sums else expected[expected.isfinite()].abs()
         largest = max([1.0, *([float(size.max())] if size.numel() else [])])
         assert not error.numel() or float(error.max()) <= 1e-12 * largest, f"{name}: {float(error.max()):.1e}"
         assert not math.isnan(float(error.sum())), name

@@ -19,7 +19,6 @@ from torch.nn.parallel import DistributedDataParallel
 from triton_offset_bias.distributed import parallelize_context, positions, shard
 from triton_offset_bias.distributed.world import METHODS, Group
 from triton_offset_bias.integrations.transformers import disable_offset_bias, enable_offset_bias
-from triton_offset_bias.modules import GatedOffsetBias, OffsetBias, OffsetBiasAttention
 
 pytestmark = [pytest.mark.cpu_only, pytest.mark.needs_engine]
 BATCH, LENGTH, HEADS, TOKENS = 4, 24, 4, 50
@@ -145,9 +144,6 @@ def _refusals(_rank: int, _world: int) -> None:
     enable_offset_bias(bloom)
     with pytest.raises(NotImplementedError, match="can be spread, got BloomAttention"):
         parallelize_context(bloom)
-    gated = OffsetBiasAttention(32, HEADS, GatedOffsetBias(OffsetBias(HEADS, 12), HEADS, 32 // HEADS))
-    with pytest.raises(NotImplementedError, match="can be spread, got OffsetBiasAttention"):
-        parallelize_context(gated)
     model = _enabled("mpt")
     alone = copy.deepcopy(model)
     parallelize_context(model, layout="zigzag")

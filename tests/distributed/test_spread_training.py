@@ -19,7 +19,7 @@ from torch.utils.checkpoint import checkpoint
 from triton_offset_bias import distributed, offset_bias_attention, offset_bias_attention_varlen
 from triton_offset_bias.distributed import travel
 from triton_offset_bias.distributed.world import METHODS
-from triton_offset_bias.modules import KerpleBias, OffsetBias, OffsetBiasAttention
+from triton_offset_bias.modules import KerpleBias, LowRankOffsetBias, OffsetBias, OffsetBiasAttention
 
 pytestmark = [pytest.mark.cpu_only, pytest.mark.needs_engine]
 LENGTH, WIDTH, HEADS = 48, 24, 6
@@ -96,20 +96,24 @@ def _check_same_bits_checkpoint_and_compiler(method: str) -> None:
             assert torch.equal(x, y), (name, method)
 
 
-def _check_packed(method: str, layout: str, tables: bool, backend: str = "cpp") -> None:
+def _check_packed(method: str, layout: str, tables: bool, backend: str = "cpp", is_gated: bool = False) -> None:
     """Documents of 9, 0, 14, 17 and 8 tokens: outputs and gradients of the packed function in one process."""
     dtype, atol = (torch.float32, 1e-5) if backend == "triton" else (torch.float64, 1e-12)
     bounds = torch.tensor([0, 9, 9, 23, 40, 48], dtype=torch.int32)
     q, k, v, table, dout = ((x.squeeze(0).transpose(0, 1) if x.dim() == 4 else x).to(dtype).double() for x in _whole())
     table = torch.stack([table * (i + 1) for i in range(5)]) if tables else table
     options = {"is_causal": True, "window_size": (11, -1), "return_lse": True}
-    leaves = [x.clone().requires_grad_() for x in (q, k, v, table)]
-    out, lse = offset_bias_attention_varlen(*leaves, bounds, bounds, 17, 17, **options)
+    gates = [q[..., 0] + k[..., 1]] if is_gated else []
+    leaves = [x.clone().requires_grad_() for x in (q, k, v, table, *gates)]
+    gate = leaves[4] if is_gated else None
+    out, lse = offset_bias_attention_varlen(*leaves[:4], bounds, bounds, 17, 17, bias_gate=gate, **options)
     expected = [out, lse, *torch.autograd.grad((out, lse.sum()), leaves, (dout, torch.ones(()).double()))]
     mine = [distributed.shard(x, 0, layout=layout).to(dtype).requires_grad_() for x in (q, k, v)]
     mine.append(table.detach().to(dtype).requires_grad_())
+    mine += [distributed.shard(x, 0, layout=layout).to(dtype).requires_grad_() for x in gates]
+    ways = {"layout": layout, "method": method, "backend": backend}
     out, lse = distributed.offset_bias_attention_varlen(
-        *mine, bounds, bounds, 17, 17, layout=layout, method=method, backend=backend, **options
+        *mine[:4], bounds, bounds, 17, 17, bias_gate=mine[4] if is_gated else None, **ways, **options
     )
     gradients = torch.autograd.grad(
         (out, lse.sum()), mine, (distributed.shard(dout, 0, layout=layout).to(dtype), torch.ones((), dtype=dtype))
@@ -117,7 +121,8 @@ def _check_packed(method: str, layout: str, tables: bool, backend: str = "cpp") 
     got = [distributed.unshard(x, dim, LENGTH, layout=layout)
            for x, dim in zip((out, lse, *gradients[:3]), (0, 1, 0, 0, 0), strict=True)]  # fmt: skip
     dist.all_reduce(gradients[3])
-    for x, y in zip([*got, gradients[3]], expected, strict=True):
+    got += [gradients[3], *(distributed.unshard(x, 0, LENGTH, layout=layout) for x in gradients[4:])]
+    for x, y in zip(got, expected, strict=True):
         torch.testing.assert_close(x, y.detach().to(x.dtype), rtol=0, atol=atol)
 
 
@@ -141,6 +146,7 @@ def _training(rank: int, world: int) -> None:
         _check_same_bits_checkpoint_and_compiler(method)
         for layout, tables in itertools.product(("contiguous", "zigzag"), (False, True)):
             _check_packed(method, layout, tables)
+            _check_packed(method, layout, tables, is_gated=True)
     assert torch.equal(distributed.unshard(distributed.positions(50, layout="zigzag"), 0, 50, layout="zigzag"),
                        torch.arange(50))  # fmt: skip
 
@@ -169,9 +175,10 @@ def _check_two_dimensions() -> None:
     """Two groups of two ranks: groups have different sequences, the ranks of a group have parts of them."""
     mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("data", "context"))
     torch.manual_seed(4)
-    bias = OffsetBias(4, LENGTH, bidirectional=False)
-    model = nn.Sequential(*(OffsetBiasAttention(16, 4, bias, is_causal=True) for _ in range(2)))
+    bias, gated = OffsetBias(4, LENGTH, bidirectional=False), LowRankOffsetBias(16, 4, rank=3, extent=9)
+    model = nn.Sequential(*(OffsetBiasAttention(16, 4, each, is_causal=True) for each in (bias, gated)))
     nn.init.normal_(bias.weight)
+    nn.init.normal_(gated.weight)
     x = torch.randn(4, LENGTH, 16)
     expected = model(x)
     expected.square().mean().backward()

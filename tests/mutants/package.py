@@ -54,6 +54,9 @@ PACKAGE = mutants_in("triton_offset_bias", {
          "if failure is None:"),
     ],
     "distributed/attention.py": [
+        ("all parts have the gate's gradient of the first rows", "distributed/test_spread_attention.py", "2",
+         "dvalue, dbias, _rows_of(part, dgate))",
+         "dvalue, dbias, None if dgate is None else dgate.narrow(2, 0, part.num_rows))"),
         ("the table's gradient goes to other heads", "distributed/test_spread_attention.py", "2",
          "call.table(dbias).copy_(dtable)",
          "dbias[..., : dtable.shape[-2], :].copy_(dtable)"),

@@ -42,8 +42,8 @@ class Backend(Protocol):
         row that still has no key then has `row_max` +inf.
 
         The table may be a piece of a larger one, if the piece has every offset that is attended to. It is in the dtype
-        of the arithmetic. Scores count from 0, not from a constant of the table. `problem` has no gate, and its data
-        are not checked.
+        of the arithmetic, and so is a gate. Scores count from 0, not from a constant of the table. The data of
+        `problem` are not checked.
         """
 
     def backward_part(
@@ -58,8 +58,9 @@ class Backend(Protocol):
         dkey: Tensor,
         dvalue: Tensor,
         dbias: Tensor | None,
+        dgate: Tensor | None,
     ) -> None:
-        """Adds a part's gradients to the last four tensors, which are in the dtype of the arithmetic.
+        """Adds a part's gradients to the last five tensors, which are in the dtype of the arithmetic.
 
         `out`, (B, Hq, Lq, Dv), and `dout` are those of whole rows, in the query's dtype. `row_max` and `row_sum` are
         what `forward_part` left after the last part. They and `dlse` have equal strides, and neighbouring rows side by

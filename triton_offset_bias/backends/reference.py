@@ -70,8 +70,9 @@ def backward_part(
     dkey: Tensor,
     dvalue: Tensor,
     dbias: Tensor | None,
+    dgate: Tensor | None,
 ) -> None:
-    """Adds a part's gradients to the last four tensors.
+    """Adds a part's gradients to the last five tensors.
 
     The whole's output is the sum of the parts' outputs with the weights exp(lse of the part - lse of the whole).
     """
@@ -83,7 +84,7 @@ def backward_part(
     dpart_lse = ((part_out.detach() - out) * dout).sum(-1) + (0.0 if dlse is None else dlse)
     upstream = (weight.unsqueeze(-1) * dout, (weight * dpart_lse).masked_fill(is_empty, 0.0))
     found = torch.autograd.grad((part_out, part_lse), list(leaves.values()), upstream)
-    for total, gradient in zip((dquery, dkey, dvalue, dbias), found, strict=False):
+    for total, gradient in zip((dquery, dkey, dvalue, dbias, dgate), found, strict=False):
         if total is not None:
             total.add_(gradient)
 

@@ -63,6 +63,11 @@ class Call:
     returns_lse: bool
 
     @property
+    def has_gate(self) -> bool:
+        """Whether the table has an axis of the rank of a gate."""
+        return self.problem.bias_gate is not None
+
+    @property
     def head_range(self) -> tuple[int, int]:
         """The first of the query heads that this rank attends with, and the one behind the last."""
         return heads_of(self.heads[0], self.world.heads.rank, self.world.heads.size)
@@ -84,7 +89,8 @@ class Call:
     def table(self, bias: Tensor) -> Tensor:
         """The table of this rank's heads."""
         first, stop = self.head_range
-        return bias if bias.dim() < 2 or bias.shape[-2] == 1 else bias[..., first:stop, :]
+        axis = -3 if self.has_gate else -2
+        return bias if bias.dim() < -axis or bias.shape[axis] == 1 else bias.narrow(axis, first, stop - first)
 
     def constants_of_rows(self, constants: Tensor) -> Tensor:
         """A table's constants, (1 or B, 1 or H, 1) or fewer axes, as they broadcast to this rank's rows (B, H, L)."""
@@ -101,18 +107,20 @@ class Call:
     def _queries(self) -> list[Span]:
         return self.plan.queries[self.world.ring.rank]
 
-    def parts(self, query: Tensor, table: Tensor | None, run: Run) -> list[Part]:
+    def parts(self, query: Tensor, gate: Tensor | None, table: Tensor | None, run: Run) -> list[Part]:
         """The calls of all queries with the keys of a run that they reach."""
         found, row = [], 0
         for span in self._queries:
             keys = run.span.cut(self.plan.reached(span))
             if keys.size:
                 part = self._contiguous if self.plan.layout.bounds is None else self._packed
-                found.append(part(query, table, row, span, run.cut(keys)))
+                found.append(part(query, gate, table, row, span, run.cut(keys)))
             row += span.size
         return found
 
-    def _contiguous(self, query: Tensor, table: Tensor | None, row: int, span: Span, keys: Run) -> Part:
+    def _contiguous(
+        self, query: Tensor, gate: Tensor | None, table: Tensor | None, row: int, span: Span, keys: Run
+    ) -> Part:
         mask, key_positions = self.key_padding_mask, self.key_positions
         query_positions, (start, stop) = self.problem.query_positions, keys.span
         place = dropout.Place(span.start, start, self.head_range[0], self.heads[0])
@@ -121,6 +129,7 @@ class Call:
             key=keys.tensors[0],
             value=keys.tensors[1],
             bias=table,
+            bias_gate=None if gate is None else gate.narrow(2, row, span.size),
             key_padding_mask=None if mask is None else mask[:, start:stop],
             query_positions=None if query_positions is None else query_positions[..., row : row + span.size],
             key_positions=None if key_positions is None else key_positions[..., start:stop],
@@ -131,7 +140,9 @@ class Call:
         )
         return Part(row, keys, problem, slice(None), None)
 
-    def _packed(self, query: Tensor, table: Tensor | None, row: int, span: Span, keys: Run) -> Part:
+    def _packed(
+        self, query: Tensor, gate: Tensor | None, table: Tensor | None, row: int, span: Span, keys: Run
+    ) -> Part:
         """The part of all documents that have some of the queries and some of the keys, and of those between them."""
         assert self.plan.layout.bounds is not None
         bounds_q, bounds_k = self.plan.layout.bounds
@@ -152,13 +163,15 @@ class Call:
         lowest, highest = zip(*reaches, strict=True)
         keys = keys.cut(Span(cut_k[0], cut_k[-1]))
         row += cut_q[0] - span.start
-        tables = slice(first, stop) if table is not None and table.dim() == 3 else slice(None)
+        is_of_each = table is not None and table.dim() == 3 + self.has_gate
+        tables = slice(first, stop) if is_of_each else slice(None)
         device, is_whole = query.device, self.world.ring.size == 1
         problem = self.problem._replace(
             query=query.narrow(2, row, cut_q[-1] - cut_q[0]),
             key=keys.tensors[0],
             value=keys.tensors[1],
             bias=None if table is None else table[tables],
+            bias_gate=None if gate is None else gate.narrow(2, row, cut_q[-1] - cut_q[0]),
             cu_seqlens_q=torch.tensor([bound - cut_q[0] for bound in cut_q], dtype=torch.int32, device=device),
             cu_seqlens_k=torch.tensor([bound - cut_k[0] for bound in cut_k], dtype=torch.int32, device=device),
             query_starts=None if is_whole else torch.tensor(starts, dtype=torch.int64, device=device),

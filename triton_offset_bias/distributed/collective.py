@@ -45,7 +45,7 @@ def plan_for(
 
 @torch.compiler.disable
 def attend(
-    tensors: tuple[Tensor, Tensor, Tensor, Tensor | None],
+    tensors: tuple[Tensor, Tensor, Tensor],
     check: Callable[[World], tuple[Problem, Plan]],
     ways: tuple[Group, str],
     backend: str,
@@ -81,7 +81,14 @@ def attend(
     here = None if positions is None else _cut(positions[0], plan.queries[world.ring.rank])
     none = tensors[0].new_empty(0)  # the call would keep its tensors as long as the graph lives
     call = Call(
-        problem=problem._replace(query=none, key=none, value=none, bias=None, query_positions=here),
+        problem=problem._replace(
+            query=none,
+            key=none,
+            value=none,
+            bias=None,
+            bias_gate=None if problem.bias_gate is None else none,
+            query_positions=here,
+        ),
         plan=plan,
         world=world,
         method="ring" if method == "ring" else "gather",
@@ -91,7 +98,7 @@ def attend(
         heads=(problem.query.shape[1], problem.key.shape[1]),
         returns_lse=returns_lse,
     )
-    results: Tensor | tuple[Tensor, Tensor] = Attention.apply(*tensors, call)
+    results: Tensor | tuple[Tensor, Tensor] = Attention.apply(*tensors, problem.bias, problem.bias_gate, call)
     return results
 
 
@@ -108,7 +115,7 @@ def _arguments(problem: Problem, plan: Plan, method: str, backend: str, beyond: 
         "backend": backend,
         "layout": layout.name,
         "lengths": layout.lengths,
-        **{name: checking.described(getattr(problem, name)) for name in ("query", "key", "value")},
+        **{name: checking.described(getattr(problem, name)) for name in ("query", "key", "value", "bias_gate")},
         "bias": None if problem.bias is None else (problem.bias.shape[-1], checking.described(problem.bias)),
         "query_start": layout.start,
         "window_size and is_causal": (layout.min_offset, layout.max_offset),

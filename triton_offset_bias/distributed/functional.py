@@ -19,6 +19,7 @@ class _SharedOptions(Options, total=False):
     layout: str
     method: str
     backend: str
+    bias_gate: Tensor | None
 
 
 class _PaddedOptions(_SharedOptions, total=False):
@@ -50,6 +51,7 @@ def offset_bias_attention(
     value: Tensor,
     bias: Tensor | None,
     *,
+    bias_gate: Tensor | None = None,
     group: Group = None,
     layout: str = "contiguous",
     method: str = "gather",
@@ -85,6 +87,7 @@ def offset_bias_attention(
         bias: the whole table, equal on all ranks. Its gradient is this rank's share. The shares of all ranks add up to
             the gradient of the sum of all ranks' losses, as the gradients of other replicated parameters do. DDP and
             FSDP over the group do the rest. Without them, add up: ``dist.all_reduce(bias.grad, group=group)``.
+        bias_gate: (B, Hq, Lq / R) or (B, Hq, Lq / R, rank), this rank's part. So is its gradient.
         group: process group, or DeviceMesh; default all ranks. A mesh with the dimensions "ring" and "heads" combines
             both: ranks of a heads group trade heads as in "all_to_all", ranks of a ring group send keys by `method`.
         layout: the positions that a rank holds. "contiguous": one span. "zigzag": two spans, so that causality leaves
@@ -127,17 +130,17 @@ def offset_bias_attention(
     masks = {"key_padding_mask": key_padding_mask, "query_positions": query_positions, "key_positions": key_positions}
 
     def check(world: World) -> tuple[Problem, Plan]:
-        checking.check_plain(query=query, key=key, value=value, bias=bias, **masks)
+        checking.check_plain(query=query, key=key, value=value, bias=bias, bias_gate=bias_gate, **masks)
         problem = checked_attention(
             query, key, value, bias, query_start=None if query_positions is None else query_start,
-            **masks, key_lengths=None, causal_by="position", options=_clamped(options),
+            **masks, key_lengths=None, causal_by="position", bias_gate=bias_gate, options=_clamped(options),
         )  # fmt: skip
         whole = checking.checked_lengths(lengths, query, key, world)
         start = whole[1] - whole[0] if query_start is None else checked_int("query_start", query_start)
         return problem, plan_for(problem, world, layout, whole, start, None)
 
     check_flag("return_lse", return_lse)
-    return attend((query, key, value, bias), check, (group, method), backend, beyond, return_lse)
+    return attend((query, key, value), check, (group, method), backend, beyond, return_lse)
 
 
 @overload
@@ -168,6 +171,7 @@ def offset_bias_attention_varlen(
     max_seqlen_q: int,
     max_seqlen_k: int,
     *,
+    bias_gate: Tensor | None = None,
     group: Group = None,
     layout: str = "contiguous",
     method: str = "gather",
@@ -191,6 +195,7 @@ def offset_bias_attention_varlen(
         key: (total_k / R, Hkv, D), this rank's part.
         value: (total_k / R, Hkv, Dv), this rank's part.
         bias: the whole table, see `offset_bias_attention` here.
+        bias_gate: (total_q / R, Hq) or (total_q / R, Hq, rank), this rank's part.
         cu_seqlens_q: (B + 1,) int32 or int64, the bounds of all sequences, equal on all ranks. The numbers are read.
         cu_seqlens_k: (B + 1,) int32 or int64: the same for keys.
         max_seqlen_q: the longest query length of the whole, or more.
@@ -220,17 +225,17 @@ def offset_bias_attention_varlen(
     query, key, value = with_autocast(query, key, value)
 
     def check(world: World) -> tuple[Problem, Plan]:
-        checking.check_plain(query=query, key=key, value=value, bias=bias)
+        checking.check_plain(query=query, key=key, value=value, bias=bias, bias_gate=bias_gate)
         problem = checked_varlen(
             query, key, value, bias, cu_seqlens_q, cu_seqlens_k,
             checked_int("max_seqlen_q", max_seqlen_q), checked_int("max_seqlen_k", max_seqlen_k),
-            options=_clamped(options),
+            bias_gate=bias_gate, options=_clamped(options),
         )  # fmt: skip
         bounds = checking.checked_bounds(cu_seqlens_q, cu_seqlens_k, (max_seqlen_q, max_seqlen_k))
         return problem, plan_for(problem, world, layout, (bounds[0][-1], bounds[1][-1]), 0, bounds)
 
     check_flag("return_lse", return_lse)
-    tensors = _as_padded(query), _as_padded(key), _as_padded(value), bias
+    tensors = _as_padded(query), _as_padded(key), _as_padded(value)
     results = attend(tensors, check, (group, method), backend, beyond, return_lse)
     if isinstance(results, Tensor):
         return results.squeeze(0).transpose(0, 1)

@@ -95,8 +95,6 @@ class ReplacedAttention(Replacement, SpreadableAttention):
             self._is_compiled = True
         else:
             self._last_attention = object()
-        if options.get("bias_gate") is None:
-            options.pop("bias_gate", None)  # attention over ranks has no such option
         attend = packed_attention if "bounds" in options else self._attend
         out = attend(query, key, value, bias, backend=self.offset_bias_backend, **options)
         return out.transpose(1, 2).flatten(2)

@@ -61,7 +61,6 @@ class OffsetBiasAttention(SpreadableAttention, nn.Module):
         self.is_causal = is_causal
         self.dropout_p = checked_dropout(dropout_p)
         self.bias = bias
-        self.is_spreadable = not isinstance(bias, GatedBias)  # attention over ranks has no gate
         self.q_proj = nn.Linear(embed_dim, embed_dim)
         self.k_proj = nn.Linear(embed_dim, num_kv_heads * self.head_dim)
         self.v_proj = nn.Linear(embed_dim, num_kv_heads * self.head_dim)

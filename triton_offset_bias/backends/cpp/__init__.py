@@ -110,14 +110,15 @@ def backward_part(
     dkey: Tensor,
     dvalue: Tensor,
     dbias: Tensor | None,
+    dgate: Tensor | None,
 ) -> None:
-    """Adds a part's gradients to the last four tensors; see `tob_backward`."""
+    """Adds a part's gradients to the last five tensors; see `tob_backward`."""
     call = _Call(problem, row_max)
     stats = structs.ROW_STATS.pack(row_max.data_ptr(), row_sum.data_ptr())
     part = None if dbias is None or call.bias is None else torch.empty_like(call.bias)
     status = _engine().tob_backward(
         *(call.problem, call.tensor(out), stats, call.tensor(dout), _address(dlse)),
-        *(call.tensor(dquery), call.tensor(dkey), call.tensor(dvalue), call.tensor(None), _address(part)),
+        *(call.tensor(dquery), call.tensor(dkey), call.tensor(dvalue), call.tensor(dgate), _address(part)),
     )
     _check_status(status)
     if dbias is not None and part is not None:

@@ -128,7 +128,7 @@ def forward_part(problem: Problem, acc: Tensor, row_max: Tensor, row_sum: Tensor
     out = torch.empty_like(acc, memory_format=torch.contiguous_format)
     lse, part_max, part_sum = (torch.empty_like(x, memory_format=torch.contiguous_format) for x in [row_max] * 3)
     with _device_of(acc):
-        passes.forward(problem, out, lse, part_max, part_sum, is_part=True)
+        passes.forward(_without_rank(problem), out, lse, part_max, part_sum, is_part=True)
     add_part(acc, row_max, row_sum, out, part_max, part_sum)
 
 
@@ -143,17 +143,21 @@ def backward_part(
     dkey: Tensor,
     dvalue: Tensor,
     dbias: Tensor | None,
+    dgate: Tensor | None,
 ) -> None:
-    """Adds a part's gradients to the last four tensors."""
-    sums = dquery, dkey, dvalue
-    found = [torch.empty_like(x, memory_format=torch.contiguous_format) for x in sums]
+    """Adds a part's gradients to the last five tensors."""
+    sums = dquery, dkey, dvalue, dgate
+    found = [None if x is None else torch.empty_like(x, memory_format=torch.contiguous_format) for x in sums]
     rows = row_max.contiguous(), row_sum.contiguous()
     with _device_of(out):
-        part = passes.backward(problem, out, *rows, dout, dlse, *found, needs_dbias=dbias is not None, is_part=True)
+        part = passes.backward(
+            _without_rank(problem), out, *rows, dout, dlse, *found, needs_dbias=dbias is not None, is_part=True
+        )
     for total, gradient in zip(sums, found, strict=True):
-        total.add_(gradient)
+        if total is not None and gradient is not None:
+            total.add_(gradient)
     if dbias is not None and part is not None:
-        dbias.add_(part)
+        dbias.add_(part if problem.bias_gate is None else part.unsqueeze(-2))
 
 
 def _device_of(x: Tensor) -> contextlib.AbstractContextManager:
