@@ -272,16 +272,24 @@ template <class Products> class Backward {
     gate_sums.write_dgate(head, first);
   }
 
-  // Adds the head's sums of dbias to its row of the table. Heads follow one another, as they may share the row.
+  // Adds the head's sums of dbias to its row of the table. Heads that may share the row follow one another.
   void sum_dbias(int64_t head, OrderedSteps &order) {
     if (!dbias) return;
-    if (head > 0) order.wait(head - 1, 0);
+    if (const int64_t last = last_sharing(head); last >= 0) order.wait(last, 0);
     for (int64_t g = 0; g < group; ++g) {
       const Head one = head_of(head, g);
       if (dbias_sums.needed()) dbias_sums.add_head(one.slot, one.b, one.h);
       else gate_sums.add_head(one);
     }
     order.finish(head, 0);
+  }
+
+  // The last head before a head that may add to its row of the table; below 0 if there is none.
+  int64_t last_sharing(int64_t head) const {
+    if (p.bias_heads == 1) return head - 1;
+    if (p.bias_batch > 1) return -1;
+    if (scorer.recurring.fills_cache()) return head % p.batch ? head - 1 : -1;
+    return head - p.heads_kv;
   }
 
   bool needs_dquery() const { return query_tensors.dquery.data; }

@@ -111,10 +111,13 @@ template <class Real> class DbiasSums {
 
   // Writes the table's gradient, when all heads are added.
   void write(const GatheredBias<Real> &gathered, Real *dbias) const {
-    const int64_t stride = pairs_.stride();
     const Real *const none = nullptr;
-    recurring_.for_each([&](const double *sums, int64_t b, int64_t h) {
-      add_elements(sums, stride, int(p_.len_q), int(stride), gathered.from(b, h, 0, 0), none, table_row(b, h));
+    for_each_in_parallel(recurring_.needed() ? pairs_.table_rows() : 0, p_.num_threads, [&](int64_t h) {
+      for (int64_t kind = 0; kind < pairs_.kinds(); ++kind) {
+        const int64_t b = pairs_.sequence_of(kind);
+        add_elements(recurring_.at(pairs_.index(b, h)), pairs_.stride(), int(p_.len_q), int(pairs_.stride()),
+                     gathered.from(b, h, 0, 0), none, table_row(b, h));
+      }
     });
     std::copy_n(table_.get(), columns_, dbias);
   }

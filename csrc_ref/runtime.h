@@ -95,6 +95,14 @@ template <class Body> void run_parallel(int threads, Body body) {
 #endif
 }
 
+// Calls run(i) for each i in [0, count), on up to `threads` threads at once. No call may throw.
+template <class Run> void for_each_in_parallel(int64_t count, int64_t threads, Run run) {
+  std::atomic<int64_t> next{0};
+  run_parallel(int(std::min(threads, count)), [&] {
+    for (int64_t i = next.fetch_add(1); i < count; i = next.fetch_add(1)) run(i);
+  });
+}
+
 // One pass over a head, as calls of run(head, task, thread) for the tasks [0, tasks). There is at least one task.
 struct Stage {
   int64_t tasks;

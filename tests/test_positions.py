@@ -144,6 +144,13 @@ CASES = [
             **{"is_causal": True, "dropout_p": 0.2},
         },
     ),
+    *(
+        Case(
+            f"windows of {length} tokens, which recur", (length, length), (40, 24), batch=4, columns=31, options=options
+        )
+        for length in (32, 64)
+        for options in [{"query_positions": _gaps(length, 18), "key_positions": _gaps(length, 19)}]
+    ),
     Case("one column for all offsets", (13, 17), columns=1, through_lse=True, options=EACH),
     Case("clusters far apart", (13, 17), columns=9, options=CLUSTERS),
     Case("clusters far apart, causal, no table", (13, 17), bias=None, options={**CLUSTERS, "is_causal": True}),
