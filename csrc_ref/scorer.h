@@ -1,4 +1,4 @@
-// The scores of tiles, with everything that they depend on beside queries and keys: band, bias, gate, masks and scale.
+// The scores of tiles, with everything that they depend on besides queries and keys: band, bias, gate, masks and scale.
 #pragma once
 
 #include "gate_gathered.h"

@@ -188,7 +188,7 @@ def test_another_build_is_measured_only_where_there_are_two(monkeypatch):
     """The provider calls the build avx512_bf16, and gives the loaded build back. Elsewhere it is absent."""
     inputs = make_inputs(SMALL, "cpu")
     monkeypatch.setattr(cpp, "BUILD", "avx512_bf16")
-    with pytest.raises(AbsentError, match="it compares avx512_bf16 with another build, got avx512_bf16"):
+    with pytest.raises(AbsentError, match="loaded: avx512_bf16"):
         PROVIDERS["ours_vectors"].prepare(inputs)
     loaded, other = object(), object()
     monkeypatch.setattr(cpp, "_ENGINE", loaded)
