@@ -4,8 +4,9 @@
 //   bias_ij = <gate_i, T[column(i, j)]>     dgate_i = sum over j of dS_ij T[column(i, j)]
 //   dT[c] = sum of dS_ij gate_i over the pairs with column(i, j) = c
 //
-// A column of T is contiguous, in whole vectors. Pairs beyond a table, or within a bucket, often share a column with
-// their neighbours. A vector of pairs that all see one column has one product instead of one for each pair.
+// A column of T is contiguous, in whole vectors, and in bits; gate_sums.h takes that out of dgate. Pairs beyond the
+// table, and neighbours with equal positions, look up one column. A vector of such pairs has one product instead of one
+// for each pair. Forward and backward begin vectors at the same keys, so they round alike.
 #pragma once
 
 #include "gate_table.h"
