@@ -25,7 +25,7 @@ from triton_offset_bias.backends import cpp
 ROOT = Path(__file__).parents[1]
 NAME = f"triton_offset_bias-{triton_offset_bias.__version__}"
 NOT_SOURCES = shutil.ignore_patterns(".*", "build", "dist", "out", "*.egg-info", "__pycache__", "*.so")
-QUICKSTART = re.search(r"^## Quickstart\n+```python\n(.*?)^```", (ROOT / "README.md").read_text(), re.M | re.S)[1]
+QUICKSTART = re.search(r"^```python\n(import torch\n.*?)^```", (ROOT / "README.md").read_text(), re.M | re.S)[1]
 PACKAGE = {str(path.relative_to(ROOT)) for path in (ROOT / "triton_offset_bias").rglob("*.py")}
 PACKAGE |= {"triton_offset_bias/py.typed"}
 pytestmark = [
