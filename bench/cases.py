@@ -38,7 +38,8 @@ GPU_CASES = [
 def _model_cases() -> Iterator[ModelCase]:
     texts = [(model, *shape) for model in ("mpnet", "t5_encoder") for shape in ((32, 12, 128, 64), (8, 12, 384, 64))]
     texts += [("sentences", 256, 12, 128, 64)]
-    windows = [("swin_t", 4, 3, 49, 32), ("beit_b", 2, 12, 197, 64), ("maxvit_t", 2, 2, 49, 32)]
+    windows = [("swin_t", 4, 3, 49, 32), ("swinv2_t_w8", 2, 3, 64, 32), ("swinv2_t_w16", 2, 3, 256, 32)]
+    windows += [("beit_b", 2, 12, 197, 64), ("maxvit_t", 2, 2, 49, 32)]
     for model, batch, heads, length, dim in texts + windows:
         is_text = model in ("mpnet", "t5_encoder")
         paddings = (False, True) if is_text else (model == "sentences",)

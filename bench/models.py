@@ -144,9 +144,11 @@ def _timm(name: str) -> Callable[[str], nn.Module]:
         from triton_offset_bias.integrations.timm import enable_offset_bias
 
         model = timm.create_model(name, drop_path_rate=0.0)
-        for module in model.modules():
-            if hasattr(module, "fused_attn"):
-                module.fused_attn = attention == "own_sdpa"
+        attentions = [module for module in model.modules() if hasattr(module, "fused_attn")]
+        if attention == "own_sdpa" and not attentions:
+            raise AbsentError(f"{name} has eager attention only")
+        for module in attentions:
+            module.fused_attn = attention == "own_sdpa"
         if attention == "ours":
             enable_offset_bias(model)
         return model
@@ -197,9 +199,14 @@ def _sentences(case: ModelCase) -> list[str]:
     return [" ".join(f"w{number}" for number in words[row][: int(lengths[row]) - 2]) for row in order]
 
 
-def _images(case: ModelCase) -> Tensor:
-    generator = torch.Generator().manual_seed(0)
-    return torch.randn(case.batch, 3, 224, 224, generator=generator).to(getattr(torch, case.dtype))
+def _images(side: int) -> Callable[[ModelCase], Tensor]:
+    """What makes a case's images, (batch, 3, side, side)."""
+
+    def make(case: ModelCase) -> Tensor:
+        generator = torch.Generator().manual_seed(0)
+        return torch.randn(case.batch, 3, side, side, generator=generator).to(getattr(torch, case.dtype))
+
+    return make
 
 
 def _attended_states(model: nn.Module, inputs: dict[str, Tensor]) -> Tensor:
@@ -219,7 +226,9 @@ MODELS = {
     "mpnet": Subject(_mpnet, _attended_states, _tokens),
     "t5_encoder": Subject(_t5_encoder, _attended_states, _tokens),
     "sentences": Subject(_sentence_transformer, _embeddings, _sentences, is_trainable=False),
-    "swin_t": Subject(_timm("swin_tiny_patch4_window7_224"), _logits, _images),
-    "beit_b": Subject(_timm("beit_base_patch16_224"), _logits, _images),
-    "maxvit_t": Subject(_timm("maxvit_tiny_tf_224"), _logits, _images),
+    "swin_t": Subject(_timm("swin_tiny_patch4_window7_224"), _logits, _images(224)),
+    "swinv2_t_w8": Subject(_timm("swinv2_tiny_window8_256"), _logits, _images(256)),
+    "swinv2_t_w16": Subject(_timm("swinv2_tiny_window16_256"), _logits, _images(256)),
+    "beit_b": Subject(_timm("beit_base_patch16_224"), _logits, _images(224)),
+    "maxvit_t": Subject(_timm("maxvit_tiny_tf_224"), _logits, _images(224)),
 }

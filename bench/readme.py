@@ -50,6 +50,8 @@ MODELS = {
         for shape, text in TEXTS.items()
     },
     "timm's Swin-T, 4 images": ("swin_t", 1),
+    "timm's Swin V2-T, windows of 64 tokens, 2 images": ("swinv2_t_w8", 1),
+    "timm's Swin V2-T, windows of 256 tokens, 2 images": ("swinv2_t_w16", 1),
     "timm's MaxViT-T, 2 images": ("maxvit_t", 1),
     "timm's BEiT-B, 2 images": ("beit_b", 1),
 }
@@ -131,7 +133,7 @@ def _section(results: pd.DataFrame) -> str:
         "the time of the powers of 2 alone:": _floors_table(results),
         "How many times longer models take with the faster of their own attentions than with this package, with one "
         "thread unless said otherwise. MPNet and T5 have 2 layers of base size unless said otherwise, images 224 x 224 "
-        "pixels:": _models_table(results),
+        "pixels, of Swin V2 256 x 256:": _models_table(results),
         f"More figures of one thread of the {processor}, in float32 unless said otherwise:": "".join(
             _sentence(sentence, results) for sentence in SENTENCES
         ).rstrip(),

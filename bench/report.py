@@ -144,6 +144,8 @@ MODEL_BOUNDS = {
     "t5_encoder_b32_l128_padded": (1.0, 1.0),
     "t5_encoder_b8_l384_padded": (1.0, 1.0),
     "swin_t": (1.2, 1.1),
+    "swinv2_t_w8": (1.0, 1.0),
+    "swinv2_t_w16": (1.0, 1.0),
     "beit_b": (1.2, 1.1),
     "maxvit_t": (1.2, 1.1),
 }
