@@ -24,9 +24,14 @@ CONFIG = {**models.MPNET, "vocab_size": 200, "hidden_dropout_prob": 0.0, "attent
 @pytest.fixture
 def encoder(tmp_path) -> sentence_transformers.SentenceTransformer:
     """all-mpnet-base-v2 in small, with random weights: MPNet, and the mean over the tokens that are no padding."""
-    models.randomized(transformers.MPNetModel, transformers.MPNetConfig(**CONFIG)).save_pretrained(tmp_path)
-    tokenizer().save_pretrained(tmp_path)
-    return sentence_transformers.SentenceTransformer(str(tmp_path), device=str(torch.get_default_device()))
+    return _loaded(models.randomized(transformers.MPNetModel, transformers.MPNetConfig(**CONFIG)), tmp_path)
+
+
+def _loaded(model: transformers.PreTrainedModel, folder: Path) -> sentence_transformers.SentenceTransformer:
+    """A SentenceTransformer from a folder that the model is saved to."""
+    model.save_pretrained(folder)
+    tokenizer().save_pretrained(folder)
+    return sentence_transformers.SentenceTransformer(str(folder), device=str(torch.get_default_device()))
 
 
 def _encode(encoder: sentence_transformers.SentenceTransformer, batch_size: int = 32) -> torch.Tensor:
@@ -52,6 +57,16 @@ def test_embeddings_are_the_ones_of_the_models_own_attention(encoder, dtype, bat
     assert_accurate("embeddings", *(x.double() for x in (next(results), exact, next(results))), torch.finfo(dtype).eps)
     disable_offset_bias(fast)
     assert torch.equal(_encode(fast, batch_size), _encode(own, batch_size))
+
+
+def test_embeddings_of_t5s_encoder_are_the_ones_of_its_own_attention(tmp_path):
+    """As in Sentence-T5, the mean is over the tokens that are no padding."""
+    config = transformers.T5Config(**{**models.T5, "vocab_size": 200})
+    own = _loaded(models.randomized(transformers.T5EncoderModel, config), tmp_path)
+    fast = copy.deepcopy(own)
+    assert enable_offset_bias(fast) == {"0.model": "t5"}
+    got, rounded = _encode(fast), _encode(own)
+    assert_accurate("embeddings", got.double(), _encode(own.double()), rounded.double(), torch.finfo(got.dtype).eps)
 
 
 def test_the_readmes_example_runs(encoder, monkeypatch):

@@ -160,30 +160,3 @@ def test_sequences_that_position_ids_pack_do_not_see_each_other(name, lengths):
     got, wanted = cases.results_of(fast, case), cases.results_of(own, case)
     for key, x in wanted.items():
         torch.testing.assert_close(got[key], x, rtol=1e-3, atol=1e-4 * float(x.abs().max().clamp(min=1.0)), msg=key)
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("lengths", [(37, 20, 1), (36, 37, 0)], ids=str)
-def test_mpnet_computes_only_tokens_that_are_no_padding(lengths, dtype):
-    """Padding behind the tokens is taken out of the batch. A sequence may have no token at all."""
-    mask = torch.arange(37) < torch.tensor(lengths)[:, None]
-    ids = cases.tokens(3, 37, 0)
-    inputs = {"input_ids": ids, "attention_mask": mask.long(), "labels": ids.where(mask, -100)}
-    case = Case("mpnet", models.mpnet, lambda: inputs, lambda: mask)
-    cases.assert_equals_eager(case, dtype)
-    fast = cases.enabled_copy(models.mpnet())
-    seen = []
-    fast.mpnet.encoder.layer[0].register_forward_hook(lambda module, args, out: seen.append(args[0].shape))
-    states = fast.mpnet(ids, mask).last_hidden_state
-    assert seen == [(1, sum(lengths), 16)]
-    assert not states[~mask].any()
-    assert states[mask].all(-1).any()
-
-
-def test_mpnet_with_padding_before_the_tokens_keeps_the_places():
-    """The first place, which MPNet pools, is not a token then."""
-    mask = torch.ones(2, 9, dtype=torch.int64)
-    mask[1, :4] = 0
-    fast = cases.enabled_copy(models.mpnet())
-    states = fast.mpnet(cases.tokens(2, 9, 0), mask).last_hidden_state
-    assert states.any(-1).all()

@@ -35,6 +35,8 @@ def replaced_modules(
         if cls is None:
             continue
         reason = unreplaceable_reason(module, cls)
+        if reason is not None and not cls.is_needed:
+            continue
         if reason is not None:
             raise NotImplementedError(
                 f"`model` has {name!r}, which cannot be made to attend through triton_offset_bias: {reason}"

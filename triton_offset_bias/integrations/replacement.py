@@ -33,10 +33,12 @@ class Replacement:
 
     Attributes:
         replaced: the class that is replaced.
+        is_needed: whether a model is refused if one of its modules cannot be replaced. If not, that module stays.
         offset_bias_backend: the `backend` argument of the module's calls of `offset_bias_attention`.
     """
 
     replaced: ClassVar[type[nn.Module]]
+    is_needed: ClassVar[bool] = True
     forward: Callable[..., Any]
     offset_bias_backend: str
 

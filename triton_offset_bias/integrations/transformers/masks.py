@@ -43,6 +43,7 @@ def key_mask(
     Returns:
         (batch_size, keys) bool; None if nothing is padded and the attention is not causal; for packed sequences, which
         the models find by their `position_ids`, the bounds (sequences + 1,) int32 among all batch_size * keys tokens.
+        An encoder that packs its batch passes such bounds as `attention_mask`, and they are returned.
 
     Raises:
         NotImplementedError: the mask is more than causal or bidirectional attention with padding or packed sequences.
@@ -58,6 +59,8 @@ def key_mask(
             "offset-bias attention serves causal or bidirectional attention with padding masks or packed sequences; "
             "sliding or chunked caches, `config.is_causal=False` and custom mask functions are not served"
         )
+    if attention_mask is not None and attention_mask.dim() == 1 and attention_mask.dtype == torch.int32:
+        return attention_mask
     if attention_mask is not None and attention_mask.dim() != 2:
         raise ValueError(f"`attention_mask` must have shape (batch, keys), got shape {tuple(attention_mask.shape)}")
     first = int(q_offset) if isinstance(q_offset, Tensor) else q_offset  # it is a tensor while a static cache fills up

@@ -33,8 +33,6 @@ class OffsetBiasMPNetEncoder(Replacement, MPNetEncoder):
     ) -> BaseModelOutput | tuple[Tensor]:
         """Encodes the tokens that are no padding. The states of padding are 0 where `packing_of` packs the batch.
 
-        Parts of sequences that are spread over ranks are not packed.
-
         Args:
             hidden_states: (B, L, hidden_size).
             attention_mask: (B, L) bool of `key_mask`, or None.
@@ -42,8 +40,7 @@ class OffsetBiasMPNetEncoder(Replacement, MPNetEncoder):
             output_hidden_states: whether to return the states of all layers. The batch is not packed then.
             return_dict: whether to return a `BaseModelOutput`.
         """
-        is_spread = self.layer[0].attention.attn._ranks > 1
-        packing = None if output_hidden_states or is_spread else packing_of(attention_mask)
+        packing = None if output_hidden_states else packing_of(self.layer, hidden_states, attention_mask)
         if packing is None:
             return super().forward(
                 hidden_states, attention_mask, output_attentions, output_hidden_states, return_dict, **kwargs

@@ -19,6 +19,7 @@ from transformers.models.umt5.modeling_umt5 import UMT5Attention
 from triton_offset_bias.integrations.replacement import Replacement
 from triton_offset_bias.integrations.transformers.attention import MaskedAttention, refuse_attentions
 from triton_offset_bias.integrations.transformers.masks import TABLE
+from triton_offset_bias.integrations.transformers.t5_stacks import STACKS
 from triton_offset_bias.modules.t5 import t5_buckets
 
 
@@ -285,6 +286,7 @@ class OffsetBiasLongT5LocalAttention(_BucketTable, LongT5LocalAttention):
 
 
 REPLACEMENTS: tuple[type[Replacement], ...] = (
+    *STACKS,
     OffsetBiasT5Attention,
     OffsetBiasMT5Attention,
     OffsetBiasUMT5Attention,
