@@ -57,7 +57,7 @@ def enable_offset_bias(model: object, backend: str = "auto") -> dict[str, str]:
     blocks, which the models themselves make. Parameters, `state_dict` and saved files stay as they are.
 
     Four results differ. A query whose keys are all padding gets 0 from attention, not an average over the padding. On a
-    CPU, MPNet's states of padding behind the tokens are 0, because they are not computed.
+    CPU, encoders of MPNet, T5, mT5 and UMT5 give 0 for padding behind the tokens, because they do not compute it.
     Regions of Swin's shifted windows do not see each other at all, whereas Swin weighs pairs of different regions by
     exp(-100). Falcon is compared with its default, ``attn_implementation="sdpa"``, because its eager attention adds
     ALiBi twice. Falcon rounds slope times position to bfloat16, and this package rounds the slope alone. Both are equal
