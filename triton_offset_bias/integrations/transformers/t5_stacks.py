@@ -62,7 +62,7 @@ class _PackedStack(Replacement):
         return outputs
 
     def _packing(self, inputs: Tensor | None, mask: Tensor | None, options: dict[str, object]) -> Packing | None:
-        """The packing of an encoder's batch, or None."""
+        """The packing of an encoder's batch, or None. Masks of `TABLE` alone may be bounds of packed sequences."""
         has_states = options.get("output_hidden_states", getattr(self.config, "output_hidden_states", False))
         if self.is_decoder or has_states or self.config._attn_implementation != TABLE:
             return None
