@@ -229,8 +229,7 @@ def _one(metric: str, case: str, provider: str, mode: str) -> Value:
 
 def _speedup(case: str, mode: str, peers: tuple[str, ...], threads: int = 1) -> Value:
     def value(results: pd.DataFrame) -> float:
-        times = pd.Series([median(results, "time", case, peer, mode, threads) for peer in peers])
-        return times.min() / median(results, "time", case, "ours", mode, threads)
+        return pd.Series([median(results, "ratio", case, peer, mode, threads) for peer in peers]).min()
 
     return value
 
