@@ -57,6 +57,7 @@ from triton_offset_bias.backends.triton.kernels.tiles import (
     no_diagonals,
     product,
     store_tile,
+    swept_ptrs,
     thread_sums,
     tile_ptrs,
     waited_for,
@@ -193,8 +194,8 @@ def dkey_dvalue_kernel(
     edges = edges_of(start_n, len_q, mirrored(sequence.bounds), BLOCK_N, BLOCK_M, FORM)
     for g in range(first_g, end_g):
         h = head_kv.h * sizes.group + g
-        q_ptrs = tile_ptrs(q_ptr + h * strides.q.h, offs_m, strides.q.row, strides.q.d, FORM.BLOCK_D)
-        dout_ptrs = tile_ptrs(dout_ptr + h * strides.dout.h, offs_m, strides.dout.row, strides.dout.d, FORM.BLOCK_DV)
+        q_ptrs = swept_ptrs(q_ptr + h * strides.q.h, strides.q.row, strides.q.d, BLOCK_M, FORM.BLOCK_D)
+        dout_ptrs = swept_ptrs(dout_ptr + h * strides.dout.h, strides.dout.row, strides.dout.d, BLOCK_M, FORM.BLOCK_DV)
         rows_of_queries = rows_of_head(row_ptrs, first_row + h * row_stride(sizes.rows_q))
         gate_ptr = gate_of_head(inputs, b, h, sizes, sequence.first_q, FORM)
         dq_ptrs, dq_row = 0, 0

@@ -214,7 +214,6 @@ def dquery_kernel(
     start_m = index * BLOCK
     head = head_of(tl.program_id(0) // num_blocks, sizes.num_heads)
     offs_m = start_m + tl.arange(0, BLOCK)
-    offs_n = tl.arange(0, BLOCK)
     row = head.index.to(tl.int64) * row_stride(sizes.rows_q)
     sequence = sequence_of(inputs, head.b, sizes, bounds, FORM)
     len_k = sequence.len_k
@@ -230,7 +229,7 @@ def dquery_kernel(
     rows = tl.arange(0, BLOCK).to(tl.int64)
     if FORM.HAS_POSITIONS:
         rows = position_rows(query_positions(inputs, head.b, sizes, FORM), offs_m, sequence.len_q)
-    keys = key_tiles(inputs, sizes, sequence, len_k, head.b, head.h // sizes.group, offs_n, strides, FORM)
+    keys = key_tiles(inputs, sizes, sequence, len_k, head.b, head.h // sizes.group, strides, FORM, BLOCK)
     q_ptrs = tile_ptrs(q_ptr, offs_m, strides.q.row, strides.q.d, FORM.BLOCK_D)
     dout_ptrs = tile_ptrs(dout_ptr, offs_m, strides.dout.row, strides.dout.d, FORM.BLOCK_DV)
     q = load_tile(q_ptrs, offs_m, sequence.len_q, False, FORM.HEAD_DIM, FORM.BLOCK_D)  # (BLOCK, BLOCK_D)

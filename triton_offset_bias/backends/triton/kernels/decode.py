@@ -49,8 +49,7 @@ def decode_kernel(
     h = head_kv.h * sizes.group + tl.minimum(g, sizes.group - 1)
     part_rows = ((split * batch + b) * sizes.num_heads + h) * sizes.len_q + offs_m
     sequence = sequence_of(inputs, b, sizes, bounds, FORM)
-    offs_n = tl.arange(0, BLOCK_N)
-    keys = key_tiles(inputs, sizes, sequence, sequence.len_k, b, head_kv.h, offs_n, strides, FORM)
+    keys = key_tiles(inputs, sizes, sequence, sequence.len_k, b, head_kv.h, strides, FORM, BLOCK_N)
     gate = gate_rows(gate_of_head(inputs, b, h, sizes, sequence.first_q, FORM), offs_m, sequence.len_q, FORM)
     scoring = scoring_of(inputs, b, h, strides.strip, sequence.bounds, factors.scale_log2, gate, FORM)  # of each row
     rows = offs_m.to(tl.int64)

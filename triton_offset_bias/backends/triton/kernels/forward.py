@@ -152,7 +152,6 @@ def forward_kernel(
     head = head_of(tl.program_id(0) // num_blocks, sizes.num_heads)
     start_m = block * BLOCK_M
     offs_m = start_m + tl.arange(0, BLOCK_M)
-    offs_n = tl.arange(0, BLOCK_N)
     row = head.index.to(tl.int64) * sizes.rows_q
     sequence = sequence_of(inputs, head.b, sizes, bounds, FORM)
     len_k = sequence.len_k
@@ -160,7 +159,7 @@ def forward_kernel(
         row = head.h * sizes.rows_q + sequence.first_q
         len_k = tl.where(start_m < sequence.len_q, len_k, 0)
     q_ptr = inputs.q + first_element(strides.q, head.b, head.h, sequence.first_q)
-    keys = key_tiles(inputs, sizes, sequence, len_k, head.b, head.h // sizes.group, offs_n, strides, FORM)
+    keys = key_tiles(inputs, sizes, sequence, len_k, head.b, head.h // sizes.group, strides, FORM, BLOCK_N)
     gate = gate_rows(gate_of_head(inputs, head.b, head.h, sizes, sequence.first_q, FORM), offs_m, sequence.len_q, FORM)
     scoring = scoring_of(inputs, head.b, head.h, strides.strip, sequence.bounds, factors.scale_log2, gate, FORM)
     rows = tl.arange(0, BLOCK_M).to(tl.int64)

@@ -20,7 +20,7 @@ import triton
 import triton.language as tl
 
 from triton_offset_bias.backends.triton.kernels.arguments import Dropping, KeyTiles, Rows, Scoring
-from triton_offset_bias.backends.triton.kernels.tiles import first_element, product, started_from, tile_ptrs
+from triton_offset_bias.backends.triton.kernels.tiles import first_element, product, started_from, swept_ptrs
 
 LN_2 = tl.constexpr(0.6931471805599453)
 LARGEST_BLOCK = tl.constexpr(128)
@@ -260,13 +260,13 @@ def slope_weights(stats, FORM: tl.constexpr):
 
 
 @triton.jit
-def key_tiles(inputs, sizes, sequence, length, b, h_kv, offs_n, strides, FORM: tl.constexpr):
-    """The first `length` keys of a sequence and key head; the first tile has the keys `offs_n`."""
+def key_tiles(inputs, sizes, sequence, length, b, h_kv, strides, FORM: tl.constexpr, BLOCK: tl.constexpr):
+    """The first `length` keys of a sequence and key head; the first tile has BLOCK of them."""
     k_ptr = inputs.k + first_element(strides.k, b, h_kv, sequence.first_k)
     v_ptr = inputs.v + first_element(strides.v, b, h_kv, sequence.first_k)
     return KeyTiles(
-        tile_ptrs(k_ptr, offs_n, strides.k.row, strides.k.d, FORM.BLOCK_D),
-        tile_ptrs(v_ptr, offs_n, strides.v.row, strides.v.d, FORM.BLOCK_DV),
+        swept_ptrs(k_ptr, strides.k.row, strides.k.d, BLOCK, FORM.BLOCK_D),
+        swept_ptrs(v_ptr, strides.v.row, strides.v.d, BLOCK, FORM.BLOCK_DV),
         strides.k.row,
         strides.v.row,
         of_sequence(inputs.key_mask, b * sizes.len_k, FORM.HAS_MASK),
