@@ -194,6 +194,8 @@ class Variant:
             USE_ASM=self.device.backend == "cuda",
             PRECISION="ieee",
             FOLD=configs.folds_rows(self.device, self.block_d),
+            KEEP_SUMS=configs.keeps_sums(self.block_d),
+            STACKED=self.device.is_asynchronous,
             COPY=configs.needs_copy(self.device, self.dtype),
             WAIT=configs.needs_wait(self.device, self.dtype, self.is_whole),
         )

@@ -59,6 +59,20 @@ def test_both_ways_have_the_gradients_of_the_oracle(monkeypatch, launched, case,
     assert ("dquery" in launched) == (way == "two kernels")
 
 
+@pytest.mark.parametrize("way", ["one kernel", "two kernels"])
+@pytest.mark.parametrize("keeps_sums", [False, True])
+@pytest.mark.parametrize("folds_rows", [False, True])
+@pytest.mark.parametrize("case", [CASES[0], CASES[3]], ids=lambda case: case.reason)
+def test_each_form_of_the_sums_along_diagonals(monkeypatch, launched, case, folds_rows, keeps_sums, way):
+    """Targets and head dims choose between these forms. Here a small head has each of them."""
+    monkeypatch.setattr(configs, "backward_config", lambda *_: WAYS[way])
+    monkeypatch.setattr(configs, "folds_rows", lambda *_: folds_rows)
+    monkeypatch.setattr(configs, "keeps_sums", lambda *_: keeps_sums)
+    call = build(case)
+    assert_matches_oracle(call, results_of(call, "triton"))
+    assert ("dquery" in launched) == (way == "two kernels")
+
+
 @pytest.mark.parametrize("way", WAYS)
 def test_packed_sequences_do_not_add_to_one_another(monkeypatch, launched, way):
     """Tiles of queries end amid the tensor, where another sequence's rows follow; the values of one are NaN."""

@@ -130,6 +130,14 @@ def folds_rows(target: Target, block_d: int) -> bool:
     return target.is_asynchronous or block_d <= 64
 
 
+def keeps_sums(block_d: int) -> bool:
+    """Whether the sums along diagonals that go on are kept from tile to tile, instead of the tile.
+
+    That takes instructions, and leaves registers to wide heads, which lack them.
+    """
+    return block_d > 64
+
+
 def needs_copy(target: Target, dtype: torch.dtype) -> bool:
     """Whether products that start from the bias must start from a copy. Triton 3.9 makes one by itself."""
     return target.is_hopper and dtype != torch.float32 and TRITON < (3, 9)
@@ -199,9 +207,9 @@ def backward_config(target: Target, dtype: torch.dtype, block_d: int) -> Config 
     if dtype == torch.float32 or block_d > 128:
         return None
     if target.backend == "interpreter" or target.is_hopper:
-        return Config(64, 128, 8, 2)
+        return Config(64, 128, 8, 3)
     is_a100 = target.backend == "cuda" and not target.is_blackwell and target.shared_memory >= 160 * KIB
-    return Config(64, 64, 4, 2) if is_a100 else None
+    return Config(64, 64, 4, 3) if is_a100 else None
 
 
 def least_shared_memory(dtype: torch.dtype, block_d: int) -> int:

@@ -117,6 +117,8 @@ class Plan:
             USE_ASM=self.target.backend == "cuda",
             PRECISION=precision(self.target, query.dtype),
             FOLD=configs.folds_rows(self.target, self.block_d),
+            KEEP_SUMS=configs.keeps_sums(self.block_d),
+            STACKED=self.target.is_asynchronous,
             COPY=configs.needs_copy(self.target, query.dtype),
             WAIT=configs.needs_wait(self.target, query.dtype),
         )

@@ -241,6 +241,8 @@ class Form(NamedTuple):
     USE_ASM: Any  # whether the bias is loaded by inline assembly
     PRECISION: Any  # of products, see `tiles.product`
     FOLD: Any  # whether rows are added in pairs before diagonals are summed, see `tiles.fold_rows`
+    KEEP_SUMS: Any  # whether diagonals' sums are kept from tile to tile instead of tiles, see `tiles.next_diagonals`
+    STACKED: Any  # whether the warps of a product lie one below the other, see `tiles.thread_totals`
     COPY: Any  # whether products start from a copy of the bias, see `tiles.started_from`
     WAIT: Any  # whether products must end in their iteration, see `tiles.waited_for`
 

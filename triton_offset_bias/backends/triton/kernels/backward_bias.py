@@ -25,7 +25,13 @@ from triton_offset_bias.backends.triton.kernels.scores import (
     shift_in_strip,
     slope_weights,
 )
-from triton_offset_bias.backends.triton.kernels.tiles import first_element, load_tile, product, sum_diagonals, tile_ptrs
+from triton_offset_bias.backends.triton.kernels.tiles import (
+    first_element,
+    load_tile,
+    product,
+    split_diagonals,
+    tile_ptrs,
+)
 
 
 @triton.jit(do_not_specialize=INTEGERS)
@@ -118,7 +124,7 @@ def dbias_kernel(
                 dp *= dropout_factors(dropping, 0, 0, offs_m[:, None], offs_n[None, :], FORM)
             ds = p * (dp * slope_weights(stats, FORM)[:, None] - stats.delta[:, None])
             total += ds * gate if FORM.HAS_GATE else ds
-    none = tl.zeros([BLOCK, BLOCK], tl.float32)
+    ending, going_on = split_diagonals(total, False, BLOCK, BLOCK)
     parts_ptr += tl.program_id(0).to(tl.int64) * (2 * BLOCK)
-    tl.store(parts_ptr + rows, sum_diagonals(total, none, False, BLOCK, BLOCK))
-    tl.store(parts_ptr + BLOCK + rows, sum_diagonals(none, total, False, BLOCK, BLOCK))
+    tl.store(parts_ptr + rows, going_on)
+    tl.store(parts_ptr + BLOCK + rows, ending)

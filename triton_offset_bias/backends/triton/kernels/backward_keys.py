@@ -55,10 +55,11 @@ from triton_offset_bias.backends.triton.kernels.tiles import (
     load_tile,
     next_diagonals,
     no_diagonals,
+    no_totals,
     product,
     store_tile,
     swept_ptrs,
-    thread_sums,
+    thread_totals,
     tile_ptrs,
     waited_for,
 )
@@ -79,8 +80,8 @@ def sweep_queries(
     columns = tl.arange(0, BLOCK_M).to(tl.int64)
     unit = score_unit(scoring.scale_log2, FORM, IS_NEAR)
     end_bias = far_bias(scoring, far_offset(scoring.bounds, PART), FORM, IS_NEAR)  # bits
-    far_sum = tl.zeros([BLOCK_N, 4], tl.float32)
-    previous, carried = no_diagonals(BLOCK_N, BLOCK_M, FORM.FOLD)
+    far_sum = no_totals(BLOCK_N, FORM)
+    before, carried = no_diagonals(BLOCK_N, BLOCK_M, FORM)
     for start_m in range(begin, end, BLOCK_M):
         start_m = tl.multiple_of(start_m, BLOCK_M)
         offs_m = start_m + tl.arange(0, BLOCK_M)
@@ -105,21 +106,22 @@ def sweep_queries(
         s = score_tile(
             block.k, q.T, scoring, gate, shift, block.rows, columns, keep, FORM, IS_NEAR, HAS_KEEP
         )  # (BLOCK_N, BLOCK_M)
+        dp = product(block.v, dout.T, None, FORM.PRECISION)  # before P, so that dO^T leaves its registers
         p = probabilities(s, unit, bias, stats.lse[None, :], stats.log_sum[None, :], FORM, IS_NEAR)
         z = 1.0
         if FORM.DROPOUT_ROUNDS > 0:
             m, n = tl.arange(0, BLOCK_M)[None, :], tl.arange(0, BLOCK_N)[:, None]
             z = dropout_factors(dropping, start_m, block.start, m, n, FORM)
         dv = product((p * z).to(dout.dtype), dout, dv, FORM.PRECISION)
-        dp = product(block.v, dout.T, None, FORM.PRECISION) * z
-        ds = p * (dp * slope_weights(stats, FORM)[None, :] - stats.delta[None, :])
+        ds = p * (dp * z * slope_weights(stats, FORM)[None, :] - stats.delta[None, :])
         if WANTED.DBIAS and not IS_NEAR:
-            far_sum += thread_sums(ds, BLOCK_N, BLOCK_M)
+            far_sum += thread_totals(ds, BLOCK_N, BLOCK_M, FORM)
         elif WANTED.DBIAS:
-            diagonals, previous, carried = next_diagonals(previous, carried, ds, BLOCK_N, BLOCK_M, FORM.FOLD)
-            tl.atomic_add(dstrip_ptr + shift - tl.arange(0, BLOCK_N), diagonals, sem="relaxed")
+            diagonals, before, carried = next_diagonals(before, carried, ds, BLOCK_N, BLOCK_M, FORM)
         ds = ds.to(q.dtype)
         dk = product(ds, q, dk, FORM.PRECISION)
+        if WANTED.DBIAS and IS_NEAR:  # after dK, whose operands load no later than an atomic add
+            tl.atomic_add(dstrip_ptr + shift - tl.arange(0, BLOCK_N), diagonals, sem="relaxed")
         if WANTED.DQ:
             dq = product(ds.T, block.k, None, FORM.PRECISION)
             dq_ptrs = queries.dq_ptrs + step * queries.stride_dq
@@ -127,11 +129,12 @@ def sweep_queries(
         dk = waited_for(dk, FORM.WAIT)
     if WANTED.DBIAS and IS_NEAR:
         none = tl.zeros([BLOCK_N, BLOCK_M], tl.float32)
-        diagonals, _, _ = next_diagonals(previous, carried, none, BLOCK_N, BLOCK_M, FORM.FOLD)
+        diagonals, _, _ = next_diagonals(before, carried, none, BLOCK_N, BLOCK_M, FORM)
         shift = shift_in_strip(end - BLOCK_M - block.start, scoring.bounds) + BLOCK_M
         tl.atomic_add(dstrip_ptr + shift - tl.arange(0, BLOCK_N), diagonals, sem="relaxed")
     elif WANTED.DBIAS:
-        tl.atomic_add(dstrip_ptr + far_offset(scoring.bounds, PART), tl.sum(tl.sum(far_sum, 1), 0), sem="relaxed")
+        total = tl.sum(tl.sum(tl.sum(far_sum, 2), 1), 0)
+        tl.atomic_add(dstrip_ptr + far_offset(scoring.bounds, PART), total, sem="relaxed")
     return dk, dv
 
 
@@ -167,7 +170,6 @@ def dkey_dvalue_kernel(
         first_g, end_g = part * share, tl.minimum((part + 1) * share, sizes.group)
     b = head_kv.b
     offs_n = start_n + tl.arange(0, BLOCK_N)
-    offs_m = tl.arange(0, BLOCK_M)
     first_row = b * sizes.num_heads * row_stride(sizes.rows_q)
     sequence = sequence_of(inputs, b, sizes, bounds, FORM)
     len_q, len_k = sequence.len_q, sequence.len_k
@@ -201,7 +203,8 @@ def dkey_dvalue_kernel(
         dq_ptrs, dq_row = 0, 0
         if WANTED.DQ:
             dq_ptr = sums.dq + first_element(strides.dq, b, h, sequence.first_q)
-            dq_ptrs, dq_row = tile_ptrs(dq_ptr, offs_m, strides.dq.row, strides.dq.d, FORM.BLOCK_D), strides.dq.row
+            dq_ptrs = swept_ptrs(dq_ptr, strides.dq.row, strides.dq.d, BLOCK_M, FORM.BLOCK_D)
+            dq_row = strides.dq.row
         queries = QueryTiles(
             q_ptrs, dout_ptrs, dq_ptrs, strides.q.row, strides.dout.row, dq_row,
             rows_of_queries, gate_ptr, positions_ptr, len_q,

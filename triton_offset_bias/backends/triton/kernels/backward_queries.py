@@ -133,7 +133,7 @@ def sweep_keys(
     if FORM.HAS_GATE:
         gate = block.gate[:, None]
         bias *= gate
-    previous, carried = no_diagonals(BLOCK, BLOCK, FORM.FOLD)
+    before, carried = no_diagonals(BLOCK, BLOCK, FORM)
     for start_n in range(begin, end, BLOCK):
         start_n = tl.multiple_of(start_n, BLOCK)
         offs_n = start_n + tl.arange(0, BLOCK)
@@ -153,8 +153,8 @@ def sweep_keys(
         s = score_tile(
             block.q, k.T, scoring, gate, shift, block.rows, columns, keep, FORM, IS_NEAR, HAS_KEEP
         )  # (BLOCK, BLOCK)
-        p = probabilities(s, unit, bias, block.stats.lse[:, None], block.stats.log_sum[:, None], FORM, IS_NEAR)
         dp = product(block.dout, v.T, None, FORM.PRECISION)
+        p = probabilities(s, unit, bias, block.stats.lse[:, None], block.stats.log_sum[:, None], FORM, IS_NEAR)
         if FORM.DROPOUT_ROUNDS > 0:
             m, n = tl.arange(0, BLOCK)[:, None], tl.arange(0, BLOCK)[None, :]
             dp *= dropout_factors(dropping, block.start, start_n, m, n, FORM)
@@ -169,19 +169,20 @@ def sweep_keys(
             else:
                 low_sum += ds
         elif DBIAS == "diagonals":
-            diagonals, previous, carried = next_diagonals(previous, carried, dbias, BLOCK, BLOCK, FORM.FOLD)
+            diagonals, before, carried = next_diagonals(before, carried, dbias, BLOCK, BLOCK, FORM)
+        dq = waited_for(product(ds.to(k.dtype), k, dq, FORM.PRECISION), FORM.WAIT)
+        if DBIAS == "diagonals" and IS_NEAR:  # after dQ, whose operands load no later than an atomic add
             tl.atomic_add(dstrip.ptr + shift + tl.arange(0, BLOCK), diagonals, sem="relaxed")
-        elif DBIAS != "none":
+        elif DBIAS != "none" and IS_NEAR:
             offset = block.rows[:, None] + columns[None, :]
             if FORM.HAS_POSITIONS:
                 offset = table_columns(offset, scoring.bounds)
                 low_sum, high_sum = add_gathered(low_sum, high_sum, dbias, offset, dstrip, scoring.bounds, FORM, DBIAS)
             else:
                 tl.atomic_add(dstrip.ptr + shift + offset, dbias, sem="relaxed")
-        dq = waited_for(product(ds.to(k.dtype), k, dq, FORM.PRECISION), FORM.WAIT)
     if DBIAS == "diagonals" and IS_NEAR:
         none = tl.zeros([BLOCK, BLOCK], tl.float32)
-        diagonals, _, _ = next_diagonals(previous, carried, none, BLOCK, BLOCK, FORM.FOLD)
+        diagonals, _, _ = next_diagonals(before, carried, none, BLOCK, BLOCK, FORM)
         shift = shift_in_strip(block.start - end + BLOCK, scoring.bounds) - BLOCK
         tl.atomic_add(dstrip.ptr + shift + tl.arange(0, BLOCK), diagonals, sem="relaxed")
     return dq, gate_sum, low_sum, high_sum
