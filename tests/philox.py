@@ -1,17 +1,24 @@
-"""Philox4x32 in Python's integers, and dropout's factors from it: an independent witness of the package's."""
+"""Philox4x32 in NumPy, and dropout's factors from it: an independent witness of the package's."""
 
+import numpy as np
 import torch
 from torch import Tensor
 
 WORD = 2**32
+Words = tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]
 
 
-def philox(key: tuple[int, int], counter: tuple[int, int, int, int], rounds: int) -> tuple[int, int, int, int]:
-    """Four random words (Salmon et al. 2011, figure 2)."""
+def philox(key: tuple[int, int], counter: Words, rounds: int) -> Words:
+    """Four random words of each counter (Salmon et al. 2011, figure 2). All arrays are uint64 and hold 32 bits."""
     k0, k1 = key
     for _ in range(rounds):
-        left, right = 0xD2511F53 * counter[0], 0xCD9E8D57 * counter[2]
-        counter = (right // WORD ^ counter[1] ^ k0, right % WORD, left // WORD ^ counter[3] ^ k1, left % WORD)
+        left, right = np.uint64(0xD2511F53) * counter[0], np.uint64(0xCD9E8D57) * counter[2]
+        counter = (
+            (right >> np.uint64(32)) ^ counter[1] ^ np.uint64(k0),
+            right % np.uint64(WORD),
+            (left >> np.uint64(32)) ^ counter[3] ^ np.uint64(k1),
+            left % np.uint64(WORD),
+        )
         k0, k1 = (k0 + 0x9E3779B9) % WORD, (k1 + 0xBB67AE85) % WORD
     return counter
 
@@ -23,25 +30,17 @@ def dropout_factors(dropout_p: float, shape: tuple[int, int, int, int], first_se
 
 
 def factors_of_seed(seed: int, dropout_p: float, shape: tuple[int, int, int, int], first_sequence: int = 0) -> Tensor:
-    """Dropout's factors on the weights, (B, H, Lq, Lk) float64, from a seed."""
+    """Dropout's factors on the weights, (B, H, Lq, Lk) float64, from a seed.
+
+    Each square of 16 x 16 weights has 8 x 8 counters. A counter's four words are for the weights at its place in the
+    four quarters of the square.
+    """
     batch, heads, len_q, len_k = shape
     key = (seed % WORD, (seed >> 32) % WORD)
-    factors = torch.zeros(shape, dtype=torch.float64, device="cpu")
-    for b in range(batch):
-        for h in range(heads):
-            for row in range(0, len_q, 16):
-                for column in range(0, len_k, 16):
-                    fill_square(factors[b, h, row : row + 16, column : column + 16], key, dropout_p,
-                                (row // 2, column // 2, (first_sequence + b) * heads + h, 0))  # fmt: skip
-    return factors.to(torch.get_default_device())
-
-
-def fill_square(square: Tensor, key: tuple[int, int], dropout_p: float, first: tuple[int, int, int, int]) -> None:
-    """Fills in up to 16 x 16 factors; `first` is the counter of the first."""
-    rows, columns = square.shape
-    for r in range(min(8, rows)):
-        for c in range(min(8, columns)):
-            words = philox(key, (first[0] + r, first[1] + c, *first[2:]), 7)
-            for word, (row, column) in zip(words, ((r, c), (r, c + 8), (r + 8, c), (r + 8, c + 8)), strict=True):
-                if row < rows and column < columns and word / WORD >= dropout_p:
-                    square[row, column] = 1 / (1 - dropout_p)
+    head = (first_sequence * heads + np.arange(batch * heads, dtype=np.uint64)).reshape(batch, heads, 1, 1)
+    row, column = (np.arange(-(-length // 16) * 8, dtype=np.uint64) for length in (len_q, len_k))
+    counter = np.broadcast_arrays(row[:, None], column, head, np.uint64(0))
+    words = np.stack(philox(key, tuple(counter), 7)).reshape(2, 2, batch, heads, len(row) // 8, 8, len(column) // 8, 8)
+    drawn = words.transpose(2, 3, 4, 0, 5, 6, 1, 7).reshape(batch, heads, 2 * len(row), 2 * len(column))
+    factors = np.where(drawn[:, :, :len_q, :len_k] / WORD >= dropout_p, 1 / (1 - dropout_p), 0.0)
+    return torch.from_numpy(factors).to(torch.get_default_device())

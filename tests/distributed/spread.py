@@ -11,13 +11,17 @@ import torch
 import torch.distributed as dist
 from torch import multiprocessing
 
+# Ranks are forked by a process that has imported this already.
+multiprocessing.set_forkserver_preload(["torch", "torch.distributed", "triton_offset_bias"])
 HANGS_AFTER = 900  # seconds; a rank that is stuck then says where, and ends
 
 
 def run_ranks(work: Callable, world: int, folder: Path, *arguments: object, timeout: float = 60.0) -> None:
     """Runs ``work(rank, world, *arguments)`` in `world` processes. Messages fail after `timeout` seconds."""
     store = folder / f"world of {world}"
-    multiprocessing.spawn(_rank, (work, world, str(store), timeout, arguments), nprocs=world)
+    multiprocessing.start_processes(
+        _rank, (work, world, str(store), timeout, arguments), nprocs=world, start_method="forkserver"
+    )
 
 
 def _rank(rank: int, work: Callable, world: int, store: str, timeout: float, arguments: tuple) -> None:
