@@ -16,7 +16,7 @@ pytestmark = pytest.mark.skipif(
 WAYS = {
     "one kernel": configs.Config(64, 128, 8, 2),
     "one kernel, square tiles": configs.Config(64, 64, 4, 2),
-    "one kernel, small tiles": configs.Config(32, 64, 4, 2),
+    "one kernel, small tiles": configs.Config(16, 32, 4, 2),
     "two kernels": None,
 }
 CASES = [

@@ -80,7 +80,7 @@ def sweep_queries(
     columns = tl.arange(0, BLOCK_M).to(tl.int64)
     unit = score_unit(scoring.scale_log2, FORM, IS_NEAR)
     end_bias = far_bias(scoring, far_offset(scoring.bounds, PART), FORM, IS_NEAR)  # bits
-    far_sum = no_totals(BLOCK_N, FORM)
+    far_sum = no_totals(BLOCK_N, BLOCK_M, FORM)
     before, carried = no_diagonals(BLOCK_N, BLOCK_M, FORM)
     for start_m in range(begin, end, BLOCK_M):
         start_m = tl.multiple_of(start_m, BLOCK_M)
