@@ -55,7 +55,6 @@ from triton_offset_bias.backends.triton.kernels.tiles import (
     load_tile,
     next_diagonals,
     no_diagonals,
-    no_totals,
     product,
     store_tile,
     swept_ptrs,
@@ -80,7 +79,8 @@ def sweep_queries(
     columns = tl.arange(0, BLOCK_M).to(tl.int64)
     unit = score_unit(scoring.scale_log2, FORM, IS_NEAR)
     end_bias = far_bias(scoring, far_offset(scoring.bounds, PART), FORM, IS_NEAR)  # bits
-    far_sum = no_totals(BLOCK_N, BLOCK_M, FORM)
+    PAIRS: tl.constexpr = 4 if FORM.STACKED or BLOCK_M < 32 else 16  # one warp's or four's
+    far_sum = tl.zeros([BLOCK_N // 16, 8, PAIRS], tl.float32)
     before, carried = no_diagonals(BLOCK_N, BLOCK_M, FORM)
     for start_m in range(begin, end, BLOCK_M):
         start_m = tl.multiple_of(start_m, BLOCK_M)
@@ -115,7 +115,7 @@ def sweep_queries(
         dv = product((p * z).to(dout.dtype), dout, dv, FORM.PRECISION)
         ds = p * (dp * z * slope_weights(stats, FORM)[None, :] - stats.delta[None, :])
         if WANTED.DBIAS and not IS_NEAR:
-            far_sum += thread_totals(ds, BLOCK_N, BLOCK_M, FORM)
+            far_sum += thread_totals(ds, BLOCK_N, BLOCK_M, PAIRS)
         elif WANTED.DBIAS:
             diagonals, before, carried = next_diagonals(before, carried, ds, BLOCK_N, BLOCK_M, FORM)
         ds = ds.to(q.dtype)
